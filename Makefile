@@ -1,0 +1,58 @@
+# Everything runs from the top folder: inside database/ the package sqlite3 would hide Python's own.
+# Needs Python >= 3.11, git and make; all else goes into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check docs bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.test  ## the job service on the sample crontab, under asyncio, then trio; database in data/
+	$(BIN)/python docs/examples/jobu.py --backend asyncio --jobs 500 docs/examples/sample.crontab
+	@echo
+	$(BIN)/python docs/examples/jobu.py --backend trio --jobs 500 docs/examples/sample.crontab
+
+test: $(VENV)/.check  ## the tests, with branch coverage, on each Python found (ARGS="-k pool" goes to pytest)
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage report
+	.ci/interpreters test $(ARGS)
+
+check: $(VENV)/.check  ## ruff, mypy, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+ifneq ($(wildcard mkdocs.yml),)
+docs: $(VENV)/.docs  ## the site, built strictly into site/
+	$(BIN)/mkdocs build --strict
+else
+docs:
+	@echo "there is no mkdocs.yml yet"
+endif
+
+bench: $(VENV)/.test  ## the benchmarks (ARGS=--quick for a short run)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean:  ## remove environments, caches and what was built; data/ stays
+	rm -rf .venv .venv-3.* build dist site .coverage .coverage.* .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an environment is brought up to date when pyproject.toml has changed since.
+$(VENV)/.test: pyproject.toml
+	python=$$(.ci/interpreters | sed -n '1s/^[^ ]* //p') && test -n "$$python" && "$$python" -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) --group test -e '.[trio,uvloop,progress]'
+	@touch $@
+
+$(VENV)/.check $(VENV)/.docs: $(VENV)/.%: $(VENV)/.test
+	$(PIP) --group $*
+	@touch $@

@@ -1,0 +1,62 @@
+"""`db.batch()`: many writes, sent together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from database.errors import TransactionError
+from database.statements import Statement
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from database.handle import Database, Query
+
+__all__ = ["Batch"]
+
+
+class Batch:
+    """Collects writes and sends every `size` of them as one transaction. `async with` it."""
+
+    __slots__ = ("_closed", "_database", "_items", "_size", "count")
+
+    def __init__(self, database: Database, size: int) -> None:
+        self._database = database
+        self._size = size
+        self._items: list[tuple[Statement, Any]] = []
+        self._closed = False
+        self.count = 0
+        """Writes that have been executed so far."""
+
+    async def __aenter__(self) -> Batch:
+        return self
+
+    async def execute(self, query: Query, params: Any = None) -> None:
+        """Adds a write; every `size` of them are sent. Its outcome is known only then.
+
+        Raises:
+            QueryExecutionError: It is no INSERT, UPDATE or DELETE; or one of those now sent failed, and none of
+                them is kept. Those committed before stay.
+        """
+        if self._closed:
+            raise TransactionError("the batch is over: use it inside its `async with` block")
+        self._items.append((self._database.batch_statement(query), params))
+        if len(self._items) >= self._size:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Sends what has been collected, and commits it if no transaction is open around the batch."""
+        items, self._items = self._items, []
+        if items:
+            await self._database.send_batch(items)
+            self.count += len(items)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Sends the rest; after an exception drops it."""
+        self._closed = True
+        if error is None:
+            await self.flush()
+        else:
+            self._items.clear()

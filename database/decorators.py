@@ -1,0 +1,263 @@
+"""`@transactional` and `@transactional_readonly`."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar, overload
+
+from database.driver.worker import here
+from database.errors import DatabaseBusyError, TransactionError
+from database.handle import Database
+from database.offload import Job
+from database.transaction import PROPAGATIONS, Origin, TimeLimit, Transaction, enter, leave
+
+__all__ = ["Decorator", "make_decorator"]
+
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+class Decorator(Protocol):
+    """`@transactional`, with or without arguments."""
+
+    @overload
+    def __call__(self, function: F, /) -> F: ...
+    @overload
+    def __call__(
+        self,
+        *,
+        db: str | tuple[str, ...] = ...,
+        timeout: float | None = ...,
+        retries: int = ...,
+        propagation: str = ...,
+        offload: bool = ...,
+    ) -> Callable[[F], F]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Decorates, or makes a decorator."""
+        ...
+
+
+def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Decorator:
+    """Makes the decorator of one engine.
+
+    Args:
+        get_db: Finds handles by name.
+        readonly: Whether its transactions are read-only.
+    """
+    name = "transactional_readonly" if readonly else "transactional"
+
+    def decorator(
+        function: Any = None,
+        /,
+        *,
+        db: str | tuple[str, ...] = "default",
+        timeout: float | None = None,
+        retries: int = 0,
+        propagation: str = "nested",
+        offload: bool = False,
+    ) -> Any:
+        """Runs a coroutine function in a transaction: commit when it returns, rollback on any exception.
+
+        Args:
+            function: The coroutine function, where the decorator is used without arguments.
+            db: The database's name; or several, committed in the order named.
+            timeout: Seconds for all of it, waiting included; then `TransactionTimeoutError`.
+            retries: How often to run it again after `DatabaseBusyError`, as long as nothing of it is committed.
+            propagation: What to do when a transaction is open already; see `db.transaction()`.
+            offload: Runs the whole function on the database's own thread: one hop however many statements. It may await
+                nothing but this database's calls.
+
+        Raises:
+            TypeError: The function is no coroutine function.
+            ValueError: An argument is out of range.
+        """
+        names = (db,) if isinstance(db, str) else tuple(db)
+        _check(name, names, timeout, retries, propagation, offload)
+
+        def decorate(function: Any) -> Any:
+            if not inspect.iscoroutinefunction(function):
+                raise TypeError(
+                    f"@{name} decorates coroutine functions (async def), not {_describe(function)}; for an ordinary"
+                    " function that uses a connection there is db.run()"
+                )
+            databases = [get_db(each) for each in names]
+            runner = _make_runner(databases, function, name, timeout, propagation, offload, readonly)
+            return _wrap(function, runner, retries)
+
+        return decorate if function is None else decorate(function)
+
+    decorator.__name__ = decorator.__qualname__ = name
+    return decorator
+
+
+def _check(
+    name: str, names: tuple[str, ...], timeout: float | None, retries: int, propagation: str, offload: bool
+) -> None:
+    if not names or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"@{name}: db is a database's name or a tuple of names, not {names!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"@{name}: db names a database twice: {names!r}")
+    if propagation not in PROPAGATIONS:
+        raise ValueError(f"@{name}: propagation {propagation!r} is unknown; it is one of {', '.join(sorted(PROPAGATIONS))}")
+    if retries < 0:
+        raise ValueError(f"@{name}: retries must not be negative, but is {retries}")
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"@{name}: timeout must not be negative, but is {timeout}")
+    if offload and len(names) > 1:
+        raise ValueError(f"@{name}: offload=True runs on one database's thread; db names {len(names)}")
+    if offload and propagation not in ("nested", "required"):
+        raise ValueError(f"@{name}: offload=True goes with propagation 'nested' or 'required', not {propagation!r}")
+
+
+def _describe(function: Any) -> str:
+    if inspect.isasyncgenfunction(function):
+        return f"the asynchronous generator {function.__qualname__}"
+    if isinstance(function, type):
+        return f"the class {function.__qualname__}"
+    if inspect.isfunction(function):
+        return f"the ordinary function {function.__qualname__}"
+    return f"a {type(function).__name__}"
+
+
+Runner = Callable[[tuple[Any, ...], dict[str, Any]], Coroutine[Any, Any, Any]]
+
+
+def _wrap(function: Any, runner: Callable[..., Any], retries: int) -> Any:
+    if retries == 0:
+
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await runner(args, kwargs, None)
+
+    else:
+
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for left in range(retries, -1, -1):
+                levels: list[Transaction] = []
+                try:
+                    return await runner(args, kwargs, levels)
+                except DatabaseBusyError:
+                    # Within an outer transaction only the whole of that could be run again.
+                    again = all(level.parent is None and not level.committed for level in levels)
+                    if not left or not again:
+                        raise
+            raise AssertionError
+
+    return wrapper
+
+
+def _make_runner(
+    databases: list[Database],
+    function: Any,
+    name: str,
+    timeout: float | None,
+    propagation: str,
+    offload: bool,
+    readonly: bool,
+) -> Callable[..., Any]:
+    what = f"@{name} {function.__qualname__}()"
+    code = function.__code__ if hasattr(function, "__code__") else None
+
+    def origin() -> Origin:
+        return Origin(what, code, 0 if code is None else code.co_firstlineno)
+
+    if len(databases) > 1:
+
+        async def run(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
+            return await _run_on_several(databases, function, args, kwargs, origin, readonly, propagation, levels)
+
+    else:
+        database = databases[0]
+
+        async def run(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
+            if offload and not _is_inline(database):
+                job = Job(database, function, args, kwargs, contextvars.copy_context(), origin(), readonly=readonly)
+                return await database.offload(job, readonly=readonly)
+            entered, token = await enter(database, origin(), readonly=readonly, propagation=propagation)
+            if levels is not None and isinstance(entered, Transaction):
+                levels.append(entered)
+            try:
+                result = await function(*args, **kwargs)
+            except BaseException as error:
+                await leave(entered, token, error)
+                raise
+            await leave(entered, token, None)
+            return result
+
+    if timeout is None:
+        return run
+
+    async def run_in_time(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
+        limit = TimeLimit(timeout, origin())
+        limit.start()
+        try:
+            result = await run(args, kwargs, levels)
+        except BaseException as error:
+            limit.stop(error)
+            raise
+        limit.stop(None)
+        return result
+
+    return run_in_time
+
+
+def _is_inline(database: Database) -> bool:
+    """Whether the caller runs on this database's thread already: then an offloaded function is an ordinary level."""
+    if here.worker is None:
+        return False
+    level = database.current.get()
+    return isinstance(level, Transaction) and level.root.session is not None
+
+
+async def _run_on_several(
+    databases: list[Database],
+    function: Any,
+    args: Any,
+    kwargs: Any,
+    origin: Callable[[], Origin],
+    readonly: bool,
+    propagation: str,
+    levels: list[Transaction] | None,
+) -> Any:
+    entered: list[tuple[Database, Any, Any]] = []
+    try:
+        for database in databases:
+            level, token = await enter(database, origin(), readonly=readonly, propagation=propagation)
+            entered.append((database, level, token))
+            if levels is not None and isinstance(level, Transaction):
+                levels.append(level)
+        result = await function(*args, **kwargs)
+    except BaseException as error:
+        await _leave_all(entered, error)
+        raise
+    committed: list[str] = []
+    for position, (database, level, token) in enumerate(entered):
+        try:
+            await leave(level, token, None)
+        except BaseException as error:
+            rest = entered[position + 1 :]
+            await _leave_all(rest, error)
+            if not committed or not isinstance(error, Exception):
+                raise
+            lost = [each.name for each, _, _ in entered[position:]]
+            raise TransactionError(
+                f"the transaction on several databases is half done: committed on {', '.join(map(repr, committed))};"
+                f" not committed, and rolled back, on {', '.join(map(repr, lost))}, because of {type(error).__name__}: {error}"
+            ) from error
+        committed.append(database.name)
+    return result
+
+
+async def _leave_all(entered: list[tuple[Database, Any, Any]], error: BaseException) -> None:
+    """Rolls all of them back, the last one first, also if one of them fails or a cancellation comes between."""
+    failure: BaseException | None = None
+    for _, level, token in reversed(entered):
+        try:
+            await leave(level, token, error)
+        except BaseException as another:
+            failure = failure or another
+    if failure is not None:
+        raise failure

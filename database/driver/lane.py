@@ -1,0 +1,335 @@
+"""Lanes: queues that a worker empties in batches.
+
+Autocommit statements need no connection of their own. They wait in a lane; one worker runs them one after the other and
+posts the answers together. That is faster than a connection each, for threads fight over the GIL and every wake-up
+of the event loop costs as much as several statements. The exception is a statement that turns out to be slow: then
+the worker calls for another reader to go on with the queue (`ReadLane`).
+
+Writes share more than the wake-up (`WriteLane`): those that wait together are committed together. A group is bounded
+in number and in time, never waits for company, and nobody in it is answered before its commit has succeeded. An
+interactive transaction queues in the same lane as a `Lease`, so writers are served first come, first served.
+
+Threads. `submit` and `withdraw` run on the loop's thread, `serve` on the worker's. Both touch `queue`, a deque: append,
+popleft and remove are atomic, so each item is run or withdrawn, never both. Whether a lane is being served is decided
+on the loop's thread alone: a worker that finds the queue empty says so, and the loop looks again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from database.driver.backend import Interrupted
+from database.driver.lease import Lease
+from database.driver.request import STATEMENT, UNIT, Request
+from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, Worker
+from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError
+
+if TYPE_CHECKING:
+    from database.driver.pool import Pool
+
+__all__ = ["GROUP_SECONDS", "GROUP_SIZE", "ReadLane", "WriteLane"]
+
+GROUP_SIZE = 64
+"""Writes that share a commit, at the most."""
+
+GROUP_SECONDS = 0.002
+"""Seconds after which a group is committed although more are waiting."""
+
+
+class ReadLane:
+    """Autocommit reads."""
+
+    __slots__ = ("busy", "claiming", "pool", "queue", "serving")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.queue: deque[Request] = deque()
+        self.serving: set[Worker] = set()
+        self.busy: set[Worker] = set()
+        """Those of `serving` that are held up by a slow statement."""
+        self.claiming = False
+        """Whether the lane stands in the pool's line for a reader."""
+
+    # Loop thread
+
+    def submit(self, request: Request) -> None:
+        """Queues a read, and has a reader come if none is at it."""
+        request.home = self
+        request.queued_at = perf_counter()
+        self.queue.append(request)
+        if len(self.serving) == len(self.busy) and not self.claiming:
+            self.pool.claim_reader(self)
+
+    def withdraw(self, request: Request) -> bool:
+        """See `Home`."""
+        try:
+            self.queue.remove(request)
+        except ValueError:
+            return False
+        return True
+
+    def stop(self, request: Request) -> None:
+        """See `Home`."""
+        request.cancelled = True
+        for worker in tuple(self.serving):
+            worker.interrupt(request)
+
+    def given(self, worker: Worker) -> None:
+        """The pool gives the lane a reader."""
+        self.claiming = False
+        self.serving.add(worker)
+        worker.inbox.put(self)
+
+    def _held_up(self, worker: Worker) -> None:
+        if worker in self.serving and worker.current is not None:
+            self.busy.add(worker)
+            if self.queue and not self.claiming and len(self.serving) == len(self.busy):
+                self.pool.claim_reader(self)
+
+    def _left(self, worker: Worker) -> None:
+        self.serving.discard(worker)
+        self.busy.discard(worker)
+        if self.queue and len(self.serving) == len(self.busy) and not self.claiming:
+            self.pool.line_up(self)  # more came after the worker had looked
+        self.pool.reader_free(worker)
+
+    # Worker thread
+
+    def serve(self, worker: Worker) -> None:
+        """Runs what waits until nothing does, or until another reader has taken over behind a slow statement."""
+        pool = self.pool
+        slow = False
+
+        def on_slow() -> None:
+            nonlocal slow
+            slow = True
+            pool.waker.post([], lambda: self._held_up(worker))
+
+        worker.attend(on_slow)
+        popleft = self.queue.popleft
+        execute = worker.execute
+        answers = worker.answers
+        since = perf_counter()
+        while True:
+            try:
+                request = popleft()
+            except IndexError:
+                break
+            if request.kind == UNIT:
+                worker.perform(request, readonly=True)
+            else:
+                execute(request)
+            answers = worker.answers  # another list, if the request before has been flushed in between
+            answers.append(request)
+            if slow:
+                break  # whoever took over goes on; two busy threads are slower than one
+            now = perf_counter()
+            if len(answers) >= BATCH_SIZE or now - since > BATCH_SECONDS:
+                worker.flush()
+                since = now
+        worker.finish(lambda: self._left(worker))
+
+
+class WriteLane:
+    """Autocommit writes, units of work and interactive write transactions, in the order in which they came."""
+
+    __slots__ = ("active", "lease", "pool", "queue", "worker")
+
+    def __init__(self, pool: Pool, worker: Worker) -> None:
+        self.pool = pool
+        self.worker = worker
+        self.queue: deque[Request | Lease] = deque()
+        self.active = False
+        self.lease: Lease | None = None
+        """The transaction that has the writer now. Set on the worker's thread, for messages."""
+
+    # Loop thread
+
+    def submit(self, item: Request | Lease) -> None:
+        """Queues a write or a transaction."""
+        item.home = self
+        item.queued_at = perf_counter()
+        self.queue.append(item)
+        if not self.active:
+            self.pool.claim_writer()
+        else:
+            self.pool.watch()
+
+    def withdraw(self, request: Request) -> bool:
+        """See `Home`."""
+        try:
+            self.queue.remove(request)
+        except ValueError:
+            return False
+        return True
+
+    def stop(self, request: Request) -> None:
+        """See `Home`."""
+        request.cancelled = True
+        self.worker.interrupt(request)
+
+    def given(self) -> None:
+        """The pool lets the lane begin."""
+        self.active = True
+        self.worker.inbox.put(self)
+
+    def _left(self) -> None:
+        if self.queue:
+            self.worker.inbox.put(self)
+        else:
+            self.active = False
+            self.pool.writer_free()
+
+    # Worker thread
+
+    def serve(self, worker: Worker) -> None:
+        """Runs what waits until nothing does."""
+        worker.attend()
+        queue = self.queue
+        while True:
+            try:
+                item = queue.popleft()
+            except IndexError:
+                break
+            if not self._lock(worker, item):
+                continue
+            try:
+                if isinstance(item, Lease):
+                    self.lease = item
+                    item.serve(worker)
+                    self.lease = None
+                elif item.kind <= UNIT and queue and self._groupable(queue):
+                    self._group(worker, item)
+                else:
+                    worker.perform(item, readonly=False)
+                    worker.answers.append(item)
+            finally:
+                session = worker.session
+                if session is not None:
+                    session.unlock()
+            if len(worker.answers) >= BATCH_SIZE:
+                worker.flush()
+        worker.finish(self._left)
+
+    @staticmethod
+    def _groupable(queue: deque[Request | Lease]) -> bool:
+        try:
+            head = queue[0]
+        except IndexError:  # withdrawn a moment ago
+            return False
+        return not isinstance(head, Lease) and head.kind <= UNIT
+
+    def _lock(self, worker: Worker, item: Request | Lease) -> bool:
+        """Takes the process-wide right to write: another event loop's pool may hold it."""
+        session = worker.session
+        if session is None or session.try_lock(0):
+            return True
+        worker.flush()
+        deadline = item.queued_at + self.pool.timeout
+        while not session.try_lock(0.01):
+            if item.cancelled:
+                error: BaseException = Interrupted()
+            elif perf_counter() > deadline:
+                error = ConnectionPoolExhaustedError(
+                    f"no write transaction on {self.pool.name!r} within {self.pool.timeout:g} s: a pool of another"
+                    " event loop in this process, or another name for the same file, is writing"
+                )
+                worker.observer.failure(error)
+            else:
+                continue
+            if isinstance(item, Lease):
+                item.fail(worker, error)
+            else:
+                item.error = error
+                worker.answers.append(item)
+            return False
+        return True
+
+    def _group(self, worker: Worker, first: Request) -> None:
+        """One transaction for all that waits together."""
+        began = perf_counter()
+        try:
+            session = worker.begin(first, readonly=False)
+        except BaseException as error:
+            first.error = worker.translate(error, first)
+            worker.answers.append(first)
+            if isinstance(first.error, DatabaseBusyError):
+                self._fail_those_who_waited_too(worker, first.error, began)
+            return
+        queue = self.queue
+        members: list[Request] = []
+        request = first
+        while True:
+            if not request.cancelled:
+                if request.kind == STATEMENT:
+                    worker.execute(request)
+                else:
+                    worker.atomically(request)
+                if request.error is not None and (worker.session is not session or not session.in_transaction):
+                    self._again_alone(worker, members, request)
+                    return
+            members.append(request)
+            if len(members) >= GROUP_SIZE or not self._groupable(queue) or perf_counter() - began > GROUP_SECONDS:
+                break
+            try:
+                item = queue.popleft()
+            except IndexError:
+                break
+            if isinstance(item, Lease) or item.kind > UNIT:  # what was first in line has just been withdrawn
+                queue.appendleft(item)
+                break
+            request = item
+        self._commit(worker, members)
+
+    def _commit(self, worker: Worker, members: list[Request]) -> None:
+        session = worker.session
+        assert session is not None
+        try:
+            worker.commit(session)
+        except BaseException as error:
+            open_still = session.in_transaction
+            broken = worker.backend.is_broken(error)
+            worker.rollback()
+            if open_still and not broken and worker.session is session:
+                # Refused, and rolled back by us: certainly nothing is committed. One member is to blame (a deferred
+                # foreign key, a row that no longer fitted the disk); alone, each gets its own verdict.
+                self._again_alone(worker, members, None)
+                return
+            translated = worker.translate(error, None)
+            for member in members:
+                if member.error is None:
+                    member.error = translated
+        else:
+            worker.grouped += len(members)
+        worker.answers.extend(members)
+
+    def _again_alone(self, worker: Worker, members: list[Request], culprit: Request | None) -> None:
+        """The whole group was rolled back: runs its members once more, each in a transaction of its own."""
+        worker.rollback()
+        if culprit is not None:
+            worker.answers.append(culprit)
+        for member in members:
+            if member.error is None and not member.cancelled:
+                member.result = None
+                worker.perform(member, readonly=False)
+            worker.answers.append(member)
+
+    def _fail_those_who_waited_too(self, worker: Worker, error: DatabaseBusyError, began: float) -> None:
+        """Whoever was in line when the wait for the lock began has waited for as long, and gets the same answer."""
+        queue = self.queue
+        while queue:
+            try:
+                item = queue.popleft()
+            except IndexError:
+                break
+            if isinstance(item, Lease) or item.kind > UNIT or item.queued_at > began:
+                queue.appendleft(item)
+                break
+            item.error = DatabaseBusyError(
+                error.args[0], sql=str(item.label or item.sql), parameters=item.params,
+                code=error.code, code_name=error.code_name,
+            )  # fmt: skip
+            item.error.__cause__ = error.__cause__
+            worker.answers.append(item)

@@ -1,0 +1,288 @@
+"""A lease: one worker's undivided attention, from BEGIN to COMMIT or for the length of a stream.
+
+An interactive transaction leases its connection. Its statements go to the lease's mailbox, and the worker attends to
+nothing else until the request that ends the lease. BEGIN travels with the first statement: whoever has begun nothing
+holds nothing. When the worker is done it goes straight on to whatever is next in its lane, with no trip to the event
+loop in between.
+
+Threads. The loop's thread puts requests into the mailbox and reads the worker's fields for messages; everything
+below "Worker thread" runs there. The worker owns the rollback: whatever happens to the tasks, a lease ends with a clean
+connection, or a discarded one.
+
+Failure. When the database rolls a transaction back by itself (an interrupted write, a full disk, ON CONFLICT ROLLBACK),
+the next statement would silently autocommit. So after every error the worker asks the connection whether the
+transaction is still there; if not, the lease is doomed: every further statement is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from database.driver.backend import Interrupted, Session
+from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
+from database.errors import PoolClosedError, TransactionError
+
+if TYPE_CHECKING:
+    from database.driver.lane import WriteLane
+    from database.driver.pool import Pool
+    from database.driver.worker import Worker
+
+__all__ = ["Lease"]
+
+INTERRUPTED = "a statement of this transaction was interrupted, so the whole of it has been rolled back"
+
+
+class Lease:
+    """What a transaction or a stream holds of the pool."""
+
+    __slots__ = (
+        "cancelled",
+        "carried",
+        "doom",
+        "dropped",
+        "ended",
+        "granted_at",
+        "holder",
+        "home",
+        "late",
+        "mailbox",
+        "number",
+        "pending",
+        "pool",
+        "queued_at",
+        "readonly",
+        "transaction",
+        "worker",
+    )
+
+    def __init__(
+        self, pool: Pool, holder: Callable[[], str], *, number: int | None, readonly: bool, transaction: bool = True
+    ) -> None:
+        self.pool = pool
+        self.number = number
+        """The transaction's number in logs, if it is one."""
+        self.holder = holder
+        """Describes who holds this, for messages."""
+        self.readonly = readonly
+        self.transaction = transaction
+        """False for a stream outside any transaction: its one statement is its own snapshot."""
+        self.mailbox: SimpleQueue[Request] = SimpleQueue()
+        self.home: WriteLane | None = None
+        self.queued_at = 0.0
+        self.pending: set[Request] = set()
+        """Requests handed over before the lease was granted. Loop thread."""
+        self.dropped = False
+        """Given up before it was granted; nothing has been begun."""
+        self.cancelled = False
+
+        self.worker: Worker | None = None
+        self.carried: list[Control] = []
+        """Controls of requests that were called off before the transaction began. Worker thread."""
+        self.granted_at = 0.0
+        self.doom: BaseException | str | None = None
+        self.ended = False
+        self.late: list[Request] = []
+
+    # Loop thread
+
+    def submit(self, request: Request) -> None:
+        """Hands a request over; the first one also queues for a connection."""
+        request.home = self
+        if self.worker is None:
+            self.pending.add(request)
+        transactions = self.pool.transactions
+        if request.kind >= COMMIT:
+            transactions.discard(self)  # it is about to end; whoever closes the pool need not see to it
+        self.mailbox.put(request)
+        if self.ended:  # looked at after the put: the worker looks at the mailbox after it has set `ended`
+            self._answer_the_rest()
+            self.pool.waker.post(self.late)
+            self.late = []
+        elif self.queued_at == 0.0:
+            self.queued_at = perf_counter()
+            transactions.add(self)
+            if self.readonly:
+                self.pool.claim_reader(self)
+            else:
+                self.pool.writes.submit(self)
+
+    def withdraw(self, request: Request) -> bool:
+        """See `Home`."""
+        worker = self.worker
+        if worker is None:
+            request.cancelled = True
+            self.pending.discard(request)
+            if not self.pending and self.pool.withdraw(self):
+                self.dropped = True
+            return True
+        if request.done:
+            return False
+        return worker.call_off(request)
+
+    def stop(self, request: Request) -> None:
+        """See `Home`."""
+        request.cancelled = True
+        if self.worker is not None:
+            self.worker.interrupt(request)
+
+    def abort(self, reason: str) -> None:
+        """Ends the lease from outside: its running statement is stopped, and what comes is refused. Any thread."""
+        self.doom = PoolClosedError(reason)
+        self.mailbox.put(Request(ROLLBACK, None))
+        if self.worker is not None:
+            self.worker.interrupt_current()
+
+    # Worker thread
+
+    def serve(self, worker: Worker) -> None:
+        """Attends to this lease alone until it ends."""
+        self.worker = worker
+        self.granted_at = perf_counter()
+        worker.acquired += 1
+        worker.waited += self.granted_at - self.queued_at
+        worker.attend()
+        session: Session | None = None if self.transaction else worker.session
+        mailbox = self.mailbox
+        get, empty = mailbox.get, mailbox.empty
+        while not self.ended:
+            if worker.answers and empty():
+                worker.flush()
+            request = get()
+            if request.kind >= COMMIT:
+                self._end(worker, session, request)
+            elif self.doom is not None:
+                request.error = self.refusal()
+            elif session is None:
+                session = self._begin(worker, request)
+                if session is not None:
+                    self._run(worker, session, request)
+            else:
+                self._run(worker, session, request)
+            worker.answers.append(request)
+            worker.left()
+        self._answer_the_rest()
+        worker.answers.extend(self.late)
+        self.late = []
+        if self.transaction and session is not None:
+            outcome = "committed" if request.kind == COMMIT and request.error is None else "rolled back"
+            worker.observer.transaction(self, outcome, perf_counter() - self.granted_at)
+        if self.readonly:
+            worker.finish(lambda: self.pool.reader_free(worker))
+
+    def _answer_the_rest(self) -> None:
+        """Refuses what came too late: nobody reads this mailbox any more. Either thread; `get_nowait` is atomic."""
+        while True:
+            try:
+                request = self.mailbox.get_nowait()
+            except Empty:
+                return
+            request.error = None if request.kind == ROLLBACK else self.refusal()
+            self.late.append(request)
+
+    def refusal(self) -> BaseException:
+        """Why a statement cannot be run any more; a new error each time, for several tasks may raise it."""
+        doom = self.doom
+        if isinstance(doom, PoolClosedError):
+            return PoolClosedError(*doom.args)
+        if isinstance(doom, str):
+            return TransactionError(doom)
+        if isinstance(doom, BaseException):
+            error = TransactionError(f"the transaction has been rolled back after an error: {doom}")
+            error.__cause__ = doom
+            return error
+        return TransactionError("the transaction has ended")
+
+    def fail(self, worker: Worker, error: BaseException) -> None:
+        """The lease cannot be granted: answers all it was given with the error."""
+        self.worker = worker
+        self.doom = error
+        while not self.ended:
+            request = self.mailbox.get()
+            if request.kind >= COMMIT:
+                self.ended = True
+                request.error = None if request.kind == ROLLBACK else self.refusal()
+            else:
+                request.error = error if error is self.doom else self.refusal()
+            worker.answers.append(request)
+            worker.flush()
+
+    def _begin(self, worker: Worker, request: Request) -> Session | None:
+        try:
+            if request.cancelled:
+                raise Interrupted
+            if not self.transaction:
+                return worker.session or worker.ready()
+            return worker.begin(request, readonly=self.readonly)
+        except Interrupted as interrupted:  # nothing was begun: the next statement may try again
+            request.error = interrupted
+            self.carried.extend(request.controls or ())
+        except BaseException as error:
+            request.error = self.doom = worker.translate(error, request)
+        return None
+
+    def _run(self, worker: Worker, session: Session, request: Request) -> None:
+        if (request.controls is not None or self.carried) and not self._control(worker, session, request):
+            return
+        if request.cancelled:
+            request.error = Interrupted()
+            return
+        if request.kind == UNIT or request.kind == MANY:
+            worker.atomically(request)
+        else:
+            worker.execute(request)
+        if request.error is not None or request.cancelled:
+            self._check(worker, session, request)
+
+    def _control(self, worker: Worker, session: Session, request: Request) -> bool:
+        controls = [*self.carried, *(request.controls or ())]
+        self.carried.clear()
+        try:
+            for method, argument in controls:
+                getattr(session, method)(argument)
+        except BaseException as error:
+            request.error = self.doom = worker.translate(error, request)
+            worker.rollback()
+            return False
+        return True
+
+    def _check(self, worker: Worker, session: Session, request: Request) -> None:
+        """After an error: is the transaction still there, and may it go on?"""
+        if not self.transaction:
+            if isinstance(self.doom, PoolClosedError):
+                request.error = self.refusal()
+            return
+        if isinstance(self.doom, PoolClosedError):
+            request.error = self.refusal()
+        elif request.cancelled and not isinstance(request.error, Interrupted):
+            self.doom = INTERRUPTED
+        elif worker.session is not session or not session.in_transaction:
+            self.doom = request.error
+        else:
+            return
+        worker.rollback()  # now, so that the locks are free before the tasks have found out
+
+    def _end(self, worker: Worker, session: Session | None, request: Request) -> None:
+        if request.kind == ROLLBACK:
+            if self.transaction:
+                worker.rollback()
+        elif request.cancelled:
+            request.error = Interrupted()
+            return
+        elif self.doom is not None:
+            request.error = self.refusal()
+        elif session is not None and self.transaction:
+            if not worker.enter(request):
+                request.error = Interrupted()
+                return
+            if (request.controls is not None or self.carried) and not self._control(worker, session, request):
+                self.ended = True
+                return
+            try:
+                worker.commit(session)
+            except BaseException as error:
+                request.error = worker.translate(error, request)
+                worker.rollback()
+        self.ended = True

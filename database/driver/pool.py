@@ -1,0 +1,421 @@
+"""The pool: one writer, some readers, and who gets them.
+
+One pool per database and event loop. The writer is opened first (it creates what is missing and is the only one that
+writes and checkpoints) and closed last. Readers are opened when they are first needed. A CapacityLimiter counts the
+readers in use, another one the writer.
+
+Who gets a reader stands in one line, `_line`, first come, first served: leases (read-only transactions, streams) and
+the read lane, which takes its turn like everybody else. Writers stand in the line of the write lane.
+
+Threads. Every decision is made in a synchronous function on the loop's thread, so nothing can come between deciding
+and acting, and no cancellation can strand a connection: a task that goes away merely takes its request out of a queue.
+Workers tell the loop what they did by notices (`Waker.post`), they decide nothing here. The exceptions are
+`close_now` and `abandon`, called when the loop has ended.
+
+Time limits. Everything that waits carries the moment from which it waits, and every line is first come, first served
+with one limit for all, so the one at the head is always the next to run out of time: one timer for the whole pool.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import anyio
+
+from database.driver import registry
+from database.driver.backend import Backend, Observer, Session
+from database.driver.lane import ReadLane, WriteLane
+from database.driver.lease import Lease
+from database.driver.request import Request
+from database.driver.wakeup import Timer, Waker
+from database.driver.worker import Worker
+from database.errors import ConnectionFailedError, ConnectionPoolExhaustedError, DatabaseError, PoolClosedError
+
+__all__ = ["Pool", "PoolStats"]
+
+JOIN_SECONDS = 5.0
+"""How long the end of a loop or of the process waits for a worker that was told to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A moment in a pool's life. Totals count from the pool's opening.
+
+    Attributes:
+        pool_size: Readers there may be.
+        readers_open: Reader connections that are open.
+        readers_in_use: Readers that serve somebody.
+        writer_in_use: 1 while the writer serves somebody, else 0.
+        waiting: Transactions and streams that wait for a connection.
+        queued: Autocommit statements that wait for their turn.
+        acquired_total: Connections handed to transactions and streams.
+        timeouts_total: Waits that ended in `ConnectionPoolExhaustedError`.
+        wait_seconds_total: Seconds that transactions and streams have waited for their connections.
+        statements_total: Requests executed.
+        commits_total: Explicit COMMITs, each of which may hold a group of writes.
+        rollbacks_total: Transactions rolled back.
+        grouped_total: Writes that shared a commit with others.
+        replaced_total: Connections that were given up and opened anew.
+    """
+
+    pool_size: int = 0
+    readers_open: int = 0
+    readers_in_use: int = 0
+    writer_in_use: int = 0
+    waiting: int = 0
+    queued: int = 0
+    acquired_total: int = 0
+    timeouts_total: int = 0
+    wait_seconds_total: float = 0.0
+    statements_total: int = 0
+    commits_total: int = 0
+    rollbacks_total: int = 0
+    grouped_total: int = 0
+    replaced_total: int = 0
+
+
+class Pool:
+    """The connections of one database on one event loop. Made on that loop; opens itself."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        waker: Waker,
+        observer: Observer,
+        *,
+        name: str,
+        size: int,
+        timeout: float,
+        on_closed: Callable[[Pool], None],
+    ) -> None:
+        self.backend = backend
+        self.waker = waker
+        self.observer = observer
+        self.name = name
+        self.size = size
+        self.timeout = timeout
+        self.reader_limiter = anyio.CapacityLimiter(size)
+        self.writer_limiter = anyio.CapacityLimiter(1)
+        self.failure: BaseException | None = None
+        self.closing = False
+        self.closed = False
+        self.transactions: set[Lease] = set()
+        """Leases that have been granted or wait, for messages and for closing."""
+
+        self._on_closed = on_closed
+        self._timeouts = 0
+        self._timer: Timer | None = None
+        self._line: deque[Lease | ReadLane] = deque()
+        self._idle: list[Worker] = []
+        self._readers: list[Worker] = []
+        self._opened = False
+        self._closers: list[Request] = []
+
+        self.writer = Worker(f"database-{name}-writer", "writer", self)
+        self.reads = ReadLane(self)
+        self.writes = WriteLane(self, self.writer)
+        self._end = waker.on_end(self.close_now)
+        registry.add(self)
+        self.writer.start(self._writer_opened, self._writer_closed)
+
+    # Opening
+
+    def _writer_opened(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail(error)
+            return
+        self._opened = True
+        if self.closing:
+            return
+        self._assign()
+        if self.writes.queue and not self.writes.active:
+            self.claim_writer()
+
+    def _fail(self, error: BaseException) -> None:
+        """The database cannot be opened: everybody who waits is told, and the next use tries again."""
+        self.failure = error
+        self.closing = self.closed = True
+        self._end.cancel()
+        self._forget_timer()
+        registry.discard(self)
+        self._on_closed(self)
+        self.backend.dispose()
+        self._refuse_all(lambda: _again(error))
+        self._wake_closers()
+
+    # Readers
+
+    def claim_reader(self, claimant: Lease | ReadLane) -> None:
+        """Puts somebody in line for a reader and serves the line."""
+        self.line_up(claimant)
+        self._assign()
+        if self._line:
+            self.watch()
+
+    def line_up(self, claimant: Lease | ReadLane) -> None:
+        """Puts somebody in line for a reader."""
+        if isinstance(claimant, ReadLane):
+            claimant.claiming = True
+        self._line.append(claimant)
+
+    def reader_free(self, worker: Worker) -> None:
+        """A reader has nothing to do any more."""
+        self.reader_limiter.release_on_behalf_of(worker)
+        self._idle.append(worker)
+        if self._line:
+            self._assign()
+
+    def _assign(self) -> None:
+        """Gives readers to those first in line, while there are any of both."""
+        line = self._line
+        while line and self._opened and not self.closing:
+            if self._idle:
+                worker = self._idle.pop()
+            elif len(self._readers) < self.size:
+                worker = self._add_reader()
+            else:
+                return
+            claimant = line.popleft()
+            self.reader_limiter.acquire_on_behalf_of_nowait(worker)
+            if isinstance(claimant, ReadLane):
+                claimant.given(worker)
+            else:
+                worker.inbox.put(claimant)
+
+    def _add_reader(self) -> Worker:
+        number = len(self._readers) + 1
+        worker = Worker(f"database-{self.name}-reader-{number}", "reader", self)
+        self._readers.append(worker)
+        worker.start(None, lambda: self._reader_closed(worker))
+        return worker
+
+    # The writer
+
+    def claim_writer(self) -> None:
+        """Has the writer begin with its lane, once it is open."""
+        if self._opened and not self.closing:
+            self.writer_limiter.acquire_on_behalf_of_nowait(self.writer)
+            self.writes.given()
+        else:
+            self.watch()
+
+    def writer_free(self) -> None:
+        """The write lane is empty."""
+        self.writer_limiter.release_on_behalf_of(self.writer)
+
+    # Leaving the line
+
+    def withdraw(self, lease: Lease) -> bool:
+        """Takes a lease out of its line; False if it has been granted."""
+        line = self._line if lease.readonly else self.writes.queue
+        try:
+            line.remove(lease)  # type: ignore[arg-type]
+        except ValueError:
+            return False
+        self.transactions.discard(lease)
+        return True
+
+    def watch(self) -> None:
+        """Somebody waits: sees to it that the wait ends in time."""
+        if self._timer is None and not self.closed:
+            self._timer = self.waker.call_later(self.timeout, self._check_waiting)
+
+    def _forget_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _check_waiting(self) -> None:
+        self._timer = None
+        now = perf_counter()
+        next_check: float | None = None
+        for queue in (self._line, self.reads.queue, self.writes.queue):
+            while True:
+                try:
+                    head = queue[0]
+                except IndexError:
+                    break
+                if isinstance(head, ReadLane):  # its requests are looked at in its own queue
+                    waiting = next((item for item in tuple(queue) if not isinstance(item, ReadLane)), None)
+                    if waiting is None:
+                        break
+                    head = waiting
+                left = head.queued_at + self.timeout - now
+                if left > 0:
+                    next_check = left if next_check is None else min(left, next_check)
+                    break
+                try:
+                    queue.remove(head)  # type: ignore[arg-type]
+                except ValueError:  # a worker was quicker
+                    continue
+                self._timeouts += 1
+                error = self._exhausted(head, now)
+                self.observer.failure(error)
+                self._refuse(head, lambda error=error: error)
+        if next_check is not None:
+            self._timer = self.waker.call_later(max(next_check, 0.001), self._check_waiting)
+
+    def _exhausted(self, item: Lease | Request, now: float) -> ConnectionPoolExhaustedError:
+        waited = now - item.queued_at
+        reading = (isinstance(item, Lease) and item.readonly) or item.home is self.reads
+        what = f"no reader connection (of {self.size})" if reading else "the one writer connection was not"
+        holders = "; ".join(self.holders(readonly=reading)) or "autocommit statements"
+        return ConnectionPoolExhaustedError(
+            f"database {self.name!r}: {what} free within {waited:.3g} s (pool_timeout is {self.timeout:g} s)."
+            f" Held by: {holders}."
+        )
+
+    def holders(self, *, readonly: bool) -> list[str]:
+        """Who holds what since when."""
+        now = perf_counter()
+        leases = [lease for lease in self.transactions if lease.worker is not None and lease.readonly is readonly]
+        found = [f"{lease.holder()}, for {now - lease.granted_at:.3g} s" for lease in leases if not lease.ended]
+        workers = self.reads.serving if readonly else {self.writer}
+        for worker in workers:
+            current = worker.current
+            if current is not None and (readonly or not leases):
+                found.append(f"the statement {str(current.label or current.sql)[:80]!r}")
+        return found
+
+    def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> None:
+        """Answers what was taken out of a queue. Loop thread; no worker has it."""
+        if isinstance(item, Lease):
+            self.transactions.discard(item)
+            item.dropped = True
+            requests: list[Request] = []
+            while not item.mailbox.empty():
+                requests.append(item.mailbox.get_nowait())
+        else:
+            requests = [item]
+        for request in requests:
+            request.error = error()
+        self.waker.wake(requests)
+
+    def _refuse_all(self, error: Callable[[], BaseException]) -> None:
+        for queue in (self._line, self.reads.queue, self.writes.queue):
+            while queue:
+                try:
+                    item = queue.popleft()
+                except IndexError:
+                    break
+                if isinstance(item, ReadLane):
+                    item.claiming = False
+                else:
+                    self._refuse(item, error)
+
+    # Looking
+
+    def stats(self) -> PoolStats:
+        """What the pool is doing. Loop thread."""
+        workers = (self.writer, *self._readers)
+        writing = tuple(self.writes.queue)
+        leases = sum(1 for item in writing if isinstance(item, Lease))
+        return PoolStats(
+            pool_size=self.size,
+            readers_open=sum(1 for worker in self._readers if worker.session is not None),
+            readers_in_use=int(self.reader_limiter.borrowed_tokens),
+            writer_in_use=int(self.writer_limiter.borrowed_tokens),
+            waiting=sum(1 for item in self._line if isinstance(item, Lease)) + leases,
+            queued=len(self.reads.queue) + len(writing) - leases,
+            acquired_total=sum(worker.acquired for worker in workers),
+            timeouts_total=self._timeouts,
+            wait_seconds_total=sum(worker.waited for worker in workers),
+            statements_total=sum(worker.statements for worker in workers),
+            commits_total=sum(worker.commits for worker in workers),
+            rollbacks_total=sum(worker.rollbacks for worker in workers),
+            grouped_total=self.writer.grouped,
+            replaced_total=sum(worker.replaced for worker in workers),
+        )
+
+    # Closing
+
+    async def close(self) -> None:
+        """Closes all connections, the writer last.
+
+        What waits is refused with `PoolClosedError`, and so is every further statement of open transactions, which
+        are rolled back. Autocommit statements that run already are finished. Closing goes on by itself when the
+        caller is cancelled.
+        """
+        self._begin_to_close()
+        if not self.closed:
+            request = Request(0, None)
+            self._closers.append(request)
+            await self.waker.wait(request)
+
+    def _begin_to_close(self) -> None:
+        if self.closing:
+            return
+        self.closing = True
+        self._end.cancel()
+        self._forget_timer()
+        self._on_closed(self)
+        self._refuse_all(lambda: PoolClosedError(f"the pool of database {self.name!r} was closed"))
+        self._end_leases()
+        if self._readers:
+            for worker in self._readers:
+                worker.stop()
+        else:
+            self.writer.stop()
+
+    def _end_leases(self) -> None:
+        for lease in tuple(self.transactions):
+            lease.abort(f"the pool of database {self.name!r} was closed while this was open")
+        self.transactions.clear()
+
+    def _reader_closed(self, worker: Worker) -> None:
+        self._readers.remove(worker)
+        if self.closing and not self._readers:
+            self.writer.stop()
+
+    def _writer_closed(self) -> None:
+        self.closed = True
+        registry.discard(self)
+        self.backend.dispose()
+        self._wake_closers()
+
+    def _wake_closers(self) -> None:
+        closers, self._closers = self._closers, []
+        self.waker.wake(closers)
+
+    def close_now(self) -> None:
+        """Closes without a loop: at the loop's end, or at the process's. Statements that run are interrupted."""
+        if self.closed:
+            return
+        self.closing = self.closed = True
+        self._end.cancel()
+        self._on_closed(self)
+        for queue in (self._line, self.reads.queue, self.writes.queue):
+            queue.clear()
+        self._end_leases()
+        deadline = time.monotonic() + JOIN_SECONDS
+        for group in (self._readers, [self.writer]):
+            for worker in group:
+                worker.stop(now=True)
+            for worker in group:
+                worker.join(max(0.0, deadline - time.monotonic()))
+        self.backend.dispose()
+        registry.discard(self)
+
+    def disown(self) -> list[Session]:
+        """In a forked child: this pool is the parent's. Gives the sessions that must never be touched."""
+        self.closing = self.closed = True
+        for lease in self.transactions:
+            lease.doom = PoolClosedError("this transaction belongs to the process that this one was forked from")
+            lease.ended = True
+        return [worker.session for worker in (self.writer, *self._readers) if worker.session is not None]
+
+
+def _again(error: BaseException) -> BaseException:
+    """A fresh copy of an error that several tasks are to raise, for a raised error grows a traceback."""
+    if isinstance(error, ConnectionFailedError):
+        copy: DatabaseError = ConnectionFailedError(error.path, error.reason)
+    elif isinstance(error, DatabaseError):
+        copy = type(error)(*error.args)
+    else:
+        return error
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,104 @@
+"""One piece of work for a worker, and the place where its outcome is put."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Final, Protocol
+
+from database.driver.backend import Operation
+
+__all__ = ["ALONE", "COMMIT", "MANY", "ROLLBACK", "SCRIPT", "STATEMENT", "UNIT", "Control", "Home", "Kind", "Request"]
+
+
+class Kind(IntEnum):
+    """How a request has to be run. The order matters: up to `UNIT`, requests may share a commit."""
+
+    STATEMENT = 0
+    """A single statement, atomic by itself."""
+    UNIT = 1
+    """Several statements as one: a function of the user's, which needs a savepoint or a transaction around it."""
+    MANY = 2
+    """Like UNIT, but long: it gets a transaction of its own, so that it holds nobody else's answer back."""
+    ALONE = 3
+    """A statement that may not run in a transaction (VACUUM, most PRAGMAs), or that should not (DDL)."""
+    SCRIPT = 4
+    """Several statements in one text, run one after the other as they come; never run again."""
+    COMMIT = 5
+    ROLLBACK = 6
+
+
+# The hot path compares these by value; looking an enum's member up would cost as much as the comparison.
+STATEMENT: Final = 0
+UNIT: Final = 1
+MANY: Final = 2
+ALONE: Final = 3
+SCRIPT: Final = 4
+COMMIT: Final = 5
+ROLLBACK: Final = 6
+
+Control = tuple[str, Any]
+"""A session's method and its argument, to be called before the request: `("savepoint", 1)`."""
+
+
+class Home(Protocol):
+    """Where a request waits to be run."""
+
+    def withdraw(self, request: Request) -> bool:
+        """Takes a request back; False if it runs, or has run, already. Loop thread."""
+        ...
+
+    def stop(self, request: Request) -> None:
+        """Has a running request stopped, and returns at once. Loop thread."""
+        ...
+
+
+class Request:
+    """What is to be run, and how it went.
+
+    The loop's thread fills in the upper half and hands the request over; from then until the answer is delivered
+    the lower half belongs to the worker, but for `cancelled`, which only the loop's thread sets and only the
+    worker heeds, and `waiter`, which workers never touch.
+    """
+
+    __slots__ = (
+        "cancelled",
+        "controls",
+        "done",
+        "error",
+        "extra",
+        "home",
+        "kind",
+        "label",
+        "operation",
+        "params",
+        "queued_at",
+        "result",
+        "sql",
+        "waiter",
+    )
+
+    def __init__(
+        self,
+        kind: int,
+        operation: Operation | None,
+        sql: Any = None,
+        params: Any = None,
+        extra: Any = None,
+        label: str | None = None,
+    ) -> None:
+        self.kind = kind
+        self.operation = operation
+        self.sql = sql
+        self.params = params
+        self.extra = extra
+        self.label = label
+        self.controls: Sequence[Control] | None = None
+        self.home: Home | None = None
+        self.queued_at = 0.0
+        self.waiter: Any = None
+
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.done = False

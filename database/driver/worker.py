@@ -1,0 +1,507 @@
+"""One thread, one connection, and what is being run on it.
+
+A worker serves whatever its inbox brings: a lane to empty, a lease to attend to, or the word to stop. It collects the
+requests it has answered and posts them in batches, for the wake-up of the event loop is the expensive part.
+
+Threads. Everything here runs on the worker's own thread but for `__init__`, `start`, `interrupt`, `stop` and `join`.
+
+Stopping a statement. The loop's thread sets `request.cancelled` and calls `interrupt`. Two things then stop the
+statement: the progress handler, which runs on this thread while a statement does, and the engine's own interrupt, for
+what the handler does not see (one long step, or the gap between two). The engine's interrupt hits whatever runs at
+that moment, so it may only be sent while it is certain *what* runs: `_guard` is held around sending it, and around the
+moment in which `current` ceases to be current. Thus it never hits the next request.
+
+After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
+hangs an exit, and `database.driver.registry` stops them at exit.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Lock, Thread, local
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from database.driver.backend import Backend, Interrupted, Observer, Role, Session
+from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Request
+from database.driver.wakeup import Notice, Waker
+from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
+
+if TYPE_CHECKING:
+    from database.driver.pool import Pool
+
+__all__ = ["Servable", "Worker", "here"]
+
+SLOW_TICKS = 8
+"""Progress handler calls after which a statement counts as slow: about a millisecond of the CPU's time."""
+
+BATCH_SECONDS = 0.001
+"""An answer is not held back for longer than this for the sake of a batch."""
+
+BATCH_SIZE = 64
+
+ENDED_BY_ITSELF = "the database has rolled the transaction back by itself; nothing of it is kept"
+
+
+class _Here(local):
+    worker: Worker | None = None
+
+
+here = _Here()
+"""`here.worker` is the worker whose thread this is, if it is one."""
+
+
+class Servable(Protocol):
+    """What an inbox brings."""
+
+    def serve(self, worker: Worker) -> None:
+        """Does the work, on the worker's thread."""
+        ...
+
+
+class Worker:
+    """A connection on its own thread."""
+
+    __slots__ = (
+        "__weakref__",
+        "_guard",
+        "_on_slow",
+        "_opened",
+        "_stopping",
+        "_thread",
+        "_ticks",
+        "acquired",
+        "answers",
+        "backend",
+        "commits",
+        "current",
+        "grouped",
+        "grouping",
+        "inbox",
+        "name",
+        "observer",
+        "pool",
+        "replaced",
+        "role",
+        "rollbacks",
+        "session",
+        "statements",
+        "threshold",
+        "waited",
+        "waker",
+    )
+
+    def __init__(self, name: str, role: Role, pool: Pool) -> None:
+        backend, waker, observer = pool.backend, pool.waker, pool.observer
+        self.pool = pool
+        self.name = name
+        self.role = role
+        self.backend = backend
+        self.waker = waker
+        self.observer = observer
+        self.inbox: SimpleQueue[Servable | None] = SimpleQueue()
+        self.session: Session | None = None
+        self.current: Request | None = None
+        self.answers: list[Request] = []
+        self.threshold: float | None = None
+        self.statements = self.commits = self.rollbacks = self.replaced = self.grouped = self.acquired = 0
+        self.waited = 0.0
+        self.grouping = False
+        """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
+        self._guard = Lock()
+        self._ticks = 0
+        self._on_slow: Callable[[], None] | None = None
+        self._stopping = False
+        self._opened = role == "writer"  # a reader opens at its first request, the writer at once
+        self._thread: Thread | None = None
+
+    # Any thread
+
+    def start(self, opened: Callable[[BaseException | None], None] | None, closed: Notice) -> None:
+        """Starts the thread, which opens the connection; `closed` is called on the loop at its end.
+
+        With `opened`, that is called on the loop with the outcome, and a failure ends the thread; without it, each
+        request tries to open the connection once more and is told the reason if that fails.
+        """
+        self._thread = Thread(target=self._run, args=(opened, closed), name=self.name, daemon=True)
+        self._thread.start()
+
+    def interrupt(self, request: Request) -> None:
+        """Stops the request if it is the one that runs. Its `cancelled` has been set."""
+        with self._guard:
+            session = self.session
+            if self.current is request and session is not None:
+                session.interrupt()
+
+    def interrupt_current(self) -> None:
+        """Stops whatever runs, but for a commit."""
+        with self._guard:
+            current, session = self.current, self.session
+            if current is not None and current.kind < COMMIT and session is not None:
+                current.cancelled = True
+                session.interrupt()
+
+    def call_off(self, request: Request) -> bool:
+        """Keeps the request from being run; False if it runs, or has run, already."""
+        with self._guard:
+            if self.current is request or request.result is not None or request.error is not None:
+                return False
+            request.cancelled = True
+            return True
+
+    def stop(self, *, now: bool = False) -> None:
+        """Ends the thread once it has done what its inbox holds; `now` also stops what it is doing."""
+        if now:
+            self._stopping = True
+            with self._guard:
+                current = self.current
+                if current is not None and current.kind < COMMIT and self.session is not None:
+                    self.session.interrupt()
+        self.inbox.put(None)
+
+    def join(self, seconds: float) -> bool:
+        """Waits for the thread's end; False if it did not come in time."""
+        if self._thread is None:
+            return True
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    # The worker's thread
+
+    def _run(self, opened: Callable[[BaseException | None], None] | None, closed: Notice) -> None:
+        here.worker = self
+        error = None if opened is None else self._open()
+        if opened is not None:
+            self.waker.post([], lambda: opened(error))
+        if error is None:
+            get = self.inbox.get
+            while (item := get()) is not None:
+                try:
+                    item.serve(self)
+                except BaseException as failure:  # a defect in the driver must not become a hang  # pragma: no cover
+                    self.observer.failure(failure)
+                    raise
+                del item  # so that an idle worker keeps nothing alive
+            self._close()
+        self.waker.post([], closed)
+
+    def _open(self) -> BaseException | None:
+        try:
+            self.session = self.backend.connect(self.role, self._progress)
+        except BaseException as error:
+            if not isinstance(error, DatabaseError):
+                failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
+                failed.__cause__ = error
+                error = failed
+            self.observer.failure(error)
+            return error
+        return None
+
+    def _close(self) -> None:
+        with self._guard:
+            session, self.session = self.session, None
+        if session is not None:
+            try:
+                session.close()
+            except Exception as error:
+                self.observer.failure(error)
+
+    def _progress(self) -> bool:
+        """The session's progress handler: true stops the statement."""
+        request = self.current
+        if request is None or request.kind >= COMMIT:
+            return False
+        if request.cancelled or self._stopping:
+            return True
+        self._ticks += 1
+        if self._ticks == 1:
+            self.flush()  # what is answered already need not wait for this one
+        elif self._ticks == SLOW_TICKS and self._on_slow is not None:
+            self._on_slow()
+        return False
+
+    def attend(self, on_slow: Callable[[], None] | None = None) -> None:
+        """Called when a lane or a lease begins to be served: settles what is looked up once a batch."""
+        self.threshold = self.observer.threshold()
+        self._on_slow = on_slow
+
+    def flush(self) -> None:
+        """Posts the answers collected so far."""
+        answers = self.answers
+        if answers:
+            self.answers = []
+            self.waker.post(answers)
+
+    def finish(self, notice: Notice) -> None:
+        """Posts the answers together with a notice to the pool."""
+        answers, self.answers = self.answers, []
+        self.waker.post(answers, notice)
+
+    def ready(self) -> Session:
+        """The session; opened anew if the last one had to be given up.
+
+        Raises:
+            DatabaseError: It cannot be opened.
+        """
+        session = self.session
+        if session is None:
+            error = self._open()
+            if error is not None:
+                raise error
+            session = self.session
+            assert session is not None
+            self.replaced += self._opened
+            self._opened = True
+        return session
+
+    def enter(self, request: Request) -> bool:
+        """Marks a commit as begun, from when on nothing stops it; False if it was called off before that."""
+        with self._guard:
+            if request.cancelled:
+                return False
+            self.current = request
+            return True
+
+    def left(self) -> None:
+        """After `enter`: nothing is current any more."""
+        self.current = None
+
+    def execute(self, request: Request) -> None:
+        """Runs the request and keeps its result or its error in it."""
+        self._ticks = 0
+        self.statements += 1
+        guard = self._guard
+        started = 0.0 if self.threshold is None else perf_counter()
+        guard.acquire()
+        if request.cancelled:  # called off a moment ago
+            guard.release()
+            request.error = Interrupted()
+            return
+        self.current = request
+        guard.release()
+        try:
+            session = self.session or self.ready()
+            request.result = request.operation(session, request.sql, request.params, request.extra)  # type: ignore[misc]
+            guard.acquire()
+            self.current = None
+            guard.release()
+        except BaseException as error:
+            # The same three steps as above, and not `finally`: most statements succeed, and pay for every line.
+            with guard:
+                self.current = None
+            self._failed(request, error)
+        if self.threshold is not None:
+            seconds = perf_counter() - started
+            if seconds >= self.threshold:
+                self.observer.statement(request, seconds, self.name)
+
+    def run_inline(self, request: Request) -> Any:
+        """Runs a request from within another one: a statement of a function that was sent to this thread."""
+        current = self.current
+        if current is not None and current.cancelled:
+            raise self._called_off()
+        self.statements += 1
+        started = 0.0 if self.threshold is None else perf_counter()
+        try:
+            request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
+        except BaseException as error:
+            request.error = self.translate(error, request)
+        if self.threshold is not None:
+            seconds = perf_counter() - started
+            if seconds >= self.threshold:
+                self.observer.statement(request, seconds, self.name)
+        if request.error is not None:
+            raise request.error
+        return request.result
+
+    @staticmethod
+    def _called_off() -> BaseException:
+        return TransactionError("the caller of this function was cancelled; what it did is rolled back")
+
+    def step(self, session: Session, method: str, argument: Any) -> None:
+        """Runs one of the session's own methods, with its errors mapped."""
+        try:
+            getattr(session, method)(argument)
+        except BaseException as error:
+            raise self.translate(error, None) from error
+
+    def renew(self, session: Session, *, keep: bool, readonly: bool) -> None:
+        """Ends the open transaction, or within a group its savepoint, and opens the next."""
+        try:
+            if self.grouping:
+                if keep:
+                    session.release(0)
+                else:
+                    session.undo(0)
+                session.savepoint(0)
+            else:
+                if keep:
+                    session.commit()
+                    self.commits += 1
+                else:
+                    session.rollback()
+                    self.rollbacks += 1
+                session.begin(readonly=readonly)
+        except BaseException as error:
+            raise self.translate(error, None) from error
+
+    def _failed(self, request: Request, error: BaseException) -> None:
+        # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
+        again = request.kind == STATEMENT or request.kind == ALONE
+        if again and self.backend.is_busy(error) and not request.cancelled:
+            session = self.session
+            assert session is not None
+            try:
+                request.result = self.patiently(
+                    request, request.operation, session, request.sql, request.params, request.extra
+                )
+            except BaseException as still:
+                error = still
+            else:
+                return
+        request.error = self.translate(error, request)
+
+    def translate(self, error: BaseException, request: Request | None) -> BaseException:
+        """The package's error for the driver's; gives up a connection that can no longer be trusted."""
+        if isinstance(error, Interrupted):
+            return error
+        session = self.session
+        translated = error
+        if self._stopping:
+            translated = PoolClosedError("the pool was closed while this statement ran")
+        elif session is not None:
+            if request is None:
+                translated = session.translate(error, None, None)
+            else:
+                translated = session.translate(error, request.sql, request.params)
+            if self.backend.is_broken(error):
+                self.discard()
+        if translated is not error and translated.__cause__ is None:
+            translated.__cause__ = error
+        if request is None or not request.cancelled:
+            self.observer.failure(translated)
+        return translated
+
+    def discard(self) -> None:
+        """Gives the connection up: the next request opens another."""
+        self._close()
+
+    def patiently(self, request: Request | None, step: Any, *arguments: Any) -> Any:
+        """Runs a step again and again while somebody else holds a lock, until `busy_timeout` is used up.
+
+        Between two tries the thread sleeps for a random few milliseconds: short enough that a cancellation is heeded
+        at once (SQLite's own busy handler cannot be interrupted) and that no process starves behind another.
+
+        Raises:
+            Interrupted: The request was cancelled meanwhile.
+        """
+        deadline = perf_counter() + self.backend.busy_timeout
+        while True:
+            try:
+                return step(*arguments)
+            except BaseException as error:
+                if not self.backend.is_busy(error) or perf_counter() >= deadline:
+                    raise
+            self.flush()
+            if self._stopping or (request is not None and request.cancelled):
+                raise Interrupted
+            time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
+
+    def begin(self, request: Request, *, readonly: bool) -> Session:
+        """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
+        session = self.session or self.ready()
+        try:
+            session.begin(readonly=readonly)
+        except BaseException as error:
+            if not self.backend.is_busy(error):
+                raise
+            self.patiently(request, _begin, session, readonly)
+        return session
+
+    def commit(self, session: Session) -> None:
+        """Commits. Must be called with no current request, so that nothing can interrupt it."""
+        try:
+            session.commit()
+        except BaseException as error:
+            if not self.backend.is_busy(error):
+                raise
+            self.patiently(None, session.commit)
+        self.commits += 1
+
+    def rollback(self) -> None:
+        """Rolls back what is open, if anything is; gives the connection up if even that fails."""
+        session = self.session
+        if session is None:
+            return
+        try:
+            session.rollback()
+        except BaseException as error:
+            self.observer.failure(error)
+            self.discard()
+
+    def atomically(self, request: Request) -> None:
+        """Runs the request between SAVEPOINT and RELEASE of the open transaction; undone if it fails."""
+        session = self.session
+        if session is None:
+            self.execute(request)  # which reports why the connection is gone
+            return
+        try:
+            session.savepoint(0)
+        except BaseException as error:
+            request.error = self.translate(error, request)
+            return
+        self.grouping = True
+        self.execute(request)
+        self.grouping = False
+        if request.cancelled and request.error is None:
+            request.error = Interrupted()
+        session = self.session
+        if session is None or not session.in_transaction:
+            return
+        try:
+            if request.error is None:
+                session.release(0)
+            else:
+                session.undo(0)
+        except BaseException as error:
+            if request.error is None:
+                request.error = self.translate(error, request)
+            self.rollback()  # neither kept nor undone: what remains is the whole
+
+    def in_transaction_of_its_own(self, request: Request, *, readonly: bool) -> None:
+        """BEGIN, the request, COMMIT; rolled back if any of it fails."""
+        try:
+            session = self.begin(request, readonly=readonly)
+        except BaseException as error:
+            request.error = self.translate(error, request)
+            return
+        self.execute(request)
+        if request.error is None and not request.cancelled:
+            if not session.in_transaction:
+                request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
+                return
+            try:
+                self.commit(session)
+            except BaseException as error:
+                request.error = self.translate(error, request)
+            else:
+                return
+        elif request.error is None:
+            request.error = Interrupted()
+        self.rollback()
+
+    def perform(self, request: Request, *, readonly: bool) -> None:
+        """Runs a request outside any transaction, in one of its own where its kind needs one."""
+        if request.kind == UNIT or request.kind == MANY:
+            self.in_transaction_of_its_own(request, readonly=readonly)
+        else:
+            self.execute(request)
+            if request.error is not None:
+                self.rollback()  # nothing is open after a failed statement, unless a script opened it
+
+
+def _begin(session: Session, readonly: bool) -> None:
+    session.begin(readonly=readonly)

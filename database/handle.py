@@ -1,0 +1,742 @@
+"""`Database`: what `get_db()` returns.
+
+A handle is made once per name, at import time, and knows nothing yet. At its first use it looks its settings up and opens
+a pool for the event loop at hand. A statement then goes one of three ways: within a transaction to that transaction's
+connection; otherwise, if it reads, to the lane of the readers; if it writes, to the lane of the writer.
+
+Every call costs one hop to a worker's thread and back, so everything before the hop is kept short: what is known of a
+statement is cached by its text, and nothing but one `Request` is made for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+
+from database import engine as engines
+from database import logs, settings
+from database.batch import Batch
+from database.driver.lease import Lease
+from database.driver.pool import Pool, PoolStats
+from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
+from database.driver.wakeup import create_waker, current_loop, current_task_id
+from database.driver.worker import here
+from database.engine import Engine
+from database.errors import DatabaseError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
+from database.statements import CONTROL, READ, WRITE, Result, Row, Statement
+from database.stream import Stream
+from database.transaction import (
+    Detached,
+    Entered,
+    Origin,
+    TimeLimit,
+    Transaction,
+    detached,
+    enter,
+    leave,
+    run_callbacks,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["Database", "TransactionContext"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Parameters = Mapping[str, Any] | Sequence[Any] | object | None
+
+_CACHE_LIMIT = 5000
+"""Statements whose analysis is remembered; whoever sends more different texts starts anew."""
+
+
+class AiosqlQuery(Protocol):
+    """A query function as aiosql makes it."""
+
+    sql: str
+    operation: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Query = str | Callable[..., Any]
+"""SQL text, or a query function of `load_queries()`."""
+
+
+class Database:
+    """A database. Get it by `get_db()`, at module level if you like, and use it from any task.
+
+    Outside a transaction every statement is its own. Inside one (`@transactional`, `async with db.transaction()`,
+    `await db.begin()`) it belongs to that, also when it is sent by a task that was started in it.
+    """
+
+    def __init__(self, name: str, engine: str | None) -> None:
+        self.name = name
+        self.current: ContextVar[Transaction | Detached | None] = ContextVar(f"database {name}", default=None)
+        self._wanted_engine = engine
+        self._engine: Engine | None = None
+        self._settings: settings.Settings | None = None
+        self._observer: logs.LogObserver | None = None
+        self._statements: dict[Any, Statement] = {}
+        self._pools: dict[int, Pool] = {}
+        self._operations: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name!r}>"
+
+    # Looking things up
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that the configuration gives this database."""
+        if self._engine is None:
+            self._resolve()
+        return cast("Engine", self._engine)
+
+    @property
+    def observer(self) -> logs.LogObserver:
+        """Reports what this database does."""
+        if self._observer is None:
+            self._resolve()
+        return cast("logs.LogObserver", self._observer)
+
+    def _resolve(self) -> None:
+        name, self._settings = settings.current().find(self.name, self._wanted_engine)
+        if self._engine is None or self._engine.name != name:
+            self._engine = engines.load(name)
+            self._operations = self._engine.operations
+            self._statements.clear()
+        self._observer = logs.LogObserver(self.name, self._settings.logging)
+
+    def pin(self, engine: str) -> bool:
+        """Makes sure that this handle is of that engine; False if it is of another one already."""
+        if self._wanted_engine is None and self._engine is None:
+            self._wanted_engine = engine
+        return engine in (self._wanted_engine, None if self._engine is None else self._engine.name)
+
+    def pool(self) -> Pool:
+        """The pool of the running event loop, opened if need be.
+
+        Raises:
+            ConfigurationError: The settings are wrong, or none name this database.
+            TransactionError: No event loop is running here.
+        """
+        loop = current_loop()
+        pool = self._pools.get(id(loop))
+        if pool is not None and pool.waker.loop is loop:
+            return pool
+        return self._open_pool(loop)
+
+    def _open_pool(self, loop: object | None) -> Pool:
+        if loop is None:
+            if here.worker is not None:
+                raise TransactionError(
+                    f"database {self.name!r} cannot be used from here: this code runs on a database's own thread"
+                    " (offload=True, or db.run), where only the database that runs it may be called"
+                )
+            raise TransactionError(f"database {self.name!r} can only be used inside asyncio or trio, and none is running")
+        ticket = object()
+        settings.hold(ticket, self.name)
+        try:
+            self._resolve()
+            chosen = cast("settings.Settings", self._settings)
+            logs.set_up(chosen.logging)
+            key = id(loop)
+
+            def closed(pool: Pool) -> None:
+                settings.release(ticket)
+                if self._pools.get(key) is pool:
+                    del self._pools[key]
+
+            backend = self.engine.backend(chosen)
+            pool = Pool(
+                backend,
+                create_waker(),
+                self.observer,
+                name=self.name,
+                size=chosen.pool_size,
+                timeout=chosen.pool_timeout,
+                on_closed=closed,
+            )
+        except BaseException:
+            settings.release(ticket)
+            raise
+        self._pools[key] = pool
+        return pool
+
+    def _analyse(self, query: Query) -> Statement:
+        """Analyses a statement the first time it is seen."""
+        if self._engine is None:
+            self._resolve()
+        if isinstance(query, str):
+            sql = query
+        else:
+            sql = getattr(query, "sql", None)  # type: ignore[assignment]
+            if not isinstance(sql, str):
+                raise QueryExecutionError(
+                    f"a query is SQL text or a query function of load_queries(), not {type(query).__name__}"
+                )
+        statement = self.engine.analyse(sql)
+        if not statement.verb:
+            raise QueryExecutionError("the statement is empty", sql=sql)
+        if len(self._statements) >= _CACHE_LIMIT:
+            self._statements.clear()
+        self._statements[query] = statement
+        return statement
+
+    def _rows_from(self, method: str, query: Query) -> Statement:
+        """The statement, if it gives rows.
+
+        Raises:
+            QueryExecutionError: It does not; nothing is executed.
+        """
+        statement = self._statements.get(query) or self._analyse(query)
+        if not statement.returns_rows:
+            raise self._unfit(method, statement)
+        return statement
+
+    def _unfit(self, method: str, statement: Statement) -> DatabaseError:
+        if statement.kind == CONTROL:
+            return cast("DatabaseError", self.engine.control_error(statement.verb))
+        return QueryExecutionError(
+            f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute(),"
+            f"{' or add a RETURNING clause' if statement.kind == WRITE else ''} nothing was executed",
+            sql=statement.sql,
+        )
+
+    # Statements
+
+    async def _send(self, operation: Any, statement: Statement, params: Any, extra: Any) -> Any:
+        level = self.current.get()
+        if level is None or type(level) is Detached:
+            if level is not None and statement.kind != READ:
+                self._refuse_waiting_for_itself(cast("Detached", level))
+            loop = current_loop()
+            pool = self._pools.get(id(loop))
+            if pool is None or pool.waker.loop is not loop:
+                pool = self._open_pool(loop)
+            if statement.kind == READ:
+                request = Request(STATEMENT, operation, statement, params, extra)
+                pool.reads.submit(request)
+            else:
+                kind = STATEMENT if statement.kind == WRITE else ALONE
+                request = Request(kind, operation, statement, params, extra)
+                pool.writes.submit(request)
+            return await pool.waker.wait(request)
+        transaction = cast("Transaction", level)
+        if transaction.readonly and statement.kind == WRITE and not transaction.ended:
+            raise self._read_only(statement)
+        return await transaction.run(Request(STATEMENT, operation, statement, params, extra))
+
+    def _read_only(self, statement: Statement) -> ReadOnlyTransactionError:
+        return ReadOnlyTransactionError(
+            f"a read-only transaction refuses this {statement.verb}; nothing was executed: {statement.sql[:500]}"
+        )
+
+    @staticmethod
+    def _refuse_waiting_for_itself(level: Detached) -> None:
+        outer = level.outer
+        if outer is None or outer.ended or outer.root.readonly or outer.root.lease is None:
+            return
+        if outer.origin.task_id == current_task_id():
+            raise TransactionError(
+                "a write outside the transaction could only wait for the transaction, which this very task holds open"
+                f" (begun by {outer.origin()}): there is one writer at a time"
+            )
+
+    async def execute(self, query: Query, params: Parameters = None) -> Result:
+        """Executes a statement for what it does.
+
+        Args:
+            query: SQL text with `:name` or `?` placeholders, or a query function of `load_queries()`.
+            params: A mapping, a sequence, or an object with attributes.
+
+        Returns:
+            The number of rows changed, and the row id of an INSERT.
+
+        Raises:
+            QueryExecutionError: It failed, or one of the subclasses says why.
+            ReadOnlyTransactionError: It writes, and the transaction is read-only.
+        """
+        statement = self._statements.get(query) or self._analyse(query)
+        if statement.kind == CONTROL:
+            raise self._unfit("execute", statement)
+        if type(query) is not str:
+            self._check_operation("execute", query)
+        return cast("Result", await self._send(self._operations.execute, statement, params, None))
+
+    @overload
+    async def fetch_one(
+        self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]
+    ) -> T | None: ...
+    @overload
+    async def fetch_one(self, query: Query, params: Parameters = None, *, record_class: None = None) -> Row | None: ...
+    async def fetch_one(
+        self, query: Query, params: Parameters = None, *, record_class: Callable[..., Any] | None = None
+    ) -> Any:
+        """The first row, or None.
+
+        Args:
+            query: As for `execute`; it must return rows.
+            params: As for `execute`.
+            record_class: What to make of the row: called with its columns as keyword arguments.
+
+        Raises:
+            QueryExecutionError: It failed, or returns no rows (then nothing is executed).
+        """
+        statement = self._rows_from("fetch_one", query)
+        if type(query) is not str:
+            record_class = record_class or self._check_operation("fetch_one", query)
+        return await self._send(self._operations.fetch_one, statement, params, record_class)
+
+    @overload
+    async def fetch_all(self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]) -> list[T]: ...
+    @overload
+    async def fetch_all(self, query: Query, params: Parameters = None, *, record_class: None = None) -> list[Row]: ...
+    async def fetch_all(
+        self, query: Query, params: Parameters = None, *, record_class: Callable[..., Any] | None = None
+    ) -> list[Any]:
+        """All rows. Arguments and errors as for `fetch_one`."""
+        statement = self._rows_from("fetch_all", query)
+        if type(query) is not str:
+            record_class = record_class or self._check_operation("fetch_all", query)
+        return cast("list[Any]", await self._send(self._operations.fetch_all, statement, params, record_class))
+
+    async def fetch_value(self, query: Query, params: Parameters = None, *, default: Any = None) -> Any:
+        """The first column of the first row; `default` if there is no row. Other arguments and errors as `fetch_one`."""
+        statement = self._rows_from("fetch_value", query)
+        if type(query) is not str:
+            self._check_operation("fetch_value", query)
+        return await self._send(self._operations.fetch_value, statement, params, default)
+
+    @staticmethod
+    def _check_operation(method: str, query: Any) -> Callable[..., Any] | None:
+        """Holds the operator of an aiosql query against the method; gives its record class."""
+        operation = getattr(query, "operation", None)
+        name = getattr(operation, "name", "SELECT")
+        allowed = _OPERATIONS[method]
+        if name not in allowed:
+            raise QueryExecutionError(
+                f"{method}() does not fit the query {getattr(query, '__name__', '?')!r}, which is declared as"
+                f" {name.lower().replace('_', ' ')}: use {_METHODS.get(name, 'another method')}; nothing was executed",
+                sql=getattr(query, "sql", None),
+            )
+        return getattr(query, "record_class", None)
+
+    async def execute_many(self, query: Query, rows: Iterable[Any]) -> Result:
+        """Executes a statement once for every row of parameters: all or nothing.
+
+        Args:
+            query: An INSERT, UPDATE or DELETE without RETURNING.
+            rows: Parameters, each as for `execute`. An iterator is consumed on the database's thread, as it goes.
+
+        Returns:
+            The total number of rows changed.
+        """
+        statement = self._statements.get(query) or self._analyse(query)
+        if type(query) is not str:
+            self._check_operation("execute_many", query)
+        if statement.kind != WRITE or statement.returns_rows:
+            if statement.kind == CONTROL:
+                raise self._unfit("execute_many", statement)
+            raise QueryExecutionError(
+                "execute_many() takes an INSERT, UPDATE or DELETE without RETURNING; nothing was executed",
+                sql=statement.sql,
+            )
+        return cast("Result", await self._send_unit(MANY, self._operations.execute_many, statement, rows))
+
+    async def _send_unit(
+        self, kind: int, operation: Any, what: Any, params: Any, extra: Any = None, *, label: str | None = None,
+        readonly: bool = False,
+    ) -> Any:  # fmt: skip
+        """Sends several statements as one."""
+        level = self.current.get()
+        request = Request(kind, operation, what, params, extra, label)
+        if isinstance(level, Transaction):
+            if level.readonly and kind == MANY and not level.ended:
+                raise self._read_only(cast("Statement", what))
+            return await level.run(request)
+        pool = self.pool()
+        if readonly:
+            pool.reads.submit(request)
+        else:
+            if level is not None:
+                self._refuse_waiting_for_itself(level)
+            pool.writes.submit(request)
+        return await pool.waker.wait(request)
+
+    async def execute_script(self, sql: str | Callable[..., Any]) -> None:
+        """Executes the statements of a script one after the other.
+
+        Inside a transaction it stays inside it, and BEGIN, COMMIT and the like are refused. Outside, each statement is
+        its own transaction.
+
+        Args:
+            sql: The script, or an aiosql query function with the `#` operator.
+        """
+        text = sql if isinstance(sql, str) else getattr(sql, "sql", None)
+        if not isinstance(text, str):
+            raise QueryExecutionError(f"a script is SQL text or an aiosql script, not {type(sql).__name__}")
+        if self._operations is None:
+            self._resolve()
+        await self._send_unit(SCRIPT, self._operations.execute_script, text, None)
+
+    def stream(
+        self,
+        query: Query,
+        params: Parameters = None,
+        *,
+        chunk_size: int = 1000,
+        record_class: Callable[..., Any] | None = None,
+    ) -> Stream:
+        """Rows as they come: `async with db.stream(sql) as rows: async for row in rows: ...`.
+
+        It reads ahead by one chunk at the most. Outside a transaction it keeps one reader, and that reader's snapshot,
+        until the block ends.
+
+        Args:
+            query: As for `fetch_all`. A statement that writes can be streamed inside a transaction only.
+            params: As for `execute`.
+            chunk_size: The most rows to fetch at a time; the first chunks are smaller.
+            record_class: As for `fetch_one`.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+        return Stream(self, query, params, chunk_size, record_class, _origin("stream()", 1))
+
+    async def run(
+        self, function: Callable[Concatenate[Any, ...], T], *args: Any, readonly: bool = False
+    ) -> T:
+        """Runs `function(connection, *args)` on the connection's own thread, in one transaction.
+
+        Args:
+            function: An ordinary function. It must neither commit nor roll back (an exception rolls back), nor keep the
+                connection. It may be run a second time, if the group of writes that it was in had to be rolled back.
+            *args: Its further arguments.
+            readonly: Runs it on a reader; writes are refused.
+
+        Returns:
+            What the function returns.
+        """
+        if inspect.iscoroutinefunction(function):
+            raise TypeError("db.run() takes an ordinary function; for a coroutine function use @transactional(offload=True)")
+        if self._operations is None:
+            self._resolve()
+        name = getattr(function, "__qualname__", repr(function))
+        level = self.current.get()
+        operation = self._operations.call
+        if readonly and isinstance(level, Transaction) and not level.readonly:
+            async with self.transaction(readonly=True):
+                return cast("T", await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})"))
+        return cast(
+            "T", await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})", readonly=readonly)
+        )
+
+    async def offload(self, job: Any, *, readonly: bool) -> Any:
+        """Sends a coroutine function to the database's thread; see `database.offload`."""
+        from database.offload import drive  # noqa: PLC0415  - it needs this module
+
+        if self._operations is None:
+            self._resolve()
+        level = self.current.get()
+        label = f"offloaded {job.origin()}"
+        if isinstance(level, Transaction) and level.root.session is not None:
+            raise AssertionError  # nested inside an offloaded function: the decorator runs it as an ordinary level
+        result, callbacks = await self._send_unit(UNIT, drive, job, None, label=label, readonly=readonly)
+        if callbacks:
+            if isinstance(level, Transaction):
+                level.callbacks.extend(callbacks)
+            else:
+                await run_callbacks(callbacks)
+        return result
+
+    async def call_aiosql(self, method: Any, sql: str, params: Any, record_class: Any = None, *, record: bool = False) -> Any:
+        """Runs a method of aiosql's synchronous adapter on the worker; see `database.queries`."""
+        statement = self._statements.get(sql) or self._analyse(sql)
+        if statement.kind == CONTROL:
+            raise self._unfit("this query", statement)
+        arguments = (method, params, (record_class,) if record else None)
+        return await self._send(self._operations.call_aiosql, statement, arguments, None)
+
+    # Transactions
+
+    def transaction(
+        self, readonly: bool = False, timeout: float | None = None, propagation: str = "nested"
+    ) -> TransactionContext:
+        """A transaction: `async with db.transaction() as tx: ...`. Commits at the end, rolls back on any exception.
+
+        Args:
+            readonly: Sees one snapshot from its first statement to its end, and refuses writes.
+            timeout: Seconds for all of it, waiting included; then `TransactionTimeoutError`.
+            propagation: What to do when a transaction is open already: `nested` (a savepoint), `required` (join),
+                `requires_new`, `mandatory`, `supports`, `not_supported` or `never`.
+        """
+        return TransactionContext(self, _origin("db.transaction()", 1), readonly, timeout, propagation)
+
+    async def begin(self, readonly: bool = False) -> Transaction:
+        """Begins a transaction that `commit()` or `rollback()` ends; within one, a nested level of it.
+
+        It belongs to this task and to tasks started from now on. If the task ends first, it is rolled back with a
+        warning.
+        """
+        origin = _origin("db.begin()", 1)
+        origin.set_task()
+        entered, _ = await enter(self, origin, readonly=readonly, propagation="nested", manual=True)
+        level = cast("Transaction", entered)
+        if level.root.session is None:
+            level.watch = level.pool.waker.on_task_end(level.roll_back_unattended)
+        return level
+
+    async def commit(self) -> None:
+        """Commits what `begin()` began; inside a decorated function, what was done so far.
+
+        Raises:
+            TransactionError: No transaction is open, or it can only be rolled back.
+        """
+        level = self._open_level("commit")
+        if level is None:
+            raise TransactionError("commit(): no transaction is open; call begin() first")
+        if not level.manual:
+            await level.commit()
+            return
+        try:
+            await level.finish()
+        finally:
+            self._step_out(level)
+
+    async def rollback(self) -> None:
+        """Rolls back what `begin()` began; inside a decorated function, what was done so far. Else does nothing."""
+        level = self._open_level("rollback")
+        if level is None:
+            return
+        if not level.manual:
+            await level.rollback()
+            return
+        try:
+            await level.abandon()
+        finally:
+            self._step_out(level)
+
+    async def flush(self) -> None:
+        """Returns once everything that was handed over so far has been executed. It does not commit."""
+        level = self._open_level("flush")
+        if level is not None:
+            if level.root.lease is not None or level.root.session is not None:
+                await level.run(Request(STATEMENT, _nothing, None, None, None, "flush"), in_turn=False)
+            return
+        await self.open()
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this task is inside an open transaction on this database."""
+        level = self.current.get()
+        return isinstance(level, Transaction) and not level.ended
+
+    def _open_level(self, _method: str) -> Transaction | None:
+        level = self.current.get()
+        if not isinstance(level, Transaction):
+            return None
+        if level.ended:
+            raise level.refusal()
+        return level
+
+    def _step_out(self, level: Transaction) -> None:
+        if self.current.get() is level:
+            self.current.set(level.parent or (None if level.outer is None else Detached(level.outer)))
+
+    def on_commit(self, function: Callable[[], Any]) -> Any:
+        """Runs a function after the outermost commit, never after a rollback; at once where no transaction is open.
+
+        Args:
+            function: An ordinary function; inside a transaction, a coroutine function as well.
+        """
+        level = self._open_level("on_commit")
+        if level is not None:
+            level.on_commit(function)
+            return None
+        return function()
+
+    def detached(self) -> AbstractContextManager[None]:
+        """`with db.detached():` steps outside the current transaction: for tasks that outlive it."""
+        return detached(self.current)
+
+    def batch(self, size: int = 1000) -> Batch:
+        """Many writes, sent together and committed every `size`: `async with db.batch() as batch: ...`.
+
+        Inside a transaction they are sent together all the same, and committed with it.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        return Batch(self, size)
+
+    async def send_batch(self, items: list[tuple[Statement, Any]]) -> None:
+        """Executes what a batch has collected, in one transaction."""
+        await self._send_unit(MANY, self._operations.execute_batch, items, None, label="batch")
+
+    def batch_statement(self, query: Query) -> Statement:
+        """The statement, if it may stand in a batch."""
+        statement = self._statements.get(query) or self._analyse(query)
+        if statement.kind != WRITE:
+            raise self._unfit("batch.execute", statement) if statement.kind == CONTROL else QueryExecutionError(
+                f"a batch takes INSERT, UPDATE and DELETE, not {statement.verb}; nothing was executed", sql=statement.sql
+            )
+        level = self.current.get()
+        if isinstance(level, Transaction) and level.readonly:
+            raise self._read_only(statement)
+        return statement
+
+    # The rest
+
+    async def backup(
+        self, path: str | os.PathLike[str], *, progress: Callable[[int, int, int], object] | None = None
+    ) -> None:
+        """Copies the database, as it is at one moment, while others read and write.
+
+        The copy is written beside its place and moved there when it is complete.
+
+        Args:
+            path: The copy; an existing file is replaced, unless it is a database in use.
+            progress: Called on the database's thread as `progress(status, remaining, total)`, in pages.
+        """
+        target = os.path.abspath(os.fspath(path))
+        pool = self.pool()
+        lease = Lease(pool, _origin("backup()", 1), number=None, readonly=True, transaction=False)
+        request = Request(SCRIPT, self._operations.backup, target, progress, 256, f"backup to {target}")
+        try:
+            lease.submit(request)
+            await pool.waker.wait(request)
+        finally:
+            await self.give_back(lease)
+
+    async def give_back(self, lease: Lease) -> None:
+        """Ends a lease without a transaction, and waits until its connection is free."""
+        if lease.dropped or lease.ended or lease.queued_at == 0.0:
+            return
+        if lease.worker is None and lease.pool.withdraw(lease):
+            return
+        request = Request(ROLLBACK, None, label="the end of a stream")
+        lease.submit(request)
+        await lease.pool.waker.wait(request)
+
+    def prepare_stream(self, query: Query) -> tuple[Statement, Callable[..., Any] | None, Any]:
+        """What a stream needs: the statement, the query's record class, the engine's operations."""
+        statement = self._rows_from("stream", query)
+        record_class = None if type(query) is str else self._check_operation("fetch_all", query)
+        return statement, record_class, self._operations
+
+    def stats(self) -> PoolStats:
+        """What this database's pool on the running event loop is doing; all zero if none is open."""
+        loop = current_loop()
+        pool = self._pools.get(id(loop))
+        if pool is None or pool.waker.loop is not loop:
+            return PoolStats()
+        return pool.stats()
+
+    async def open(self) -> None:
+        """Opens the pool now instead of at its first use: an application that cannot reach its data need not start."""
+        pool = self.pool()
+        request = Request(SCRIPT, _nothing, None, None, None, "open")
+        pool.writes.submit(request)
+        await pool.waker.wait(request)
+
+    async def close(self) -> None:
+        """Closes this database's pool on this event loop; the next use opens another.
+
+        What waits gets `PoolClosedError`; open transactions are rolled back.
+
+        Raises:
+            TransactionError: Called inside a transaction on this database.
+        """
+        level = self.current.get()
+        if isinstance(level, Transaction) and not level.ended and level.pool is self._pools.get(id(current_loop())):
+            raise TransactionError(f"close() was called inside a transaction, begun by {level.origin()}; end it first")
+        loop = current_loop()
+        pool = self._pools.get(id(loop))
+        if pool is not None and pool.waker.loop is loop:
+            await pool.close()
+
+    def pools(self) -> list[Pool]:
+        """The open pools, of all event loops."""
+        return list(self._pools.values())
+
+    def forget_pools(self) -> None:
+        """In a forked child: the pools are the parent's."""
+        self._pools.clear()
+
+
+class TransactionContext:
+    """What `db.transaction()` gives: `async with` it. A class, for it costs a fifth of `@asynccontextmanager`."""
+
+    __slots__ = ("_arguments", "_database", "_entered", "_scope", "_timeout", "_token")
+
+    def __init__(
+        self, database: Database, origin: Origin, readonly: bool, timeout: float | None, propagation: str
+    ) -> None:
+        self._database = database
+        self._arguments = (origin, readonly, propagation)
+        self._timeout = timeout
+        self._scope: TimeLimit | None = None
+        self._entered: Entered | None = None
+        self._token: Any = None
+
+    async def __aenter__(self) -> Transaction:
+        origin, readonly, propagation = self._arguments
+        if self._timeout is not None:
+            self._scope = TimeLimit(self._timeout, origin)
+            self._scope.start()
+        try:
+            self._entered, self._token = await enter(self._database, origin, readonly=readonly, propagation=propagation)
+        except BaseException as error:
+            if self._scope is not None:
+                self._scope.stop(error)
+            raise
+        if isinstance(self._entered, Transaction):
+            return self._entered
+        return cast("Transaction", self._entered.level)  # None where the propagation means "no transaction"
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self._entered is not None
+        scope = self._scope
+        try:
+            await leave(self._entered, self._token, error)
+        except BaseException as failure:
+            if scope is not None:
+                scope.stop(failure)
+            raise
+        if scope is not None:
+            scope.stop(error)
+        return False
+
+
+def _origin(what: str, depth: int) -> Origin:
+    frame = sys._getframe(depth + 1)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
+    return Origin(what, frame.f_code, frame.f_lineno)
+
+
+def _nothing(_session: Any, _statement: Any, _params: Any, _extra: Any) -> None:
+    """The operation of a request that only wants to be reached."""
+
+
+_OPERATIONS = {
+    "execute": frozenset({"INSERT_RETURNING", "INSERT_UPDATE_DELETE", "INSERT_UPDATE_DELETE_MANY"}),
+    "execute_many": frozenset({"INSERT_RETURNING", "INSERT_UPDATE_DELETE", "INSERT_UPDATE_DELETE_MANY"}),
+    "fetch_one": frozenset({"SELECT", "SELECT_ONE", "SELECT_VALUE", "INSERT_RETURNING"}),
+    "fetch_all": frozenset({"SELECT", "SELECT_ONE", "SELECT_VALUE", "INSERT_RETURNING"}),
+    "fetch_value": frozenset({"SELECT", "SELECT_ONE", "SELECT_VALUE", "INSERT_RETURNING"}),
+}
+_METHODS = {
+    "INSERT_RETURNING": "execute()",
+    "INSERT_UPDATE_DELETE": "execute()",
+    "INSERT_UPDATE_DELETE_MANY": "execute_many()",
+    "SCRIPT": "execute_script()",
+    "SELECT": "fetch_all()",
+    "SELECT_ONE": "fetch_one()",
+    "SELECT_VALUE": "fetch_value()",
+}

@@ -1,0 +1,110 @@
+"""`offload=True`: a whole transaction function driven on the worker's thread, next to the connection.
+
+The coroutine travels to the worker as one request, in a copy of its caller's context. There it is driven by a single
+`send(None)`: calls of its own database never suspend (`Transaction.run_inline`), so it either finishes at once, or it has
+awaited something that needs an event loop, and this thread has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
+
+from database.driver.worker import here
+from database.errors import TransactionError
+from database.transaction import Origin, Transaction
+
+if TYPE_CHECKING:
+    from database.handle import Database
+
+__all__ = ["Job", "drive"]
+
+
+class Job:
+    """What is to be driven. It can be driven again: the group it was part of may have been rolled back."""
+
+    __slots__ = ("args", "context", "database", "function", "kwargs", "origin", "readonly")
+
+    def __init__(
+        self,
+        database: Database,
+        function: Callable[..., Coroutine[Any, Any, Any]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Context,
+        origin: Origin,
+        *,
+        readonly: bool,
+    ) -> None:
+        self.database = database
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.context = context
+        self.origin = origin
+        self.readonly = readonly
+
+
+def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
+    """Runs the function to its end; gives its result and what it handed to `on_commit`. Worker's thread.
+
+    Raises:
+        TransactionError: It awaited something else than this database, or left its transaction unusable.
+    """
+    worker = here.worker
+    assert worker is not None
+    root = Transaction(job.database, worker.pool, job.origin, readonly=job.readonly)
+    root.session, root.worker = session, worker
+    variable = job.database.current
+    coroutine = job.function(*job.args, **job.kwargs)
+
+    def go() -> Any:
+        variable.set(root)
+        return coroutine.send(None)
+
+    context = job.context.copy()
+    try:
+        context.run(go)
+    except StopIteration as stop:
+        result = stop.value
+    except RuntimeError as error:
+        if _wants_a_loop(error):
+            raise _foreign(job) from error
+        raise
+    else:
+        error = _foreign(job)
+        with contextlib.suppress(BaseException):
+            context.run(coroutine.throw, error)  # its own `finally` blocks run; what they do is rolled back
+        with contextlib.suppress(BaseException):
+            coroutine.close()
+        raise error
+    finally:
+        root.ended = True
+    if root.doom is not None:
+        raise TransactionError(root.doom)
+    if root.top is not root:
+        raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
+    for method, argument in root.controls:
+        worker.step(session, method, argument)
+    return result, root.callbacks
+
+
+def _foreign(job: Job) -> TransactionError:
+    name = getattr(job.function, "__qualname__", repr(job.function))
+    return TransactionError(
+        f"{name}() runs with offload=True, on the database's own thread, where only calls of database"
+        f" {job.database.name!r} may be awaited; it awaited something else, so it has been rolled back. Await that outside,"
+        " or leave offload=True away."
+    )
+
+
+def _wants_a_loop(error: RuntimeError) -> bool:
+    """Whether asyncio, trio or AnyIO complains that there is no event loop here."""
+    text = str(error)
+    return (
+        "no running event loop" in text
+        or "must be called from async context" in text
+        or type(error).__name__ in ("NoEventLoopError", "AsyncLibraryNotFoundError", "NoCurrentAsyncBackend")
+    )

@@ -1,0 +1,115 @@
+"""aiosql: query files, in both calling styles.
+
+aiosql reads the files and makes the functions. It asks its adapter whether it is asynchronous, and this one is: each of
+its methods sends the method of the same name of aiosql's own *synchronous* adapter to a worker, where it runs on the
+connection. So `await queries.insert_job(db, name=...)` works with a `Database` where aiosql expects a connection, and
+the functions, carrying their SQL and their operator, can be handed to `db.execute` and `db.fetch_*` as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from database.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from aiosql.queries import Queries
+
+    from database.handle import Database
+    from database.stream import Stream
+
+__all__ = ["load"]
+
+
+class _Adapter:
+    """aiosql's asynchronous adapter protocol over its synchronous one. `conn` is a `Database`."""
+
+    is_aio_driver = True
+
+    def __init__(self, adapter: Any) -> None:
+        self._sync = adapter
+
+    def process_sql(self, query_name: str, op_type: Any, sql: str) -> str:
+        return cast("str", self._sync.process_sql(query_name, op_type, sql))
+
+    async def select(
+        self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None
+    ) -> AsyncIterator[Any]:
+        # All at once: a half-read cursor behind a generator that nobody closes would keep its connection.
+        for row in await conn.call_aiosql(self._sync.select, sql, parameters, record_class, record=True):
+            yield row
+
+    async def select_one(self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None) -> Any:
+        return await conn.call_aiosql(self._sync.select_one, sql, parameters, record_class, record=True)
+
+    async def select_value(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
+        return await conn.call_aiosql(self._sync.select_value, sql, parameters)
+
+    def select_cursor(self, conn: Database, _name: str, sql: str, parameters: Any) -> Stream:
+        return conn.stream(sql, parameters)
+
+    async def insert_returning(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
+        return await conn.call_aiosql(self._sync.insert_returning, sql, parameters)
+
+    async def insert_update_delete(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
+        return await conn.call_aiosql(self._sync.insert_update_delete, sql, parameters)
+
+    async def insert_update_delete_many(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
+        return (await conn.execute_many(sql, parameters)).rowcount
+
+    async def execute_script(self, conn: Database, sql: str) -> str:
+        # Not by the synchronous adapter: `executescript` would commit the open transaction.
+        await conn.execute_script(sql)
+        return "DONE"
+
+
+def load(
+    path: str | os.PathLike[str], adapter: Callable[[], Any], record_classes: Mapping[str, Any] | None = None
+) -> Queries:
+    """Loads a file, or a folder of files.
+
+    Args:
+        path: The file or folder.
+        adapter: Makes aiosql's synchronous adapter.
+        record_classes: By the name that a query's `-- record_class:` comment gives.
+
+    Raises:
+        ConfigurationError: It cannot be read, or aiosql cannot parse it.
+    """
+    import aiosql  # noqa: PLC0415  - only those who use query files pay for it
+    from aiosql.utils import SQLLoadException, SQLParseException  # noqa: PLC0415
+
+    class RecordingQueries(aiosql.aiosql.Queries):  # type: ignore[misc, name-defined]
+        """Keeps each query's record class where `db.fetch_all(queries.name)` finds it."""
+
+        def load_from_list(self, query_data: Any) -> Any:
+            super().load_from_list(query_data)
+            for datum in query_data:
+                getattr(self, datum.query_name.rpartition(".")[2]).__func__.record_class = datum.record_class
+            return self
+
+        def load_from_tree(self, query_data_tree: Any) -> Any:
+            for name, value in query_data_tree.items():
+                if isinstance(value, dict):
+                    child = RecordingQueries(self.driver_adapter, self._kwargs_only).load_from_tree(value)
+                    self.add_child_queries(name, child)
+                else:
+                    self.load_from_list([value])
+            return self
+
+    try:
+        return cast(
+            "Queries",
+            aiosql.from_path(
+                path,
+                lambda: cast("Any", _Adapter(adapter())),
+                record_classes=dict(record_classes or {}),
+                kwargs_only=False,
+                mandatory_parameters=False,
+                queries_cls=RecordingQueries,
+            ),
+        )
+    except (SQLLoadException, SQLParseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"queries cannot be loaded from {os.fspath(path)!r}: {error}") from error

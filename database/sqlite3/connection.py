@@ -1,0 +1,575 @@
+"""One SQLite connection: opened, restricted, used and closed on one worker's thread.
+
+The writer is the only connection that writes and checkpoints; readers are opened with `mode=ro`, which no SQL can
+change. What else a reader, or a read-only transaction on the writer, must not do (temporary tables, ATTACH, pragmas
+that set something) the authorizer refuses: SQLite asks it about every statement that it prepares. It also keeps BEGIN,
+COMMIT, SAVEPOINT and the like to this module, so that nothing sent as SQL text, nor a function given the raw
+connection, can end a transaction that the package manages.
+
+The statements of this module carry a trailing comment. SQLite's statement cache goes by the text, and what comes out
+of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
+
+Facts this rests on (sqlite.org/c3ref/set_authorizer.html, /lang_transaction.html, /wal.html):
+BEGIN IMMEDIATE on a read-only connection pins its snapshot at once and takes no lock; setting an authorizer anew makes
+SQLite prepare all statements again; a connection that closes last checkpoints and removes the `-wal` file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from database import errors
+from database.driver.backend import Role
+from database.settings import SqliteSettings
+from database.sqlite3 import analysis
+from database.sqlite3.values import Row, bind, bind_many
+from database.statements import CONTROL, Result, Statement
+
+__all__ = ["SqliteSession", "is_broken", "is_busy", "open_session"]
+
+BUSY_SLICE = 0.02
+"""Seconds for which SQLite's own busy handler waits: it cannot be interrupted, so the driver waits in slices."""
+
+PROGRESS_STEPS = 10_000
+"""Steps of SQLite's machine between two calls of the progress handler: some 80 µs of the CPU's time."""
+
+CHUNK = 256
+"""Rows fetched between two chances for other threads to run."""
+
+_READ_ACTIONS = frozenset(
+    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+)
+_CONTROL_ACTIONS = frozenset({sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT})
+
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_BROKEN = frozenset(
+    {
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_MISUSE,
+        sqlite3.SQLITE_INTERNAL,
+    }
+)
+
+_write_locks: dict[str, Lock] = {}
+"""The right to write to a file, within this process: each event loop's pool has a writer of its own."""
+
+
+def _renew_locks() -> None:
+    _write_locks.clear()  # after a fork: whoever held one is in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
+class SqliteSession:
+    """See `database.driver.backend.Session`."""
+
+    __slots__ = ("_admitting", "_cursor", "_lock", "_locked", "_progress", "_restricted", "_streams", "raw", "readonly")
+
+    def __init__(self, raw: sqlite3.Connection, lock: Lock, progress: Callable[[], bool], *, readonly: bool) -> None:
+        self.raw = raw
+        self.readonly = readonly
+        self._lock = lock
+        self._locked = False
+        self._progress = progress
+        self._admitting = False
+        """Whether BEGIN, COMMIT and the like may be prepared: while this class itself sends them."""
+        self._restricted = readonly
+        self._streams: dict[int, sqlite3.Cursor] = {}
+        raw.row_factory = Row
+        raw.set_authorizer(self._authorize)
+        raw.set_progress_handler(progress, PROGRESS_STEPS)
+        self._cursor = raw.cursor()
+
+    # Transactions
+
+    @property
+    def in_transaction(self) -> bool:
+        """See `Session`."""
+        return self.raw.in_transaction
+
+    def try_lock(self, seconds: float) -> bool:
+        """See `Session`."""
+        self._locked = self._lock.acquire(timeout=seconds) if seconds else self._lock.acquire(blocking=False)
+        return self._locked
+
+    def unlock(self) -> None:
+        """See `Session`."""
+        if self._locked:
+            self._locked = False
+            self._lock.release()
+
+    def _control(self, sql: str) -> None:
+        self._admitting = True
+        try:
+            self._cursor.execute(sql)
+        finally:
+            self._admitting = False
+
+    def begin(self, *, readonly: bool) -> None:
+        """See `Session`."""
+        self._control("BEGIN IMMEDIATE --*")
+        if readonly and not self.readonly:
+            self.restrict(True)
+
+    def commit(self) -> None:
+        """See `Session`."""
+        self._close_streams()
+        self._control("COMMIT --*")
+        if self._restricted and not self.readonly:
+            self.restrict(False)
+
+    def rollback(self) -> None:
+        """See `Session`."""
+        self._close_streams()
+        if self.raw.in_transaction:
+            self._control("ROLLBACK --*")
+        if self._restricted and not self.readonly:
+            self.restrict(False)
+
+    def savepoint(self, number: int) -> None:
+        """See `Session`."""
+        self._control(f"SAVEPOINT level_{number} --*")
+
+    def release(self, number: int) -> None:
+        """See `Session`."""
+        self._control(f"RELEASE level_{number} --*")
+
+    def undo(self, number: int) -> None:
+        """See `Session`."""
+        self._control(f"ROLLBACK TO level_{number} --*")
+        self._control(f"RELEASE level_{number} --*")
+
+    def restrict(self, readonly: bool) -> None:
+        """See `Session`. Setting the authorizer anew has every cached statement checked again."""
+        self._restricted = readonly
+        self.raw.set_authorizer(self._authorize)
+
+    def _authorize(self, action: int, first: str | None, second: str | None, _schema: str | None, _by: str | None) -> int:
+        if action in _CONTROL_ACTIONS:
+            return sqlite3.SQLITE_OK if self._admitting else sqlite3.SQLITE_DENY
+        if not self._restricted or action in _READ_ACTIONS:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_PRAGMA and first is not None:
+            known = analysis.READ_PRAGMAS if second is None else analysis.ARGUMENT_PRAGMAS
+            if first.lower() in known:
+                return sqlite3.SQLITE_OK
+        return sqlite3.SQLITE_DENY
+
+    # Statements. All take (statement, parameters, extra) and run on the worker's thread.
+
+    def execute(self, statement: Statement, params: Any, _extra: Any = None) -> Result:
+        """Runs a statement for what it does."""
+        cursor = self._cursor
+        hint = statement.hint
+        if hint == analysis.HINT_UPSERT:
+            return self._upsert(statement, params)
+        cursor.execute(statement.sql, bind(params))
+        if statement.returns_rows:
+            cursor.fetchall()
+        rowcount = cursor.rowcount
+        return Result(rowcount, cursor.lastrowid if hint == analysis.HINT_INSERT and rowcount > 0 else None)
+
+    def _upsert(self, statement: Statement, params: Any) -> Result:
+        # An update leaves SQLite's last row id as it was; only if it moves has a row been added for certain.
+        cursor = self._cursor
+        before = cursor.execute("SELECT last_insert_rowid()").fetchone()[0]
+        cursor.execute(statement.sql, bind(params))
+        if statement.returns_rows:
+            cursor.fetchall()
+        rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
+        return Result(rowcount, lastrowid if rowcount > 0 and lastrowid != before else None)
+
+    def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
+        """Runs a statement once for every row of parameters."""
+        cursor = self.raw.cursor()
+        try:
+            cursor.executemany(statement.sql, bind_many(rows))
+            return Result(max(cursor.rowcount, 0), None)
+        finally:
+            cursor.close()
+
+    def execute_batch(self, items: Any, _params: Any = None, _extra: Any = None) -> int:
+        """Runs (statement, parameters) pairs; gives how many."""
+        execute = self._cursor.execute
+        for number, (statement, params) in enumerate(items):
+            try:
+                execute(statement.sql, bind(params))
+                if statement.returns_rows:
+                    self._cursor.fetchall()
+            except Exception as error:
+                error.add_note(f"in the batch, at its write number {number + 1} of {len(items)}: {statement.sql}")
+                raise
+        return len(items)
+
+    def execute_script(self, sql: Any, _params: Any = None, _extra: Any = None) -> None:
+        """Runs the statements of a script one after the other, without touching the open transaction."""
+        cursor = self.raw.cursor()
+        try:
+            for text in analysis.split(sql):
+                cursor.execute(text)
+                if cursor.description is not None:
+                    cursor.fetchall()
+        finally:
+            cursor.close()
+
+    def fetch_all(self, statement: Statement, params: Any, record_class: Any) -> list[Any]:
+        """All rows."""
+        cursor = self._cursor
+        cursor.execute(statement.sql, bind(params))
+        rows = cursor.fetchmany(CHUNK)
+        if len(rows) == CHUNK:
+            for more in self._chunks(cursor):
+                rows.extend(more)
+        return rows if record_class is None else _records(cursor, rows, record_class)
+
+    @staticmethod
+    def _chunks(cursor: sqlite3.Cursor) -> Iterator[list[Any]]:
+        # A big result is read in pieces, so that the loop's thread gets the GIL in between: sqlite3 gives it back for
+        # moments too short to be of use to a waiting thread.
+        pause = time.perf_counter() + 0.001
+        while more := cursor.fetchmany(CHUNK):
+            yield more
+            if time.perf_counter() > pause:
+                time.sleep(0)
+                pause = time.perf_counter() + 0.001
+
+    def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
+        """The first row, or None."""
+        cursor = self._cursor
+        cursor.execute(statement.sql, bind(params))
+        row = cursor.fetchone()
+        if row is None:
+            return None
+        if record_class is not None:
+            row = _records(cursor, [row], record_class)[0]
+        if cursor.fetchone() is not None:
+            self._abandon_cursor()
+        return row
+
+    def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
+        """The first column of the first row, or the default."""
+        cursor = self._cursor
+        cursor.execute(statement.sql, bind(params))
+        row = cursor.fetchone()
+        if row is None:
+            return default
+        if cursor.fetchone() is not None:
+            self._abandon_cursor()
+        return row[0]
+
+    def _abandon_cursor(self) -> None:
+        """A cursor that is left half read pins the WAL: no checkpoint can pass it."""
+        self._cursor.close()
+        self._cursor = self.raw.cursor()
+
+    # Streams: a cursor of their own, known by a number
+
+    def open_stream(self, statement: Statement, params: Any, key: Any) -> None:
+        """Begins to read."""
+        cursor = self.raw.cursor()
+        cursor.execute(statement.sql, bind(params))
+        self._streams[key] = cursor
+
+    def read_stream(self, key: Any, size: Any, record_class: Any) -> list[Any]:
+        """The next rows; fewer than asked for at the end, when the cursor has been closed."""
+        cursor = self._streams.get(key)
+        if cursor is None:
+            raise errors.TransactionError("the transaction in which this stream was opened has ended")
+        rows = cursor.fetchmany(size)
+        if record_class is not None:
+            rows = _records(cursor, rows, record_class)
+        if len(rows) < size:
+            self.close_stream(key)
+        return rows
+
+    def close_stream(self, key: Any, _params: Any = None, _extra: Any = None) -> None:
+        """Stops reading."""
+        cursor = self._streams.pop(key, None)
+        if cursor is not None:
+            cursor.close()
+
+    def _close_streams(self) -> None:
+        for key in tuple(self._streams):
+            self.close_stream(key)
+
+    # The rest
+
+    def call(self, function: Any, arguments: Any, _extra: Any = None) -> Any:
+        """Runs a function of the user's on the raw connection."""
+        try:
+            return function(self.raw, *arguments)
+        finally:
+            if self.raw.row_factory is not Row:
+                self.raw.row_factory = Row
+
+    def initialise(self, scripts: list[str], patience: float) -> None:
+        """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.begin(readonly=False)
+                break
+            except sqlite3.OperationalError as error:
+                if not is_busy(error) or time.monotonic() >= deadline:
+                    raise
+        try:
+            for script in scripts:
+                self.execute_script(script)
+            self.commit()
+        finally:
+            self.rollback()
+
+    def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
+        """Runs a method of aiosql's synchronous adapter on the raw connection."""
+        method, params, record = arguments
+        sql = statement.sql
+        if record is None:
+            return method(self.raw, "", sql, bind(params))
+        result = method(self.raw, "", sql, bind(params), record[0])
+        return list(result) if isinstance(result, Iterator) else result
+
+    def backup(self, path: Any, progress: Any, pages: Any) -> None:
+        """Copies the database as it is now into a new file, then puts that in its place."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}-{id(progress):x}.partial")
+        _create(partial)
+        try:
+            copy = sqlite3.connect(_uri(partial, "rw"), uri=True, isolation_level=None)
+            try:
+                self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
+
+                def step(status: int, remaining: int, total: int) -> None:
+                    if self._progress():
+                        raise sqlite3.OperationalError("interrupted")
+                    if progress is not None:
+                        progress(status, remaining, total)
+                    time.sleep(0)
+
+                try:
+                    self.raw.backup(copy, pages=pages, progress=step)
+                finally:
+                    self.rollback()
+            finally:
+                copy.close()
+            _sync(partial)
+            partial.replace(target)
+            _sync(target.parent)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                partial.unlink()
+
+    def interrupt(self) -> None:
+        """See `Session`."""
+        self.raw.interrupt()
+
+    def close(self) -> None:
+        """See `Session`. The last one out checkpoints, and only one may do so at a time."""
+        held = self._locked or self.readonly or self.try_lock(1.0)
+        try:
+            self._close_streams()
+            self.raw.close()
+        finally:
+            if held:
+                self.unlock()
+
+    def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
+        """See `Session`."""
+        statement = sql if isinstance(sql, Statement) else None
+        text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
+        if not isinstance(error, sqlite3.Error):
+            if statement is None or isinstance(error, errors.DatabaseError):
+                return error
+            if isinstance(error, (OverflowError, UnicodeEncodeError, ValueError, sqlite3.Warning)):
+                return errors.QueryExecutionError(f"a parameter cannot be stored: {error}", sql=text, parameters=parameters)
+            if isinstance(error, TypeError):
+                return errors.QueryExecutionError(str(error), sql=text, parameters=parameters)
+            return error
+        code: int | None = getattr(error, "sqlite_errorcode", None)
+        name: str | None = getattr(error, "sqlite_errorname", None)
+        primary = None if code is None else code & 0xFF
+        if primary == sqlite3.SQLITE_AUTH:
+            return self._refused(statement, text)
+        if primary == sqlite3.SQLITE_READONLY and self._restricted:
+            return _read_only(text)
+        kind = errors.QueryExecutionError
+        message = str(error)
+        if primary == sqlite3.SQLITE_CONSTRAINT:
+            kind = errors.IntegrityError
+        elif primary in _BUSY:
+            kind = errors.DatabaseBusyError
+            message = f"another process kept its lock for longer than busy_timeout ({message})"
+        elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            kind = errors.DatabaseCorruptError
+        return kind(message, sql=text, parameters=parameters, code=code, code_name=name)
+
+    def _refused(self, statement: Statement | None, text: str | None) -> BaseException:
+        if statement is not None and statement.kind == CONTROL:
+            return control_error(statement.verb)
+        if self._restricted:
+            return _read_only(text)
+        return errors.TransactionError(
+            "BEGIN, COMMIT, ROLLBACK, SAVEPOINT and RELEASE are the package's own business: it has a transaction open"
+            " around this code. Use db.transaction(), or db.begin() and db.commit(), outside it."
+        )
+
+
+def control_error(verb: str) -> errors.TransactionError:
+    """Why a transaction cannot be controlled by SQL text, and what to do instead."""
+    instead = {
+        "BEGIN": "await db.begin(), `async with db.transaction()` or @transactional",
+        "COMMIT": "await db.commit()",
+        "END": "await db.commit()",
+        "ROLLBACK": "await db.rollback()",
+        "SAVEPOINT": "a nested `async with db.transaction()`",
+        "RELEASE": "a nested `async with db.transaction()`",
+    }.get(verb, "the transaction methods of db")
+    return errors.TransactionError(
+        f"{verb} as SQL text would change the transaction behind the package's back, and was not executed: use {instead}"
+    )
+
+
+def _read_only(text: str | None) -> errors.ReadOnlyTransactionError:
+    what = "a write" if text is None else f"this statement: {errors.shorten(text)}"
+    return errors.ReadOnlyTransactionError(f"a read-only transaction or connection refuses {what}")
+
+
+def _records(cursor: sqlite3.Cursor, rows: list[Any], record_class: Any) -> list[Any]:
+    names = [column[0] for column in cursor.description]
+    return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether somebody else holds a lock. Not BUSY_SNAPSHOT: that one never goes away by waiting."""
+    if isinstance(error, sqlite3.OperationalError):
+        code = getattr(error, "sqlite_errorcode", None)
+        return code is not None and code & 0xFF in _BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+    return False
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether the connection can no longer be trusted."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", None)
+        return code is not None and code & 0xFF in _BROKEN
+    return False
+
+
+# Opening
+
+
+def open_session(settings: SqliteSettings, path: str, role: Role, progress: Callable[[], bool]) -> SqliteSession:
+    """Opens a connection and applies the settings, each read back.
+
+    Raises:
+        ConnectionFailedError: It cannot be opened, it is no database, or a PRAGMA did not take.
+    """
+    readonly = role == "reader"
+    file = Path(path).absolute()
+    try:
+        if not readonly:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _create(file, exist_ok=True)
+        raw = sqlite3.connect(
+            _uri(file, "ro" if readonly else "rw"),
+            uri=True,
+            timeout=min(BUSY_SLICE, settings.busy_timeout / 1000),
+            isolation_level=None,
+            check_same_thread=False,  # for `interrupt`; all else happens on the worker's thread
+            cached_statements=256,
+        )
+    except (OSError, sqlite3.Error) as error:
+        raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
+    try:
+        _apply(raw, settings, path, readonly=readonly)
+    except BaseException as error:
+        raw.close()
+        if isinstance(error, sqlite3.Error):
+            raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
+        raise
+    lock = _write_locks.setdefault(os.path.realpath(file), Lock())
+    return SqliteSession(raw, lock, progress, readonly=readonly)
+
+
+def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, readonly: bool) -> None:
+    wanted: list[tuple[str, object, object]] = [
+        ("cache_size", settings.cache_size, settings.cache_size),
+        ("foreign_keys", int(settings.foreign_keys), int(settings.foreign_keys)),
+        ("synchronous", settings.synchronous, ("OFF", "NORMAL", "FULL", "EXTRA").index(settings.synchronous)),
+    ]
+    # The journal mode is the file's, or the writer's to set; a reader only sees that it is as it should be.
+    journal = (settings.journal_mode, settings.journal_mode.lower())
+    deadline = time.monotonic() + settings.busy_timeout / 1000
+    while True:
+        try:
+            if readonly:
+                if settings.journal_mode == "WAL":
+                    _expect(path, "journal_mode", raw.execute("PRAGMA journal_mode").fetchone()[0], journal[1])
+            else:
+                _expect(path, "journal_mode", raw.execute(f"PRAGMA journal_mode = {journal[0]}").fetchone()[0], journal[1])
+            for name, value, shown in wanted:
+                raw.execute(f"PRAGMA {name} = {value}")  # names and values were checked against fixed lists and types
+                _expect(path, name, raw.execute(f"PRAGMA {name}").fetchone()[0], shown)
+            return
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.005)
+
+
+def _expect(path: str, name: str, found: object, wanted: object) -> None:
+    if str(found).lower() != str(wanted).lower():
+        raise errors.ConnectionFailedError(
+            path, f"PRAGMA {name} did not take: it is {found!r} instead of {wanted!r}; change {name} in the configuration"
+        )
+
+
+def _uri(path: Path, mode: str) -> str:
+    return f"{path.absolute().as_uri()}?mode={mode}"
+
+
+def _create(path: Path, *, exist_ok: bool = False) -> None:
+    """Creates an empty file that only its owner can read: SQLite gives the same rights to what it puts beside it."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        if not exist_ok:
+            raise
+
+
+def _sync(path: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    """What is wrong, in words that help more than SQLite's "unable to open database file"."""
+    if path.is_dir():
+        return "it is a directory, not a file"
+    if isinstance(error, sqlite3.DatabaseError) and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB:
+        return f"it is not an SQLite database ({error})"
+    for part in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if part != path and part.exists() and not part.is_dir():
+                return f"{str(part)!r} is a file, not a directory"
+    if isinstance(error, PermissionError) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+        return f"permission denied ({error})"
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        return f"its directory cannot be written to, which SQLite needs for its journal ({error})"
+    return str(error)

@@ -1,0 +1,101 @@
+"""SQLite, as `database.engine.Engine` and `database.driver.backend.Backend` describe an engine."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from aiosql.adapters.sqlite3 import SQLite3Adapter
+
+from database import errors
+from database.driver.backend import Backend, Role
+from database.engine import Engine
+from database.settings import MEMORY, SqliteSettings
+from database.sqlite3 import analysis, memory
+from database.sqlite3.connection import SqliteSession, control_error, is_broken, is_busy, open_session
+
+__all__ = ["ENGINE"]
+
+WAL_RESET_FIXED = (3, 51, 3)
+
+_logger = logging.getLogger("database.pool")
+
+
+@cache
+def _warn_of_known_bugs() -> None:
+    version = sqlite3.sqlite_version_info
+    if (3, 7, 0) <= version < WAL_RESET_FIXED:
+        _logger.warning(
+            "SQLite %s has the WAL-reset bug (sqlite.org/wal.html#walresetbug): connections that checkpoint at the same"
+            " moment can damage a database. Within one process this package keeps clear of it, for only one connection"
+            " writes and checkpoints; where several processes write to one file, use SQLite %s or later.",
+            sqlite3.sqlite_version,
+            ".".join(map(str, WAL_RESET_FIXED)),
+        )
+
+
+def _backend(settings: SqliteSettings) -> Backend:
+    if settings.journal_mode == "WAL":
+        _warn_of_known_bugs()
+    dispose: Callable[[], None] = lambda: None  # noqa: E731  - replaced below
+    path = settings.path
+    if path == MEMORY:
+        path, dispose = memory.acquire(settings.name)
+
+    def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
+        session = open_session(settings, path, role, progress)
+        if role == "writer":
+            try:
+                _initialise(session, settings)
+            except BaseException as error:
+                session.close()
+                if isinstance(error, sqlite3.Error):
+                    raise errors.ConnectionFailedError(settings.path, f"init_sql failed: {error}") from error
+                raise
+        return session
+
+    return Backend(
+        description=settings.path,
+        connect=connect,
+        is_busy=is_busy,
+        is_broken=is_broken,
+        busy_timeout=settings.busy_timeout / 1000,
+        dispose=dispose,
+    )
+
+
+def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
+    """Runs `init_sql`, all of it in one transaction."""
+    if settings.init_sql == "":
+        return
+    if settings.init_sql is None:
+        source = resources.files("database.sqlite3") / "sql" / "init.sql"
+        text = source.read_text("utf-8")
+    else:
+        text = Path(settings.init_sql).expanduser().read_text("utf-8")
+    session.initialise(_scripts(text), settings.busy_timeout / 1000)
+
+
+def _scripts(text: str) -> list[str]:
+    """The scripts of an aiosql file in their order, or the whole text where it names none."""
+    if "-- name:" not in text and "--name:" not in text:
+        return [text]
+    from aiosql.query_loader import QueryLoader  # noqa: PLC0415  - most files are loaded once, at the first use
+
+    loader = QueryLoader(SQLite3Adapter(), None, mandatory_parameters=False)
+    return [datum.sql for datum in loader.load_query_data_from_sql(text, [])]
+
+
+ENGINE = Engine(
+    name="sqlite3",
+    analyse=analysis.analyse,
+    control_error=control_error,
+    operations=SqliteSession,
+    backend=_backend,
+    adapter=SQLite3Adapter,
+    single_writer=True,
+)

@@ -1,0 +1,152 @@
+"""Rows out of SQLite, parameters into it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from datetime import date, datetime
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, cast
+from uuid import UUID
+
+__all__ = ["Row", "bind", "bind_many"]
+
+
+class Row(sqlite3.Row):
+    """A row: a sequence of values that also knows their names.
+
+    `row[0]`, `row["name"]` (case does not matter), `row[1:3]`, `len(row)`, `dict(row)`, `Entity(**row)`, and iteration
+    over the values.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Row({', '.join(f'{name}={value!r}' for name, value in zip(self.keys(), self, strict=True))})"
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of that column, or `default` if there is no such column."""
+        try:
+            return self[name]
+        except IndexError:
+            return default
+
+    def values(self) -> tuple[Any, ...]:
+        """The values in order."""
+        return tuple(self)
+
+    def items(self) -> ItemsView[str, Any]:
+        """Names and values in order."""
+        return dict(zip(self.keys(), self, strict=True)).items()
+
+    def __contains__(self, value: object) -> bool:
+        return value in tuple(self)
+
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed(tuple(self))
+
+    def index(self, value: Any, start: int = 0, stop: int = 2**31) -> int:
+        """The first position of a value."""
+        return tuple(self).index(value, start, stop)
+
+    def count(self, value: Any) -> int:
+        """How often a value occurs."""
+        return tuple(self).count(value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.keys(), tuple(self))
+
+
+Sequence.register(Row)
+
+
+def _unpickled(names: list[str], values: tuple[Any, ...]) -> Row:
+    # A row can only be made by a cursor; this one knows nothing but names, which need quoting.
+    columns = ", ".join(f'? AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.row_factory = Row
+        return cast("Row", connection.execute(f"SELECT {columns}", values).fetchone())  # noqa: S608  - names, quoted
+    finally:
+        connection.close()
+
+
+_NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray, memoryview})
+_is_native = _NATIVE.issuperset
+
+
+def _adapt(value: Any) -> Any:
+    """A value as SQLite stores it; what is unknown is left to `sqlite3` and its registered adapters.
+
+    Not by `sqlite3.register_adapter`, which would change every other user of `sqlite3` in the process; and its own
+    adapters for dates are deprecated from Python 3.12 on. The formats are theirs nevertheless.
+    """
+    if type(value) in _NATIVE:
+        return value
+    if isinstance(value, Enum):
+        return _adapt(value.value)
+    if isinstance(value, datetime):
+        return value.isoformat(" ")
+    if isinstance(value, (date, time_of_day)):
+        return value.isoformat()
+    if isinstance(value, (Decimal, UUID, PurePath)):
+        return str(value)
+    return value
+
+
+class _Attributes(dict[str, Any]):
+    """An object's attributes as a mapping, looked up when SQLite asks for them.
+
+    A dict, for `sqlite3` takes every other class with `__getitem__` for a sequence.
+    """
+
+    def __init__(self, subject: object) -> None:
+        super().__init__()
+        self._subject = subject
+
+    def __missing__(self, name: str) -> Any:
+        try:
+            return _adapt(getattr(self._subject, name))
+        except AttributeError:
+            raise KeyError(name) from None
+
+
+def bind(params: Any) -> Any:
+    """Parameters in a form that `sqlite3` binds: a sequence, a mapping, or an object with attributes.
+
+    Raises:
+        TypeError: They are none of these.
+    """
+    kind = type(params)
+    if kind is dict:
+        if _is_native(map(type, params.values())):
+            return params
+        return {name: _adapt(value) for name, value in params.items()}
+    if kind is tuple or kind is list:
+        if _is_native(map(type, params)):
+            return params
+        return [_adapt(value) for value in params]
+    if params is None:
+        return ()
+    if isinstance(params, Mapping):
+        mapping = cast("Mapping[str, Any]", params)
+        return {name: _adapt(value) for name, value in mapping.items()}
+    if isinstance(params, sqlite3.Row):
+        return {name: _adapt(value) for name, value in zip(params.keys(), params, strict=True)}
+    if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
+        shown = f"{type(params).__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
+        raise TypeError(
+            f"parameters must be a mapping, a sequence or an object with attributes, not {shown};"
+            " a single value is written as (value,)"
+        )
+    if isinstance(params, Sequence):
+        return [_adapt(value) for value in cast("Sequence[Any]", params)]
+    return _Attributes(cast("object", params))
+
+
+def bind_many(rows: Any) -> Iterator[Any]:
+    """`bind` for every row, as they come."""
+    return map(bind, rows)

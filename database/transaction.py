@@ -1,0 +1,683 @@
+"""Transactions: levels, propagation, and who may speak when.
+
+A *root* is a database transaction: from its first statement to its end it holds a lease on one connection. Below it,
+*levels* nest: each is a savepoint. The current level is kept in a context variable, so it follows the task, and tasks
+started inside take part in it.
+
+BEGIN, SAVEPOINT and RELEASE are never sent by themselves. They wait in `controls` and travel with the next statement;
+a level in which nothing was executed costs nothing. Only COMMIT and ROLLBACK are requests of their own.
+
+Whose turn it is. Savepoints nest like brackets, and a statement of another task that fell between them would be undone
+with somebody else's level. So only the innermost open level (`top`) may speak; statements of the levels outside it wait
+until it ends, first come, first served.
+
+Threads. All of it runs on the loop's thread, with one exception: an *inline* root is the transaction of an
+`offload=True` function. Its code runs on the worker's thread, next to the connection, and so do its statements.
+
+What ends a transaction. Its decorator or context manager, `commit()`/`rollback()` after `begin()`, the end of the task
+that called `begin()`, or the pool's closing. Whatever happens to the task, the rollback is carried out by the worker.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+
+from database.driver.lease import Lease
+from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
+from database.driver.wakeup import Timer, current_task_id, current_task_name
+from database.errors import (
+    ConnectionPoolExhaustedError,
+    PoolClosedError,
+    ReadOnlyTransactionError,
+    TransactionError,
+    TransactionTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from database.driver.backend import Session
+    from database.driver.pool import Pool
+    from database.driver.worker import Worker
+    from database.handle import Database
+
+__all__ = ["PROPAGATIONS", "Detached", "Origin", "Transaction"]
+
+PROPAGATIONS: Final = frozenset(
+    {"nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"}
+)
+
+Callback = Callable[[], Any]
+
+_numbers = itertools.count(1)
+
+
+class Origin:
+    """Where a transaction was begun, described only when somebody asks."""
+
+    __slots__ = ("_code", "_line", "_what", "task", "task_id")
+
+    def __init__(self, what: str, code: CodeType | None = None, line: int = 0) -> None:
+        self._what = what
+        self._code = code
+        self._line = line
+        self.task: str | None = None
+        self.task_id = 0
+
+    def set_task(self) -> None:
+        """Remembers the running task; called when the transaction first asks for a connection."""
+        self.task = current_task_name()
+        self.task_id = current_task_id()
+
+    def __call__(self) -> str:
+        where = "" if self._code is None else f" at {self._code.co_filename}:{self._line} in {self._code.co_qualname}"
+        task = "" if self.task is None else f" by task {self.task!r}"
+        return f"{self._what}{where}{task}"
+
+
+class Detached:
+    """Stands in the context variable for "no transaction", and remembers the one that was stepped out of."""
+
+    __slots__ = ("outer",)
+
+    def __init__(self, outer: Transaction | None) -> None:
+        self.outer = outer
+
+
+class Transaction:
+    """One level of a transaction. `db.transaction()` gives it; there is no need to make one.
+
+    The statements go through the database's handle; this object ends or goes on with its level.
+    """
+
+    __slots__ = (
+        "_turns",
+        "callbacks",
+        "committed",
+        "controls",
+        "database",
+        "depth",
+        "doom",
+        "dooms",
+        "ended",
+        "lease",
+        "manual",
+        "number",
+        "origin",
+        "outer",
+        "parent",
+        "pool",
+        "readonly",
+        "root",
+        "savepoint",
+        "session",
+        "top",
+        "watch",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        database: Database,
+        pool: Pool,
+        origin: Origin,
+        *,
+        readonly: bool,
+        parent: Transaction | None = None,
+        outer: Transaction | None = None,
+        manual: bool = False,
+    ) -> None:
+        self.database = database
+        self.pool = pool
+        self.origin = origin
+        self.readonly = readonly
+        self.parent = parent
+        self.outer = outer
+        """The transaction that this root has suspended (`requires_new`)."""
+        self.manual = manual
+        self.ended = False
+        self.committed = False
+        """Whether anything of it has been made permanent already."""
+        self.dooms = False
+        """Whether a failure of this level is one of the whole (`required`)."""
+        self.callbacks: list[Callback] = []
+        self.watch: Timer | None = None
+        self.worker: Worker | None = None
+        self.session: Session | None = None
+        if parent is None:
+            self.root: Transaction = self
+            self.depth = 0
+            self.number = next(_numbers)
+            self.lease: Lease | None = None
+            self.top: Transaction = self
+            self.controls: list[Control] = []
+            self.doom: str | None = None
+            self._turns: deque[tuple[Transaction, anyio.Event]] = deque()
+            self.savepoint = False
+        else:
+            root = self.root = parent.root
+            self.depth = parent.depth + 1
+            self.number = root.number
+            # A read-only level has nothing to undo; it only restricts what is sent.
+            self.savepoint = not readonly
+            root.top = self
+            if not readonly:
+                root.controls.append(("savepoint", self.depth))
+            elif not parent.readonly:
+                root.controls.append(("restrict", True))
+
+    def __repr__(self) -> str:
+        state = "ended" if self.ended else "open"
+        kind = "read-only " if self.readonly else ""
+        return f"<{state} {kind}transaction {self.number} level {self.depth}, begun by {self.origin()}>"
+
+    # Statements
+
+    async def run(self, request: Request, *, in_turn: bool = True) -> Any:
+        """Executes a request within this level."""
+        root = self.root
+        if self.ended or root.doom is not None:
+            raise self.refusal()
+        if root.session is not None:
+            return root.run_inline(request)
+        if in_turn and root.top is not self:
+            await self.take_turn()
+        if root.controls:
+            request.controls, root.controls = root.controls, []
+        lease = root.lease
+        if lease is None:
+            lease = root.lease = root._new_lease()
+        lease.submit(request)
+        try:
+            return await root.pool.waker.wait(request)
+        except BaseException:
+            if lease.dropped:  # nothing was begun; the next statement stands in line anew
+                if root.lease is lease:
+                    root.lease = None
+                root.controls[:0] = request.controls or ()
+            raise
+
+    def _new_lease(self) -> Lease:
+        pool = self.pool
+        if pool.closing:
+            raise PoolClosedError(f"the pool of database {self.database.name!r} was closed while this was open")
+        if self.origin.task is None:
+            self.origin.set_task()
+        return Lease(pool, self.origin, number=self.number, readonly=self.readonly)
+
+    def refusal(self) -> TransactionError:
+        """Why this level takes no statement any more."""
+        if self.root.doom is not None:
+            return TransactionError(self.root.doom)
+        return TransactionError(
+            f"the transaction has ended (begun by {self.origin()}). A task that was started inside a transaction and"
+            " goes on after its end steps outside with `with db.detached():`"
+        )
+
+    async def take_turn(self) -> None:
+        """Waits until no deeper level of another task is open."""
+        root = self.root
+        timeout = self.pool.timeout
+        while root.top is not self:
+            top = root.top
+            turn = (self, anyio.Event())
+            root._turns.append(turn)
+            try:
+                with anyio.move_on_after(timeout) as scope:
+                    await turn[1].wait()
+            finally:
+                if turn in root._turns:
+                    root._turns.remove(turn)
+                elif root.top is self:
+                    root._pass_turn()  # woken and cancelled at once: the next one must not be forgotten
+            if scope.cancelled_caught:
+                raise ConnectionPoolExhaustedError(
+                    f"the level begun by {self.origin()} waited {timeout:g} s for a nested level begun by"
+                    f" {top.origin()}, which is still open"
+                )
+            if self.ended:
+                raise self.refusal()
+
+    def _pass_turn(self) -> None:
+        """Wakes those whose level is innermost now, or has ended."""
+        root = self.root
+        for turn in tuple(root._turns):
+            if turn[0] is root.top or turn[0].ended:
+                root._turns.remove(turn)
+                turn[1].set()
+
+    # Inline: on the worker's thread
+
+    def run_inline(self, request: Request) -> Any:
+        """Executes a request right here, next to the connection."""
+        worker, session = self.worker, self.session
+        assert worker is not None
+        assert session is not None
+        for method, argument in self.controls:
+            worker.step(session, method, argument)
+        self.controls.clear()
+        atomic = request.kind == UNIT or request.kind == MANY
+        if atomic:
+            worker.step(session, "savepoint", 0)
+        try:
+            result = worker.run_inline(request)
+        except BaseException as error:
+            if not session.in_transaction:
+                self.doom = f"the transaction has been rolled back after an error: {error}"
+            elif atomic:
+                worker.step(session, "undo", 0)
+            raise
+        if atomic:
+            worker.step(session, "release", 0)
+        return result
+
+    # Ending
+
+    async def finish(self) -> None:
+        """Commits a root, keeps what a level did. The level is over, also if this fails."""
+        if self.parent is not None:
+            self._close_level(keep=True)
+            return
+        try:
+            if self.doom is None and not self.session and self.top is not self:
+                await self.take_turn()
+            if self.doom is not None:
+                raise TransactionError(self.doom)
+            await self._commit_root()
+        except BaseException:
+            await self.abandon()
+            raise
+        finally:
+            self._end()
+        await self._run_callbacks()
+
+    async def abandon(self) -> None:
+        """Rolls back a root, undoes what a level did. The level is over."""
+        if self.parent is not None:
+            self._close_level(keep=False)
+            return
+        if not self.ended:
+            self._end()
+            await self._roll_back_root()
+
+    async def commit(self) -> None:
+        """Makes permanent what was done so far; the next statement goes on in a new transaction.
+
+        In a nested level: what was done so far will not be undone with this level any more.
+
+        Raises:
+            TransactionError: The level has ended or can only be rolled back.
+        """
+        root = self.root
+        if self.ended or root.doom is not None:
+            raise self.refusal()
+        if root.top is not self:
+            await self.take_turn()
+        if self.parent is None:
+            if self.session is not None:
+                self._renew_inline(keep=True)
+            else:
+                try:
+                    await self._commit_root()
+                except BaseException:
+                    await self._roll_back_root()
+                    raise
+            await self._run_callbacks()
+        elif self.savepoint:
+            self._renew_savepoint(keep=True)
+
+    async def rollback(self) -> None:
+        """Undoes what was done so far; the next statement goes on in a new transaction, or a new savepoint."""
+        root = self.root
+        if self.ended:
+            raise self.refusal()
+        self._close_deeper()
+        self.callbacks.clear()
+        if self.parent is None:
+            self.doom = None
+            if self.session is not None:
+                self._renew_inline(keep=False)
+            else:
+                await self._roll_back_root()
+        elif root.doom is not None:
+            raise self.refusal()
+        elif self.savepoint:
+            self._renew_savepoint(keep=False)
+
+    async def _commit_root(self) -> None:
+        lease = self.lease
+        if lease is None:  # nothing was executed
+            self.controls.clear()
+            self.committed = self.committed or bool(self.callbacks)
+            return
+        request = Request(COMMIT, None, label="COMMIT")
+        if self.controls:
+            request.controls, self.controls = self.controls, []
+        lease.submit(request)
+        try:
+            await self.pool.waker.wait_through(request)
+        except BaseException:
+            if not (lease.ended and request.error is None):
+                raise
+            # Cancelled, but the commit had begun and went through: those who wait for it are told.
+            self.lease = None
+            self.committed = True
+            with anyio.CancelScope(shield=True):
+                await self._run_callbacks()
+            raise
+        self.lease = None
+        self.committed = True
+
+    async def _roll_back_root(self) -> None:
+        lease, self.lease = self.lease, None
+        self.controls.clear()
+        if lease is None or lease.ended:
+            return
+        if lease.worker is None and not lease.pending and self.pool.withdraw(lease):
+            return
+        request = Request(ROLLBACK, None, label="ROLLBACK")
+        lease.submit(request)
+        await self.pool.waker.wait(request)
+
+    def roll_back_unattended(self) -> None:
+        """Ends a manual level whose task has gone, without waiting for the outcome."""
+        if self.ended:
+            return
+        self.database.observer.abandoned(self.origin())
+        if self.parent is not None:
+            self._close_level(keep=False)
+            return
+        self._end()
+        lease, self.lease = self.lease, None
+        if lease is not None and not lease.ended and not self.pool.closed:
+            lease.submit(Request(ROLLBACK, None, label="ROLLBACK"))
+
+    def _renew_inline(self, *, keep: bool) -> None:
+        worker = self.worker
+        assert worker is not None
+        self.controls.clear()
+        worker.renew(self.session, keep=keep, readonly=self.readonly)
+
+    def _renew_savepoint(self, *, keep: bool) -> None:
+        controls = self.root.controls
+        opening: Control = ("savepoint", self.depth)
+        if opening in controls:  # nothing was executed since
+            return
+        controls.append(("release" if keep else "undo", self.depth))
+        controls.append(opening)
+
+    def _close_level(self, *, keep: bool) -> None:
+        """Ends a nested level. Loop thread (or inline); nothing is sent, the controls travel with what comes next."""
+        root, parent = self.root, self.parent
+        assert parent is not None
+        if self.ended:
+            return
+        if keep and root.doom is not None:
+            self._close_level(keep=False)
+            raise TransactionError(root.doom)
+        self._close_deeper()
+        controls = root.controls
+        if self.savepoint:
+            opening: Control = ("savepoint", self.depth)
+            if opening in controls:
+                del controls[controls.index(opening) :]
+            else:
+                controls.append(("release" if keep else "undo", self.depth))
+        elif not parent.readonly:
+            opening = ("restrict", True)
+            if controls and controls[-1] == opening:
+                controls.pop()
+            else:
+                controls.append(("restrict", False))
+        if keep:
+            parent.callbacks.extend(self.callbacks)
+        self._end()
+
+    def _close_deeper(self) -> None:
+        """Ends the levels that other tasks have opened inside this one and not closed: they go with it."""
+        root = self.root
+        while root.top is not self and root.top.parent is not None:
+            deeper = root.top
+            if self.depth >= deeper.depth:
+                break
+            deeper._close_level(keep=False)
+
+    def _end(self) -> None:
+        self.ended = True
+        if self.watch is not None:
+            self.watch.cancel()
+            self.watch = None
+        root = self.root
+        if self.parent is not None:
+            if root.top is self:
+                root.top = self.parent
+        else:
+            while root.top is not self:
+                root.top.ended = True
+                root.top = root.top.parent or self
+        if root._turns:
+            self._pass_turn()
+
+    def dooms_the_whole(self, error: BaseException) -> None:
+        """A function that had joined this transaction (`required`) failed: only a rollback is left."""
+        if self.root.doom is None:
+            self.root.doom = (
+                "a function that takes part in this transaction (propagation 'required') failed with"
+                f" {type(error).__name__}, so the whole of it can only be rolled back"
+            )
+
+    # After the commit
+
+    def on_commit(self, function: Callback) -> None:
+        """Runs the function after the outermost commit, never after a rollback of this level."""
+        if self.ended:
+            raise self.refusal()
+        self.callbacks.append(function)
+
+    async def _run_callbacks(self) -> None:
+        callbacks, self.callbacks = self.callbacks, []
+        if callbacks:
+            await run_callbacks(callbacks)
+
+
+async def run_callbacks(callbacks: list[Callback]) -> None:
+    """Runs all of them, also those behind one that fails; raises the first error."""
+    failure: BaseException | None = None
+    for callback in callbacks:
+        try:
+            result = callback()
+            if isinstance(result, Awaitable):
+                await result
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        failure.add_note("raised by a function given to on_commit(); the transaction itself has been committed")
+        raise failure
+
+
+class _Joined:
+    """What `enter` gives where nothing new was opened: the level that counts, and whether a failure dooms it."""
+
+    __slots__ = ("level",)
+
+    def __init__(self, level: Transaction | None) -> None:
+        self.level = level
+
+
+Entered = Transaction | _Joined
+
+
+async def enter(
+    database: Database, origin: Origin, *, readonly: bool, propagation: str, manual: bool = False
+) -> tuple[Entered, Any]:
+    """Opens or joins a transaction as `propagation` says; gives it with the context variable's token.
+
+    Raises:
+        TransactionError: The propagation does not allow it here.
+    """
+    variable = database.current
+    found = variable.get()
+    level: Transaction | None = None
+    if found is not None:
+        if isinstance(found, Detached):
+            level = None
+        elif found.ended and propagation not in ("not_supported", "requires_new"):
+            raise found.refusal()
+        else:
+            level = None if found.ended else found
+    if propagation == "nested" or propagation == "required":
+        if level is None:
+            outer = found.outer if isinstance(found, Detached) else None
+            return _open(database, origin, variable, readonly=readonly, outer=outer, manual=manual)
+        _refuse_writing_in_readonly(level, readonly)
+        if propagation == "required" and readonly == level.readonly:
+            return _Joined(level), None
+        if level.root.top is not level:
+            await level.take_turn()
+        if level.ended or level.root.doom is not None:
+            raise level.refusal()
+        nested = Transaction(database, level.pool, origin, readonly=readonly, parent=level, manual=manual)
+        nested.dooms = propagation == "required"
+        return nested, variable.set(nested)
+    return await _enter_rarely(database, origin, level, found, readonly=readonly, propagation=propagation)
+
+
+async def _enter_rarely(
+    database: Database, origin: Origin, level: Transaction | None, found: Any, *, readonly: bool, propagation: str
+) -> tuple[Entered, Any]:
+    variable = database.current
+    if propagation not in PROPAGATIONS:
+        raise ValueError(f"propagation {propagation!r} is unknown; it is one of {', '.join(sorted(PROPAGATIONS))}")
+    if propagation == "never" and level is not None:
+        raise TransactionError(f"propagation 'never': a transaction is open, begun by {level.origin()}")
+    if propagation == "mandatory" and level is None:
+        raise TransactionError("propagation 'mandatory': no transaction is open, and this function needs one")
+    if propagation in ("mandatory", "supports") and level is not None:
+        return await enter(database, origin, readonly=readonly, propagation="required")
+    if propagation == "requires_new":
+        if level is not None and level.root.session is not None:
+            raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
+        _refuse_write_within_write(database, level, found, readonly)
+        return _open(database, origin, variable, readonly=readonly, outer=level, manual=False)
+    if propagation == "not_supported":
+        if level is not None and level.root.session is not None:
+            raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
+        return _Joined(None), variable.set(Detached(level))
+    return _Joined(None), None  # supports or never, with no transaction open
+
+
+def _open(
+    database: Database, origin: Origin, variable: Any, *, readonly: bool, outer: Transaction | None, manual: bool
+) -> tuple[Transaction, Any]:
+    root = Transaction(database, database.pool(), origin, readonly=readonly, outer=outer, manual=manual)
+    return root, variable.set(root)
+
+
+def _refuse_writing_in_readonly(level: Transaction, readonly: bool) -> None:
+    if level.readonly and not readonly:
+        raise ReadOnlyTransactionError(
+            f"a read-write transaction cannot be opened within a read-only one (begun by {level.origin()})"
+        )
+
+
+def _refuse_write_within_write(database: Database, level: Transaction | None, found: Any, readonly: bool) -> None:
+    if readonly or not database.engine.single_writer:
+        return
+    outer = found.outer if isinstance(found, Detached) else level
+    while outer is not None:
+        if not outer.ended and not outer.root.readonly:
+            raise TransactionError(
+                "propagation 'requires_new': a write transaction within a write transaction on the same database could"
+                f" only wait for itself, for there is one writer at a time; the outer one was begun by {outer.origin()}"
+            )
+        outer = outer.root.outer
+
+
+async def leave(entered: Entered, token: Any, error: BaseException | None) -> None:
+    """Ends what `enter` has begun: kept if there was no error."""
+    if isinstance(entered, _Joined):
+        if token is not None:
+            _reset(token)
+        if error is not None and entered.level is not None:
+            entered.level.dooms_the_whole(error)
+        return
+    try:
+        if error is None:
+            await entered.finish()
+        else:
+            await entered.abandon()
+            if entered.dooms:
+                entered.dooms_the_whole(error)
+    finally:
+        _reset(token)
+
+
+def _reset(token: Any) -> None:
+    try:
+        token.var.reset(token)
+    except ValueError:  # ended in another context than it was begun in (a fixture, a generator): nothing to restore
+        pass
+
+
+class TimeLimit:
+    """Bounds a whole transaction; a commit that has begun is not interrupted.
+
+    Raises `TransactionTimeoutError` in `stop`, saying what the time was spent on.
+    """
+
+    __slots__ = ("_activity", "_origin", "_scope", "_seconds")
+
+    def __init__(self, seconds: float, origin: Origin) -> None:
+        self._seconds = seconds
+        self._origin = origin
+        self._scope = anyio.move_on_after(seconds)
+
+    def start(self) -> None:
+        """The clock runs from here."""
+        self._scope.__enter__()
+
+    def stop(self, error: BaseException | None) -> None:
+        """The transaction is over, with or without an error."""
+        swallowed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+        if swallowed:
+            raise TransactionTimeoutError(
+                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and has"
+                f" been rolled back; it was {_doing(error)}"
+            ) from error
+
+
+def _doing(error: BaseException | None) -> str:
+    """Where a cancellation struck, told from the innermost frames of its traceback."""
+    traceback = None if error is None else error.__traceback__
+    doing = "outside the database"
+    place = "the function itself"
+    while traceback is not None:
+        request = traceback.tb_frame.f_locals.get("request")
+        if isinstance(request, Request):
+            what = str(request.label or getattr(request.sql, "sql", request.sql))
+            home = request.home
+            waiting = isinstance(home, Lease) and home.worker is None
+            doing = f"{'waiting for a connection to execute' if waiting else 'executing'}: {what[:200]}"
+        code = traceback.tb_frame.f_code
+        outside = f"{code.co_qualname} ({code.co_filename}:{traceback.tb_lineno})"
+        if doing == "outside the database":
+            place = outside
+        traceback = traceback.tb_next
+    return doing if doing != "outside the database" else f"outside the database, in {place}" if error else doing
+
+
+@contextmanager
+def detached(variable: Any) -> Iterator[None]:
+    """Steps outside the current transaction."""
+    found = variable.get()
+    outer = found if isinstance(found, Transaction) and not found.ended else None
+    token = variable.set(Detached(outer))
+    try:
+        yield
+    finally:
+        _reset(token)

@@ -1,0 +1,108 @@
+"""Fixtures for every test: the event loops, the engine, and databases that leave nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.contract.support import Engine, collected, is_idle, worker_threads
+
+MakeDb = Callable[..., Awaitable[Any]]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {}), id="asyncio"),
+        pytest.param(
+            ("asyncio", {"use_uvloop": True}),
+            id="asyncio+uvloop",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
+            ),
+        ),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Each asynchronous test runs on every event loop there is."""
+    return request.param
+
+
+@pytest.fixture(params=["sqlite3"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+    """The engine under test."""
+    return Engine(request.param, tmp_path)
+
+
+@pytest.fixture
+def configured(engine: Engine) -> Iterator[Callable[..., None]]:
+    """`configured(**settings)` for tests that run their own event loops; all is closed at the end."""
+
+    def configure(**settings: Any) -> None:
+        engine.public.configure(engine.settings(**settings))
+
+    yield configure
+    anyio.run(engine.public.close_all)
+
+
+@pytest.fixture
+async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
+    """`await make_db(**settings)`: a fresh configuration, its tables, and the handle of the default database.
+
+    When the test is over every connection must be free again, and closing must leave no thread and no file.
+    """
+    threads = worker_threads()
+    handles: list[Any] = []
+
+    async def make(*, schema: bool = True, **settings: Any) -> Any:
+        await engine.public.close_all()
+        engine.public.configure(engine.settings(**settings))
+        for name in engine.databases if "audit" in settings else engine.databases[:1]:
+            handle = engine.public.get_db(name)
+            if schema:
+                await handle.execute_script(engine.schema)
+            if handle not in handles:
+                handles.append(handle)
+        return engine.public.get_db()
+
+    yield make
+    try:
+        for handle in handles:
+            await collected(
+                lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}", within=2
+            )
+    finally:
+        with anyio.fail_after(10):
+            await engine.public.close_all()
+    await collected(
+        lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}", within=2
+    )
+    await collected(
+        lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}", within=2
+    )
+
+
+@pytest.fixture
+async def db(make_db: MakeDb) -> Any:
+    """The default database: two readers and the writer, the tables of the contract's tests, nothing in
+    them.
+    """
+    return await make_db()
+
+
+@pytest.fixture
+async def audit(make_db: MakeDb, engine: Engine) -> Any:
+    """A second database beside `get_db()`, called "audit"; with the same tables."""
+    await make_db(audit={})
+    return engine.public.get_db("audit")
+
+
+@pytest.fixture
+def queries(engine: Engine) -> Any:
+    """aiosql queries with every operator."""
+    return engine.load_queries()

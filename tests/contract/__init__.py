@@ -1,0 +1,1 @@
+"""The public contract, held on every engine and every event loop."""

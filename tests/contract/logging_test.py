@@ -1,0 +1,260 @@
+"""Section 7 of the contract: what is logged, by whom, with which attributes, and what is kept out of it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from database import logs, transactional
+from tests.contract.support import SLOW_SELECT, Engine, add, errors, held, names
+
+STANDARD = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
+SECRET = "hunter2-the-secret"
+
+
+def extras(record: logging.LogRecord) -> dict[str, Any]:
+    """The attributes that the package has added."""
+    return {name: value for name, value in vars(record).items() if name not in STANDARD}
+
+
+def attribute(record: logging.LogRecord, part: str) -> Any:
+    """The added attribute whose name contains `part`."""
+    found = [value for name, value in extras(record).items() if part in name]
+    assert found, f"no {part!r} among {sorted(extras(record))}"
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def everything(caplog: pytest.LogCaptureFixture) -> None:
+    """Captures all that the package logs, from DEBUG up; and puts the loggers back as they were."""
+    for name in ("database", "database.query", "database.pool", "database.transaction"):
+        caplog.set_level(logging.DEBUG, logger=name)
+
+
+def of(caplog: pytest.LogCaptureFixture, sql: str) -> list[logging.LogRecord]:
+    return [
+        record
+        for record in caplog.records
+        if record.name == "database.query" and sql in str(extras(record).values())
+    ]
+
+
+@pytest.mark.anyio
+async def test_one_record_a_statement(db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Each statement is one INFO record with SQL, parameters, rows and duration as attributes."""
+    caplog.clear()
+    await db.execute("INSERT INTO jobs (name) VALUES (:name)", {"name": "a"})
+    await db.fetch_all("SELECT name FROM jobs UNION ALL SELECT 'b'")
+    (insert,) = of(caplog, "INSERT INTO jobs")
+    (select,) = of(caplog, "UNION ALL")
+    for record in (insert, select):
+        assert record.levelno == logging.INFO
+        assert 0 <= attribute(record, "duration") < 5000
+        assert "param" in str(sorted(extras(record)))
+    assert attribute(insert, "sql") == "INSERT INTO jobs (name) VALUES (:name)"
+    assert attribute(insert, "row") == 1
+    assert attribute(select, "row") == 2
+    assert len([record for record in caplog.records if record.name == "database.query"]) == 2
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("shown", [False, True], ids=["redacted", "asked-for"])
+async def test_parameters(make_db: Any, caplog: pytest.LogCaptureFixture, shown: bool) -> None:
+    """Values are in the log only where they were asked for, not in errors either."""
+    db = await make_db(logging={"parameters": "shown" if shown else "redacted"})
+    caplog.clear()
+    await db.execute("INSERT INTO jobs (name) VALUES (:name)", {"name": SECRET})
+    await db.fetch_all("SELECT * FROM jobs WHERE name = ?", (SECRET,))
+    if not shown:
+        with pytest.raises(errors.IntegrityError):
+            await db.execute("INSERT INTO jobs (name) VALUES (?)", [SECRET])
+        with pytest.raises(errors.IntegrityError):
+            await db.execute_many("INSERT INTO jobs (name) VALUES (?)", [[SECRET]])
+    everything = "\n".join(
+        f"{record.getMessage()} {record.exc_text} {extras(record)}" for record in caplog.records
+    )
+    assert "INSERT INTO jobs" in everything
+    assert (SECRET in everything) == shown
+
+
+@pytest.mark.anyio
+async def test_transaction_id(db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Statements of one transaction carry one id, those of another another, single statements none."""
+    caplog.clear()
+    for _ in range(2):
+        async with db.transaction():
+            await db.execute("INSERT INTO item (value) VALUES ('inside')")
+            await db.fetch_all("SELECT 'inside'")
+    await db.fetch_all("SELECT 'outside'")
+    ids = [attribute(record, "transaction") for record in of(caplog, "inside")]
+    assert len(ids) == 4
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    assert None not in ids
+    (outside,) = of(caplog, "outside")
+    assert not attribute(outside, "transaction")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("inside", [False, True], ids=["autocommit", "transaction"])
+async def test_slow_statements_are_warnings(
+    make_db: Any, caplog: pytest.LogCaptureFixture, inside: bool
+) -> None:
+    """A statement above slow_ms is a WARNING, one below is not."""
+    db = await make_db(logging={"slow_ms": 20})
+    caplog.clear()
+    slow = SLOW_SELECT.replace("100000000", "1000000")
+    if inside:
+        async with db.transaction():
+            await db.fetch_value(slow)
+    else:
+        await db.fetch_value(slow)
+    await db.fetch_value("SELECT 'quick'")
+    (record,) = of(caplog, "RECURSIVE")
+    assert record.levelno == logging.WARNING
+    (record,) = of(caplog, "quick")
+    assert record.levelno < logging.WARNING
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["autocommit", "transaction", "nested", "offload"])
+async def test_an_error_is_logged_once(db: Any, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """However many levels an error passes on its way out, it is one ERROR record."""
+    await add(db, "a")
+    caplog.clear()
+
+    @transactional
+    async def once() -> None:
+        await add(db, "a")
+
+    @transactional
+    async def nested() -> None:
+        await once()
+
+    calls = {
+        "autocommit": lambda: add(db, "a"),
+        "transaction": once,
+        "nested": nested,
+        "offload": lambda: transactional(offload=True)(add)(db, "a"),
+    }
+    with pytest.raises(errors.IntegrityError):
+        await calls[kind]()
+    logged = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(logged) == 1, [record.getMessage() for record in logged]
+    assert logged[0].name == "database.query"
+
+
+@pytest.mark.anyio
+async def test_pool_and_transaction_log_likewise(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Opening, exhaustion and closing are on database.pool; begin, commit and rollback on
+    database.transaction.
+    """
+    db = await make_db(pool_timeout=0.1)
+    async with db.transaction():
+        await add(db, "a")
+    with pytest.raises(LookupError):
+        async with db.transaction():
+            await add(db, "b")
+            raise LookupError
+    transactions = [
+        record.getMessage().lower() for record in caplog.records if record.name == "database.transaction"
+    ]
+    assert any("commit" in text for text in transactions)
+    assert any("roll" in text for text in transactions)
+    caplog.clear()
+    async with held(db):
+        with pytest.raises(errors.ConnectionPoolExhaustedError):
+            async with db.transaction():
+                await names(db)
+    exhausted = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.name for record in exhausted] == ["database.pool"]
+    await db.close()
+    assert any(record.name == "database.pool" and "clos" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.anyio
+async def test_console(make_db: Any, engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    """`logging.console: true` shows each statement once on the console; switched off again, it is silent."""
+    for _ in range(2):
+        db = await make_db(schema=not engine.path().exists(), logging={"console": True, "level": "INFO"})
+    capsys.readouterr()
+    await db.fetch_value("SELECT 'shown'")
+    seen = "".join(capsys.readouterr())
+    assert seen.count("SELECT 'shown'") == 1, seen
+    db = await make_db(schema=False, logging={"console": False})
+    await db.fetch_value("SELECT 'hidden'")
+    assert "hidden" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.anyio
+async def test_console_level(make_db: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """`level: WARNING` keeps ordinary statements off the console."""
+    logging.getLogger("database.query").setLevel(logging.NOTSET)
+    logging.getLogger("database").setLevel(logging.NOTSET)
+    db = await make_db(logging={"console": True, "level": "WARNING"})
+    await db.fetch_value("SELECT 'ordinary'")
+    assert "ordinary" not in "".join(capsys.readouterr())
+
+
+SILENT = """
+import anyio
+from database.{engine} import configure, get_db
+from database import errors
+
+async def main():
+    db = get_db()
+    await db.fetch_value("SELECT 1")
+    try:
+        await db.execute("SELEKT")
+    except errors.QueryExecutionError:
+        pass
+    await db.begin()
+    await db.execute("CREATE TABLE lost (a)")
+
+configure({{"database": {{"sqlite": {{"path": {path!r}, "init_sql": "", "logging": {{"slow_ms": 0}}}}}}}})
+anyio.run(main)
+"""
+
+
+def test_silent_until_configured(engine: Engine) -> None:
+    """A program that has not configured logging gets no output, errors and warnings included."""
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT.format(engine=engine.name, path=str(engine.path()))],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_forward_handler_is_an_empty_handler() -> None:
+    """ForwardHandler is a logging handler that can be attached, swallows records, and is marked TODO."""
+    import inspect
+
+    handler = logs.ForwardHandler()
+    assert isinstance(handler, logging.Handler)
+    handler.handle(logging.LogRecord("database.query", logging.INFO, "", 0, "message", (), None))
+    assert "TODO" in inspect.getsource(logs.ForwardHandler)
+
+
+@pytest.mark.anyio
+async def test_forward_handler_sees_the_records(db: Any) -> None:
+    """A subclass that fills the handler in gets each record with its attributes."""
+    seen: list[logging.LogRecord] = []
+
+    class Shipper(logs.ForwardHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record)
+
+    handler = Shipper()
+    logging.getLogger("database").addHandler(handler)
+    try:
+        await db.fetch_value("SELECT 'shipped'")
+    finally:
+        logging.getLogger("database").removeHandler(handler)
+    assert [attribute(record, "sql") for record in seen if record.name == "database.query"] == [
+        "SELECT 'shipped'"
+    ]

@@ -1,0 +1,304 @@
+"""What the contract's tests share: the engine under test, oracles outside the package, and ways to wait
+without sleeping.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sqlite3
+import threading
+import time
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from database import errors
+
+# 15 seconds of work where nothing stops it: long enough that "came back early" can only mean "was stopped".
+_STEPS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000000)"
+SLOW_SELECT = f"{_STEPS} SELECT count(*) FROM c"
+SLOW_ROWS = f"{_STEPS} SELECT x FROM c"
+SLOW_INSERT = f"INSERT INTO item (value) {_STEPS} SELECT count(*) FROM c"
+
+SCHEMA = """
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    cron_expr TEXT,
+    handler TEXT,
+    enabled INTEGER NOT NULL DEFAULT 1
+);
+CREATE TABLE item (id INTEGER PRIMARY KEY, value TEXT);
+CREATE TABLE parent (id INTEGER PRIMARY KEY);
+CREATE TABLE child (
+    id INTEGER PRIMARY KEY,
+    parent_id INTEGER NOT NULL REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED
+);
+"""
+
+QUERIES = """
+-- name: get_job_by_id^
+SELECT * FROM jobs WHERE id = :id;
+-- name: get_all_jobs
+SELECT * FROM jobs WHERE enabled = :enabled ORDER BY id;
+-- name: count_jobs$
+SELECT count(*) FROM jobs;
+-- name: insert_job<!
+INSERT INTO jobs (name, cron_expr, handler) VALUES (:name, :cron_expr, :handler);
+-- name: insert_job_returning<!
+INSERT INTO jobs (name) VALUES (:name) RETURNING id;
+-- name: insert_jobs*!
+INSERT INTO jobs (name, cron_expr) VALUES (:name, :cron_expr);
+-- name: update_job!
+UPDATE jobs SET enabled = :enabled WHERE id = :id;
+-- name: delete_job!
+DELETE FROM jobs WHERE id = :id;
+-- name: create_notes#
+CREATE TABLE note (id INTEGER PRIMARY KEY, text TEXT);
+INSERT INTO note (text) VALUES ('first; with a semicolon');
+"""
+
+
+@dataclass
+class Engine:
+    """One engine under test: its public module and what the tests need from outside the package.
+
+    Another engine is plugged in by one more of these in `tests/conftest.py`.
+    """
+
+    name: str
+    directory: Path
+    schema: str = SCHEMA
+    queries: str = QUERIES
+    databases: tuple[str, ...] = ("default", "audit")
+    public: types.ModuleType = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.public = import_module(f"database.{self.name}")
+
+    def path(self, database: str = "default") -> Path:
+        return self.directory / ("test.db" if database == "default" else f"{database}.db")
+
+    def settings(self, *, audit: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """The configuration of one test: small, quick, with nothing from the packaged init.sql."""
+        section: dict[str, Any] = {
+            "path": str(self.path()),
+            "pool_size": 2,
+            "pool_timeout": 5,
+            "init_sql": "",
+        }
+        section |= more
+        if audit is not None:
+            section["databases"] = {"audit": {"path": str(self.path("audit")), **audit}}
+        return {"database": {"sqlite": section}}
+
+    def load_queries(self) -> Any:
+        file = self.directory / "queries.sql"
+        file.write_text(self.queries)
+        return self.public.load_queries(file)
+
+    def outside(self, sql: str, database: str = "default") -> list[tuple[Any, ...]]:
+        """What somebody sees who has nothing to do with the package: the committed state."""
+        connection = sqlite3.connect(self.path(database), timeout=0.5)
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def committed(self, database: str = "default") -> list[str]:
+        """Names of the committed jobs, sorted."""
+        return [name for (name,) in self.outside("SELECT name FROM jobs ORDER BY name", database)]
+
+    @contextmanager
+    def locked(self, database: str = "default") -> Iterator[sqlite3.Connection]:
+        """The database as another process leaves it that keeps the write lock."""
+        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=5)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+        finally:
+            connection.close()
+
+    def open_files(self) -> list[str]:
+        """The database files this process holds open, one entry a descriptor; empty where the OS does not
+        tell.
+        """
+        found: list[str] = []
+        try:
+            descriptors = os.listdir("/proc/self/fd")
+        except OSError:
+            return found
+        for descriptor in descriptors:
+            try:
+                target = os.readlink(f"/proc/self/fd/{descriptor}")
+            except OSError:
+                continue
+            if target.startswith(str(self.directory)):
+                found.append(target)
+        return found
+
+
+def worker_threads() -> set[threading.Thread]:
+    """All threads but the main one and those that the event loops keep for themselves."""
+    return {
+        thread
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread()
+        and not thread.name.startswith(("AnyIO", "Trio", "trio", "asyncio_", "pytest"))
+    }
+
+
+async def eventually(true: Callable[[], object], what: str = "", within: float = 5.0) -> None:
+    """Polls until `true()` holds: for what happens on threads, which no event loop can be asked to wait
+    for.
+    """
+    deadline = time.monotonic() + within
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not happen within {within} s: {what or true}")
+        await anyio.sleep(0.001)
+
+
+async def collected(true: Callable[[], object], what: str = "", within: float = 5.0) -> None:
+    """As `eventually`, for what happens after something has become garbage."""
+
+    def check() -> object:
+        gc.collect()
+        return true()
+
+    await eventually(check, what, within)
+
+
+async def waiting(db: Any, count: int) -> None:
+    """Returns once `count` callers wait for a connection of `db`."""
+    await eventually(lambda: db.stats().waiting == count, f"{count} waiting, stats {db.stats()}")
+
+
+async def busy(db: Any) -> None:
+    """Returns once a connection of `db` is in use."""
+    await eventually(lambda: db.stats().readers_in_use or db.stats().writer_in_use, "a connection in use")
+
+
+def is_idle(db: Any) -> bool:
+    stats = db.stats()
+    return not (stats.readers_in_use or stats.writer_in_use or stats.waiting or stats.queued)
+
+
+async def idle(db: Any) -> None:
+    """Holds that the pool becomes whole again: nothing in use, nobody waiting."""
+    await eventually(lambda: is_idle(db), f"an idle pool, stats {db.stats()}", within=3)
+
+
+async def usable(db: Any) -> None:
+    """Holds that the pool is whole and that reading and writing work."""
+    await idle(db)
+    assert not db.in_transaction
+    with anyio.fail_after(5):
+        before = await db.fetch_value("SELECT count(*) FROM item")
+        await db.execute("INSERT INTO item (value) VALUES ('usable')")
+        assert await db.fetch_value("SELECT count(*) FROM item") == before + 1
+        async with db.transaction():
+            await db.execute("DELETE FROM item WHERE value = 'usable'")
+    await idle(db)
+
+
+async def add(db: Any, name: str) -> None:
+    await db.execute("INSERT INTO jobs (name) VALUES (:name)", {"name": name})
+
+
+async def names(db: Any) -> list[str]:
+    return [row["name"] for row in await db.fetch_all("SELECT name FROM jobs ORDER BY name")]
+
+
+async def gather(*calls: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """Runs all at once; their results in order, an exception standing for the result of the call that raised
+    it.
+    """
+    results: list[Any] = [None] * len(calls)
+
+    async def one(index: int, call: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            results[index] = await call()
+        except Exception as error:
+            results[index] = error
+
+    async with anyio.create_task_group() as group:
+        for index, call in enumerate(calls):
+            group.start_soon(one, index, call)
+    return results
+
+
+@asynccontextmanager
+async def held(db: Any, *, readonly: bool = False, count: int = 1) -> AsyncIterator[anyio.Event]:
+    """`count` other tasks hold a transaction each (and so a connection), until the block or the event ends
+    them.
+    """
+    release = anyio.Event()
+
+    async def hold_a_connection(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+        async with db.transaction(readonly=readonly):
+            await db.fetch_value("SELECT 1")
+            task_status.started()
+            await release.wait()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(count):
+            await group.start(hold_a_connection)
+        try:
+            yield release
+        finally:
+            release.set()
+
+
+@types.coroutine
+def stepwise(coroutine: Coroutine[Any, Any, Any], at_point: Callable[[int], None]) -> Any:
+    """Drives `coroutine` and calls `at_point(n)` at its n-th scheduling point, just before it gives way."""
+    points = 0
+
+    def resume(step: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+        try:
+            return False, step(*args)
+        except StopIteration as stop:
+            return True, stop.value
+
+    done, value = resume(coroutine.send, None)
+    while not done:
+        points += 1
+        at_point(points)
+        try:
+            answer = yield value
+        except BaseException as error:
+            done, value = resume(coroutine.throw, error)
+        else:
+            done, value = resume(coroutine.send, answer)
+    return value
+
+
+__all__ = [
+    "SLOW_INSERT",
+    "SLOW_ROWS",
+    "SLOW_SELECT",
+    "Engine",
+    "add",
+    "busy",
+    "collected",
+    "errors",
+    "eventually",
+    "gather",
+    "held",
+    "idle",
+    "is_idle",
+    "names",
+    "stepwise",
+    "usable",
+    "waiting",
+    "worker_threads",
+]
