@@ -38,7 +38,8 @@ docs:
 	@echo "there is no mkdocs.yml yet"
 endif
 
-bench: $(VENV)/.test  ## the benchmarks (ARGS=--quick for a short run)
+# The neighbours stand in the dependency group `bench`; without it, raw sqlite3 is what there is to compare with.
+bench: $(VENV)/.$(if $(shell grep '^bench = ' pyproject.toml),bench,test)  ## the benchmarks (ARGS=--quick for a short run)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean:  ## remove environments, caches and what was built; data/ stays
@@ -53,6 +54,6 @@ $(VENV)/.test: pyproject.toml
 	$(PIP) --group test -e '.[trio,uvloop,progress]'
 	@touch $@
 
-$(VENV)/.check $(VENV)/.docs: $(VENV)/.%: $(VENV)/.test
+$(VENV)/.check $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.test
 	$(PIP) --group $*
 	@touch $@

@@ -8,4 +8,12 @@ from database import errors
 from database.neutral import transactional, transactional_readonly
 from database.registry import close_all, configure, get_db, lifespan
 
-__all__ = ["close_all", "configure", "errors", "get_db", "lifespan", "transactional", "transactional_readonly"]
+__all__ = [
+    "close_all",
+    "configure",
+    "errors",
+    "get_db",
+    "lifespan",
+    "transactional",
+    "transactional_readonly",
+]

@@ -12,7 +12,7 @@ from database.driver.worker import here
 from database.errors import DatabaseBusyError, TransactionError
 from database.handle import Database
 from database.offload import Job
-from database.transaction import PROPAGATIONS, Origin, TimeLimit, Transaction, enter, leave
+from database.transaction import PROPAGATIONS, Origin, Propagation, TimeLimit, Transaction, enter, leave
 
 __all__ = ["Decorator", "make_decorator"]
 
@@ -31,7 +31,7 @@ class Decorator(Protocol):
         db: str | tuple[str, ...] = ...,
         timeout: float | None = ...,
         retries: int = ...,
-        propagation: str = ...,
+        propagation: Propagation = ...,
         offload: bool = ...,
     ) -> Callable[[F], F]: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
         db: str | tuple[str, ...] = "default",
         timeout: float | None = None,
         retries: int = 0,
-        propagation: str = "nested",
+        propagation: Propagation = "nested",
         offload: bool = False,
     ) -> Any:
         """Runs a coroutine function in a transaction: commit when it returns, rollback on any exception.
@@ -93,14 +93,16 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
 
 
 def _check(
-    name: str, names: tuple[str, ...], timeout: float | None, retries: int, propagation: str, offload: bool
+    name: str, names: tuple[object, ...], timeout: float | None, retries: int, propagation: str, offload: bool
 ) -> None:
     if not names or not all(isinstance(each, str) for each in names):
         raise TypeError(f"@{name}: db is a database's name or a tuple of names, not {names!r}")
     if len(set(names)) != len(names):
         raise ValueError(f"@{name}: db names a database twice: {names!r}")
     if propagation not in PROPAGATIONS:
-        raise ValueError(f"@{name}: propagation {propagation!r} is unknown; it is one of {', '.join(sorted(PROPAGATIONS))}")
+        raise ValueError(
+            f"@{name}: propagation {propagation!r} is unknown; it is one of {', '.join(sorted(PROPAGATIONS))}"
+        )
     if retries < 0:
         raise ValueError(f"@{name}: retries must not be negative, but is {retries}")
     if timeout is not None and timeout < 0:

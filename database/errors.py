@@ -25,7 +25,7 @@ DatabaseError
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 __all__ = [
@@ -149,7 +149,7 @@ def redact(parameters: object) -> str:
     if isinstance(parameters, Mapping):
         return f"<{', '.join(map(str, cast('Mapping[Any, Any]', parameters)))}>"
     if isinstance(parameters, Sequence) and not isinstance(parameters, (str, bytes)):
-        count = len(cast("Sequence[Any]", parameters))
+        count = len(cast("Collection[object]", parameters))
         return f"<{count} value{'' if count == 1 else 's'}>"
     return f"<{type(parameters).__name__}>"
 

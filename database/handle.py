@@ -1,8 +1,7 @@
 """`Database`: what `get_db()` returns.
 
 A handle is made once per name, at import time, and knows nothing yet. At its first use it looks its settings up and opens
-a pool for the event loop at hand. A statement then goes one of three ways: within a transaction to that transaction's
-connection; otherwise, if it reads, to the lane of the readers; if it writes, to the lane of the writer.
+a pool for the event loop at hand. A statement then goes one of three ways: within a transaction to its connection; otherwise, if it reads, to the lane of the readers; if it writes, to the lane of the writer.
 
 Every call costs one hop to a worker's thread and back, so everything before the hop is kept short: what is known of a
 statement is cached by its text, and nothing but one `Request` is made for it.
@@ -28,14 +27,16 @@ from database.driver.wakeup import create_waker, current_loop, current_task_id
 from database.driver.worker import here
 from database.engine import Engine
 from database.errors import DatabaseError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
-from database.statements import CONTROL, READ, WRITE, Result, Row, Statement
+from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement
 from database.stream import Stream
 from database.transaction import (
     Detached,
     Entered,
     Origin,
+    Propagation,
     TimeLimit,
     Transaction,
+    after_all,
     detached,
     enter,
     leave,
@@ -139,7 +140,9 @@ class Database:
                     f"database {self.name!r} cannot be used from here: this code runs on a database's own thread"
                     " (offload=True, or db.run), where only the database that runs it may be called"
                 )
-            raise TransactionError(f"database {self.name!r} can only be used inside asyncio or trio, and none is running")
+            raise TransactionError(
+                f"database {self.name!r} can only be used inside asyncio or trio, and none is running"
+            )
         ticket = object()
         settings.hold(ticket, self.name)
         try:
@@ -215,7 +218,7 @@ class Database:
         level = self.current.get()
         if level is None or type(level) is Detached:
             if level is not None and statement.kind != READ:
-                self._refuse_waiting_for_itself(cast("Detached", level))
+                self._refuse_waiting_for_itself(level)
             loop = current_loop()
             pool = self._pools.get(id(loop))
             if pool is None or pool.waker.loop is not loop:
@@ -229,7 +232,7 @@ class Database:
                 pool.writes.submit(request)
             return await pool.waker.wait(request)
         transaction = cast("Transaction", level)
-        if transaction.readonly and statement.kind == WRITE and not transaction.ended:
+        if transaction.readonly and statement.kind != READ and not transaction.ended and not _asks(statement):
             raise self._read_only(statement)
         return await transaction.run(Request(STATEMENT, operation, statement, params, extra))
 
@@ -295,7 +298,9 @@ class Database:
         return await self._send(self._operations.fetch_one, statement, params, record_class)
 
     @overload
-    async def fetch_all(self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]) -> list[T]: ...
+    async def fetch_all(
+        self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]
+    ) -> list[T]: ...
     @overload
     async def fetch_all(self, query: Query, params: Parameters = None, *, record_class: None = None) -> list[Row]: ...
     async def fetch_all(
@@ -382,10 +387,18 @@ class Database:
         text = sql if isinstance(sql, str) else getattr(sql, "sql", None)
         if not isinstance(text, str):
             raise QueryExecutionError(f"a script is SQL text or an aiosql script, not {type(sql).__name__}")
-        if self._operations is None:
+        if self._engine is None:
             self._resolve()
         await self._send_unit(SCRIPT, self._operations.execute_script, text, None)
 
+    @overload
+    def stream(
+        self, query: Query, params: Parameters = None, *, chunk_size: int = 1000, record_class: Callable[..., T]
+    ) -> Stream[T]: ...
+    @overload
+    def stream(
+        self, query: Query, params: Parameters = None, *, chunk_size: int = 1000, record_class: None = None
+    ) -> Stream[Row]: ...
     def stream(
         self,
         query: Query,
@@ -393,7 +406,7 @@ class Database:
         *,
         chunk_size: int = 1000,
         record_class: Callable[..., Any] | None = None,
-    ) -> Stream:
+    ) -> Stream[Any]:
         """Rows as they come: `async with db.stream(sql) as rows: async for row in rows: ...`.
 
         It reads ahead by one chunk at the most. Outside a transaction it keeps one reader, and that reader's snapshot,
@@ -409,9 +422,7 @@ class Database:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         return Stream(self, query, params, chunk_size, record_class, _origin("stream()", 1))
 
-    async def run(
-        self, function: Callable[Concatenate[Any, ...], T], *args: Any, readonly: bool = False
-    ) -> T:
+    async def run(self, function: Callable[Concatenate[Any, ...], T], *args: Any, readonly: bool = False) -> T:
         """Runs `function(connection, *args)` on the connection's own thread, in one transaction.
 
         Args:
@@ -424,8 +435,10 @@ class Database:
             What the function returns.
         """
         if inspect.iscoroutinefunction(function):
-            raise TypeError("db.run() takes an ordinary function; for a coroutine function use @transactional(offload=True)")
-        if self._operations is None:
+            raise TypeError(
+                "db.run() takes an ordinary function; for a coroutine function use @transactional(offload=True)"
+            )
+        if self._engine is None:
             self._resolve()
         name = getattr(function, "__qualname__", repr(function))
         level = self.current.get()
@@ -434,14 +447,15 @@ class Database:
             async with self.transaction(readonly=True):
                 return cast("T", await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})"))
         return cast(
-            "T", await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})", readonly=readonly)
+            "T",
+            await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})", readonly=readonly),
         )
 
     async def offload(self, job: Any, *, readonly: bool) -> Any:
         """Sends a coroutine function to the database's thread; see `database.offload`."""
         from database.offload import drive  # noqa: PLC0415  - it needs this module
 
-        if self._operations is None:
+        if self._engine is None:
             self._resolve()
         level = self.current.get()
         label = f"offloaded {job.origin()}"
@@ -455,7 +469,9 @@ class Database:
                 await run_callbacks(callbacks)
         return result
 
-    async def call_aiosql(self, method: Any, sql: str, params: Any, record_class: Any = None, *, record: bool = False) -> Any:
+    async def call_aiosql(
+        self, method: Any, sql: str, params: Any, record_class: Any = None, *, record: bool = False
+    ) -> Any:
         """Runs a method of aiosql's synchronous adapter on the worker; see `database.queries`."""
         statement = self._statements.get(sql) or self._analyse(sql)
         if statement.kind == CONTROL:
@@ -466,7 +482,7 @@ class Database:
     # Transactions
 
     def transaction(
-        self, readonly: bool = False, timeout: float | None = None, propagation: str = "nested"
+        self, readonly: bool = False, timeout: float | None = None, propagation: Propagation = "nested"
     ) -> TransactionContext:
         """A transaction: `async with db.transaction() as tx: ...`. Commits at the end, rolls back on any exception.
 
@@ -506,8 +522,12 @@ class Database:
             return
         try:
             await level.finish()
-        finally:
+        except BaseException as failure:
             self._step_out(level)
+            await after_all(level, failure)
+            raise
+        self._step_out(level)
+        await level.run_callbacks()
 
     async def rollback(self) -> None:
         """Rolls back what `begin()` began; inside a decorated function, what was done so far. Else does nothing."""
@@ -582,8 +602,13 @@ class Database:
         """The statement, if it may stand in a batch."""
         statement = self._statements.get(query) or self._analyse(query)
         if statement.kind != WRITE:
-            raise self._unfit("batch.execute", statement) if statement.kind == CONTROL else QueryExecutionError(
-                f"a batch takes INSERT, UPDATE and DELETE, not {statement.verb}; nothing was executed", sql=statement.sql
+            raise (
+                self._unfit("batch.execute", statement)
+                if statement.kind == CONTROL
+                else QueryExecutionError(
+                    f"a batch takes INSERT, UPDATE and DELETE, not {statement.verb}; nothing was executed",
+                    sql=statement.sql,
+                )
             )
         level = self.current.get()
         if isinstance(level, Transaction) and level.readonly:
@@ -603,7 +628,7 @@ class Database:
             path: The copy; an existing file is replaced, unless it is a database in use.
             progress: Called on the database's thread as `progress(status, remaining, total)`, in pages.
         """
-        target = os.path.abspath(os.fspath(path))
+        target = str(path if isinstance(path, str) else os.fspath(path))
         pool = self.pool()
         lease = Lease(pool, _origin("backup()", 1), number=None, readonly=True, transaction=False)
         request = Request(SCRIPT, self._operations.backup, target, progress, 256, f"backup to {target}")
@@ -716,8 +741,13 @@ class TransactionContext:
 
 
 def _origin(what: str, depth: int) -> Origin:
-    frame = sys._getframe(depth + 1)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
+    frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
     return Origin(what, frame.f_code, frame.f_lineno)
+
+
+def _asks(statement: Statement) -> bool:
+    """Whether only the engine can say that a statement changes nothing."""
+    return statement.kind == OTHER and statement.verb in ("PRAGMA", "EXPLAIN")
 
 
 def _nothing(_session: Any, _statement: Any, _params: Any, _extra: Any) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 
 from database.driver.lease import Lease
 from database.driver.request import Request
-from database.errors import redact, shorten
+from database.errors import (
+    DatabaseError,
+    QueryExecutionError,
+    ReadOnlyTransactionError,
+    TransactionError,
+    redact,
+    shorten,
+)
 from database.settings import LoggingSettings
 from database.statements import Result, Statement
 
@@ -28,6 +35,9 @@ _root.addHandler(logging.NullHandler())  # else logging's last resort would prin
 _query = logging.getLogger("database.query")
 _pool = logging.getLogger("database.pool")
 _transaction = logging.getLogger("database.transaction")
+
+
+_OF_STATEMENTS = (QueryExecutionError, ReadOnlyTransactionError)
 
 
 class ForwardHandler(logging.Handler):
@@ -63,7 +73,7 @@ def set_up(settings: LoggingSettings) -> None:
     """Applies `logging:` of the configuration: adds the console handler, once, and sets its level."""
     if not settings.console:
         return
-    level = logging.getLevelName(settings.level)
+    level = logging.getLevelNamesMapping()[settings.level]
     handler = next((each for each in _root.handlers if isinstance(each, _ConsoleHandler)), None)
     if handler is None:
         handler = _ConsoleHandler()
@@ -139,19 +149,30 @@ class LogObserver:
 
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""
-        if _transaction.isEnabledFor(logging.DEBUG):
-            _transaction.debug(
+        if _transaction.isEnabledFor(logging.INFO):
+            _transaction.info(
                 "transaction %s %s after %.3f ms: %s",
                 lease.number,
                 outcome,
                 seconds * 1000,
                 lease.holder(),
-                extra={"database": self._name, "transaction": lease.number, "outcome": outcome, "duration": seconds},
+                extra={
+                    "database": self._name,
+                    "transaction": lease.number,
+                    "outcome": outcome,
+                    "duration": seconds,
+                },
             )
 
     def failure(self, error: BaseException) -> None:
-        """See `Observer`."""
-        _pool.error("database %s: %s: %s", self._name, type(error).__name__, error, extra={"database": self._name})
+        """See `Observer`. Each of the package's own errors is logged once, however many hands it passes."""
+        if not isinstance(error, DatabaseError) or getattr(error, "reported", False):
+            return
+        error.reported = True  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        logger = _query if isinstance(error, _OF_STATEMENTS) else _pool
+        if isinstance(error, TransactionError) and logger is _pool:
+            logger = _transaction
+        logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra={"database": self._name})
 
     def abandoned(self, where: str) -> None:
         """A transaction was left open by a task that has ended."""

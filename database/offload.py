@@ -69,17 +69,17 @@ def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[
         context.run(go)
     except StopIteration as stop:
         result = stop.value
-    except RuntimeError as error:
+    except Exception as error:
         if _wants_a_loop(error):
             raise _foreign(job) from error
         raise
     else:
-        error = _foreign(job)
+        foreign = _foreign(job)
         with contextlib.suppress(BaseException):
-            context.run(coroutine.throw, error)  # its own `finally` blocks run; what they do is rolled back
+            context.run(coroutine.throw, foreign)  # its own `finally` blocks run; what they do is rolled back
         with contextlib.suppress(BaseException):
             coroutine.close()
-        raise error
+        raise foreign
     finally:
         root.ended = True
     if root.doom is not None:
@@ -100,11 +100,18 @@ def _foreign(job: Job) -> TransactionError:
     )
 
 
-def _wants_a_loop(error: RuntimeError) -> bool:
-    """Whether asyncio, trio or AnyIO complains that there is no event loop here."""
-    text = str(error)
-    return (
-        "no running event loop" in text
-        or "must be called from async context" in text
-        or type(error).__name__ in ("NoEventLoopError", "AsyncLibraryNotFoundError", "NoCurrentAsyncBackend")
-    )
+_LOOPS = frozenset({"anyio", "asyncio", "sniffio", "trio", "uvloop"})
+
+
+def _wants_a_loop(error: Exception) -> bool:
+    """Whether asyncio, trio or AnyIO complains that there is no event loop here.
+
+    They do so in many ways, by no means all of them meant as a message; but the error is always raised in their code.
+    """
+    if isinstance(error, RuntimeError) and "event loop" in str(error):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
+    return module.partition(".")[0] in _LOOPS

@@ -9,18 +9,38 @@ the functions, carrying their SQL and their operator, can be handed to `db.execu
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from database.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from aiosql.queries import Queries
-
     from database.handle import Database
     from database.stream import Stream
 
 __all__ = ["load"]
+
+
+class _Rows:
+    """The rows of a select, all fetched at the first step: a half-read cursor would keep its connection.
+
+    No generator, for one that is left half read is garbage that trio complains about.
+    """
+
+    def __init__(self, fetch: Callable[[], Awaitable[list[Any]]]) -> None:
+        self._fetch = fetch
+        self._rows: Iterator[Any] | None = None
+
+    def __aiter__(self) -> _Rows:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._rows is None:
+            self._rows = iter(await self._fetch())
+        for row in self._rows:
+            return row
+        raise StopAsyncIteration
 
 
 class _Adapter:
@@ -34,12 +54,10 @@ class _Adapter:
     def process_sql(self, query_name: str, op_type: Any, sql: str) -> str:
         return cast("str", self._sync.process_sql(query_name, op_type, sql))
 
-    async def select(
+    def select(
         self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None
     ) -> AsyncIterator[Any]:
-        # All at once: a half-read cursor behind a generator that nobody closes would keep its connection.
-        for row in await conn.call_aiosql(self._sync.select, sql, parameters, record_class, record=True):
-            yield row
+        return _Rows(lambda: conn.call_aiosql(self._sync.select, sql, parameters, record_class, record=True))
 
     async def select_one(self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None) -> Any:
         return await conn.call_aiosql(self._sync.select_one, sql, parameters, record_class, record=True)
@@ -47,7 +65,7 @@ class _Adapter:
     async def select_value(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
         return await conn.call_aiosql(self._sync.select_value, sql, parameters)
 
-    def select_cursor(self, conn: Database, _name: str, sql: str, parameters: Any) -> Stream:
+    def select_cursor(self, conn: Database, _name: str, sql: str, parameters: Any) -> Stream[Any]:
         return conn.stream(sql, parameters)
 
     async def insert_returning(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
@@ -67,7 +85,7 @@ class _Adapter:
 
 def load(
     path: str | os.PathLike[str], adapter: Callable[[], Any], record_classes: Mapping[str, Any] | None = None
-) -> Queries:
+) -> Any:
     """Loads a file, or a folder of files.
 
     Args:
@@ -100,16 +118,14 @@ def load(
             return self
 
     try:
-        return cast(
-            "Queries",
-            aiosql.from_path(
-                path,
-                lambda: cast("Any", _Adapter(adapter())),
-                record_classes=dict(record_classes or {}),
-                kwargs_only=False,
-                mandatory_parameters=False,
-                queries_cls=RecordingQueries,
-            ),
+        load: Any = aiosql.from_path  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return load(
+            Path(path),
+            lambda: _Adapter(adapter()),
+            record_classes=dict(record_classes or {}),
+            kwargs_only=False,
+            mandatory_parameters=False,
+            queries_cls=RecordingQueries,
         )
     except (SQLLoadException, SQLParseException, OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"queries cannot be loaded from {os.fspath(path)!r}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from threading import Lock
 from typing import Any
@@ -28,7 +28,9 @@ def get_db(name: str = "default", engine: str | None = None) -> Database:
     if handle is not None:
         return handle
     if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  - users without type checkers
-        raise TypeError(f"a database's name is a string, not {name!r}; @transactional without arguments has no parentheses")
+        raise TypeError(
+            f"a database's name is a string, not {name!r}; @transactional without arguments has no parentheses"
+        )
     with _lock:
         handle = _handles.get((engine, name))
         if handle is None:
@@ -72,7 +74,7 @@ async def close_all() -> None:
 
 
 @asynccontextmanager
-async def _lifespan(engine: str | None) -> AsyncIterator[None]:
+async def _lifespan(engine: str | None) -> AsyncGenerator[None, None]:
     try:
         configuration = settings.current()
         for package, databases in configuration.engines.items():

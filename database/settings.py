@@ -146,9 +146,7 @@ class Configuration:
         Raises:
             ConfigurationError: No database has that name, or several engines have one and `engine` is None.
         """
-        found = [
-            each for each, databases in self.engines.items() if name in databases and engine in (None, each)
-        ]
+        found = [each for each, databases in self.engines.items() if name in databases and engine in (None, each)]
         if len(found) == 1:
             return found[0], self.engines[found[0]][name]
         if found:
@@ -192,9 +190,7 @@ class _State:
         if self.holders:
             copied = list(self.holders.values())
             names = ", ".join(map(repr, sorted(set(copied))))
-            raise ConfigurationError(
-                f"configure() while databases are open ({names}): `await close_all()` comes first"
-            )
+            raise ConfigurationError(f"configure() while databases are open ({names}): `await close_all()` comes first")
 
 
 _state = _State()
@@ -330,9 +326,7 @@ def _read_text(path: str, advice: str) -> str:
 
 def _no_such_file(path: str) -> str:
     try:
-        return (
-            "no such file" if os.path.isabs(os.path.expanduser(path)) else f"no such file in {os.getcwd()!r}"
-        )
+        return "no such file" if os.path.isabs(os.path.expanduser(path)) else f"no such file in {os.getcwd()!r}"
     except OSError:  # The working directory has been removed.
         return "no such file, nor is there a working directory"
 
@@ -419,9 +413,7 @@ class _Item:
 
     value: object
 
-    def __init__(
-        self, source: str, keys: tuple[str, ...], line: int | None, text: str | None, value: object
-    ) -> None:
+    def __init__(self, source: str, keys: tuple[str, ...], line: int | None, text: str | None, value: object) -> None:
         self.source = source
         self.keys = keys
         self.line = line
@@ -447,9 +439,7 @@ class _Item:
         entries: dict[str, _Item] = {}
         for key, item in self.children():
             if not isinstance(key.value, str):
-                raise key.error(
-                    f"expected keys that are strings, got {_show(key.value, key.text)}; put it in quotes"
-                )
+                raise key.error(f"expected keys that are strings, got {_show(key.value, key.text)}; put it in quotes")
             entries[key.value] = item
         return entries
 
@@ -513,9 +503,7 @@ class _YamlItem(_Item):
             return self.loader.construct_object(self.node, deep=True)
         except Exception:  # PyYAML lets out whatever int(), date() and the like raise.
             # No cause, no tag: with a tag of its own (`!x`), the value itself is part of it.
-            raise self.error(
-                "a value that YAML cannot read as what it claims to be; put it in quotes"
-            ) from None
+            raise self.error("a value that YAML cannot read as what it claims to be; put it in quotes") from None
 
     def children(self) -> Iterator[tuple[_Item, _Item]]:
         import yaml  # noqa: PLC0415 - see the top of the module
@@ -526,9 +514,7 @@ class _YamlItem(_Item):
             self.loader.flatten_mapping(node)
         except yaml.constructor.ConstructorError as error:
             line = self.line if error.problem_mark is None else error.problem_mark.line + 1
-            raise ConfigurationError(
-                f"{self.source}:{line}: {_dotted((*self.keys, '<<'))}: {error.problem}"
-            ) from None
+            raise ConfigurationError(f"{self.source}:{line}: {_dotted((*self.keys, '<<'))}: {error.problem}") from None
         for key, value in _pairs(node):
             item = _YamlItem(self.source, self.keys, self.loader, key)
             word = item.value if isinstance(item.value, str) else ""
@@ -702,8 +688,7 @@ def _read_document(root: _Item) -> Configuration:
     if not sections:
         raise fields["database"].error(f"empty; expected one of {', '.join(_SECTIONS)}")
     engines: dict[str, Mapping[str, Settings]] = {
-        _SECTIONS[key].engine: MappingProxyType(_read_section(_SECTIONS[key], item))
-        for key, item in sections.items()
+        _SECTIONS[key].engine: MappingProxyType(_read_section(_SECTIONS[key], item)) for key, item in sections.items()
     }
     return Configuration(MappingProxyType(engines), root.source)
 
@@ -715,9 +700,7 @@ def _read_section(section: _Section, item: _Item) -> dict[str, Settings]:
     databases: dict[str, Settings] = {}
     places: dict[str, str] = {}  # identity -> the database that has it
 
-    def add(
-        name: str, item: _Item, own: Mapping[str, _Item], values: dict[str, Any], logging: dict[str, Any]
-    ) -> None:
+    def add(name: str, item: _Item, own: Mapping[str, _Item], values: dict[str, Any], logging: dict[str, Any]) -> None:
         settings = section.build(name=name, **values, logging=LoggingSettings(**logging))
         databases[name] = settings
         identity = section.identity(settings)
@@ -732,9 +715,7 @@ def _read_section(section: _Section, item: _Item) -> dict[str, Settings]:
     inherited = {key: value for key, value in values.items() if key not in section.own}
     for name, other in others.items():
         if name == _DEFAULT:
-            raise other.error(
-                f"the database {_DEFAULT!r} is configured by the keys of {_dotted(item.keys)} itself"
-            )
+            raise other.error(f"the database {_DEFAULT!r} is configured by the keys of {_dotted(item.keys)} itself")
         if not name.strip() or not name.isprintable():
             raise other.error("expected a name of printable characters")
         own = other.fields([*section.rules, "logging"])

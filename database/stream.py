@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from database.driver.lease import Lease
 from database.driver.pool import Pool
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Stream"]
 
+T = TypeVar("T")
+
 FIRST_CHUNK = 16
 """Rows in the first chunk, so that the first row comes early; each further chunk is four times as large."""
 
 _keys = itertools.count(1)
 
 
-class Stream:
+class Stream(Generic[T]):
     """An asynchronous context manager that gives itself, an asynchronous iterator over rows."""
 
     __slots__ = (
@@ -75,7 +77,7 @@ class Stream:
         self._done = False
         self._state = "new"
 
-    async def __aenter__(self) -> Stream:
+    async def __aenter__(self) -> Stream[T]:
         if self._state != "new":
             raise TransactionError("a stream can be entered only once; call db.stream() again")
         self._state = "open"
@@ -119,16 +121,16 @@ class Stream:
         lease.submit(request)
         return await pool.waker.wait(request)
 
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> Stream[T]:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> T:
         for row in self._rows:
-            return row
+            return cast("T", row)
         while not self._done:
             await self._fetch()
             for row in self._rows:
-                return row
+                return cast("T", row)
         if self._state != "open":
             raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
         raise StopAsyncIteration

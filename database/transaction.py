@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
@@ -46,11 +46,12 @@ if TYPE_CHECKING:
     from database.driver.worker import Worker
     from database.handle import Database
 
-__all__ = ["PROPAGATIONS", "Detached", "Origin", "Transaction"]
+__all__ = ["PROPAGATIONS", "Detached", "Origin", "Propagation", "Transaction"]
 
 PROPAGATIONS: Final = frozenset(
     {"nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"}
 )
+Propagation = Literal["nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"]
 
 Callback = Callable[[], Any]
 
@@ -290,11 +291,12 @@ class Transaction:
                 raise TransactionError(self.doom)
             await self._commit_root()
         except BaseException:
+            if not self.committed or self.lease is not None:
+                self.callbacks.clear()
             await self.abandon()
             raise
         finally:
             self._end()
-        await self._run_callbacks()
 
     async def abandon(self) -> None:
         """Rolls back a root, undoes what a level did. The level is over."""
@@ -327,7 +329,7 @@ class Transaction:
                 except BaseException:
                     await self._roll_back_root()
                     raise
-            await self._run_callbacks()
+            await self.run_callbacks()
         elif self.savepoint:
             self._renew_savepoint(keep=True)
 
@@ -353,7 +355,7 @@ class Transaction:
         lease = self.lease
         if lease is None:  # nothing was executed
             self.controls.clear()
-            self.committed = self.committed or bool(self.callbacks)
+            self.committed = True
             return
         request = Request(COMMIT, None, label="COMMIT")
         if self.controls:
@@ -364,11 +366,8 @@ class Transaction:
         except BaseException:
             if not (lease.ended and request.error is None):
                 raise
-            # Cancelled, but the commit had begun and went through: those who wait for it are told.
-            self.lease = None
+            self.lease = None  # cancelled, but the commit had begun and went through
             self.committed = True
-            with anyio.CancelScope(shield=True):
-                await self._run_callbacks()
             raise
         self.lease = None
         self.committed = True
@@ -401,6 +400,7 @@ class Transaction:
         worker = self.worker
         assert worker is not None
         self.controls.clear()
+        assert self.session is not None
         worker.renew(self.session, keep=keep, readonly=self.readonly)
 
     def _renew_savepoint(self, *, keep: bool) -> None:
@@ -479,9 +479,10 @@ class Transaction:
             raise self.refusal()
         self.callbacks.append(function)
 
-    async def _run_callbacks(self) -> None:
-        callbacks, self.callbacks = self.callbacks, []
-        if callbacks:
+    async def run_callbacks(self) -> None:
+        """Runs what was handed to `on_commit`; called outside the transaction, when it has been committed."""
+        if self.callbacks and self.parent is None and self.committed:
+            callbacks, self.callbacks = self.callbacks, []
             await run_callbacks(callbacks)
 
 
@@ -548,7 +549,13 @@ async def enter(
 
 
 async def _enter_rarely(
-    database: Database, origin: Origin, level: Transaction | None, found: Any, *, readonly: bool, propagation: str
+    database: Database,
+    origin: Origin,
+    level: Transaction | None,
+    found: Any,
+    *,
+    readonly: bool,
+    propagation: str,
 ) -> tuple[Entered, Any]:
     variable = database.current
     if propagation not in PROPAGATIONS:
@@ -572,7 +579,13 @@ async def _enter_rarely(
 
 
 def _open(
-    database: Database, origin: Origin, variable: Any, *, readonly: bool, outer: Transaction | None, manual: bool
+    database: Database,
+    origin: Origin,
+    variable: Any,
+    *,
+    readonly: bool,
+    outer: Transaction | None,
+    manual: bool,
 ) -> tuple[Transaction, Any]:
     root = Transaction(database, database.pool(), origin, readonly=readonly, outer=outer, manual=manual)
     return root, variable.set(root)
@@ -613,8 +626,20 @@ async def leave(entered: Entered, token: Any, error: BaseException | None) -> No
             await entered.abandon()
             if entered.dooms:
                 entered.dooms_the_whole(error)
-    finally:
+    except BaseException as failure:
         _reset(token)
+        await after_all(entered, failure)
+        raise
+    _reset(token)
+    if error is None and entered.callbacks:
+        await entered.run_callbacks()
+
+
+async def after_all(level: Transaction, failure: BaseException) -> None:
+    """A cancellation struck while the commit was under way, but it went through: those who wait for it are told."""
+    if level.callbacks and level.committed and not isinstance(failure, Exception):
+        with anyio.CancelScope(shield=True):
+            await level.run_callbacks()
 
 
 def _reset(token: Any) -> None:
@@ -644,7 +669,7 @@ class TimeLimit:
     def stop(self, error: BaseException | None) -> None:
         """The transaction is over, with or without an error."""
         swallowed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-        if swallowed:
+        if swallowed and error is not None:  # trio's scope says so without an error as well
             raise TransactionTimeoutError(
                 f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and has"
                 f" been rolled back; it was {_doing(error)}"
@@ -672,7 +697,7 @@ def _doing(error: BaseException | None) -> str:
 
 
 @contextmanager
-def detached(variable: Any) -> Iterator[None]:
+def detached(variable: Any) -> Generator[None, None, None]:
     """Steps outside the current transaction."""
     found = variable.get()
     outer = found if isinstance(found, Transaction) and not found.ended else None

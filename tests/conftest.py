@@ -21,9 +21,7 @@ MakeDb = Callable[..., Awaitable[Any]]
         pytest.param(
             ("asyncio", {"use_uvloop": True}),
             id="asyncio+uvloop",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
-            ),
+            marks=pytest.mark.skipif(importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"),
         ),
         pytest.param(("trio", {}), id="trio"),
     ]
@@ -73,18 +71,12 @@ async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
     yield make
     try:
         for handle in handles:
-            await collected(
-                lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}", within=2
-            )
+            await collected(lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}", within=2)
     finally:
         with anyio.fail_after(10):
             await engine.public.close_all()
-    await collected(
-        lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}", within=2
-    )
-    await collected(
-        lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}", within=2
-    )
+    await collected(lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}", within=2)
+    await collected(lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}", within=2)
 
 
 @pytest.fixture

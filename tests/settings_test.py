@@ -317,9 +317,7 @@ def test_no_default_database():
 
 def test_sections_that_are_commented_out():
     """A section with nothing but comments in it is as good as none."""
-    assert default("database:\n sqlite:\n  path: x.db\n  logging:\n  databases:\n") == SqliteSettings(
-        "default", "x.db"
-    )
+    assert default("database:\n sqlite:\n  path: x.db\n  logging:\n  databases:\n") == SqliteSettings("default", "x.db")
 
 
 def test_several_memories():
@@ -441,8 +439,7 @@ SQL_FILE = "expected the path of an SQL file, '' for none, or null for the packa
         ),
         (
             "logging: {parameters: redact}",
-            "logging.parameters: expected one of redacted, shown, got 'redact' (str); "
-            "did you mean 'redacted'?",
+            "logging.parameters: expected one of redacted, shown, got 'redact' (str); did you mean 'redacted'?",
         ),
         (
             "logging: {parameters: off}",
@@ -535,9 +532,7 @@ def test_a_wrong_line(line, message):
 )
 def test_a_wrong_path(written, message):
     """A path is a non-empty string that the file system can take."""
-    assert (
-        refused(f"database:\n sqlite:\n  path: {written}\n") == f"db.yaml:3: database.sqlite.path: {message}"
-    )
+    assert refused(f"database:\n sqlite:\n  path: {written}\n") == f"db.yaml:3: database.sqlite.path: {message}"
 
 
 @pytest.mark.parametrize(
@@ -587,8 +582,7 @@ def test_a_wrong_structure(text, message):
         (sqlite(pool_size=10**5000), f"database.sqlite.pool_size: {RANGE}, got a number of 16610 bits (int)"),
         (
             sqlite(pool_timeout=10**400),
-            "database.sqlite.pool_timeout: expected a number of seconds, 0 or more, "
-            "got a number of 1329 bits (int)",
+            "database.sqlite.pool_timeout: expected a number of seconds, 0 or more, got a number of 1329 bits (int)",
         ),
         (
             sqlite(pool_timeout=math.inf),
@@ -610,8 +604,7 @@ def test_a_wrong_mapping(mapping, message):
 def test_a_missing_init_sql():
     """A relative path that is not there says from where it was looked for."""
     assert refused(sqlite(init_sql="no.sql")) == (
-        f"configure(mapping): database.sqlite.init_sql: {SQL_FILE}, got 'no.sql' (str); "
-        f"no such file in {os.getcwd()!r}"
+        f"configure(mapping): database.sqlite.init_sql: {SQL_FILE}, got 'no.sql' (str); no such file in {os.getcwd()!r}"
     )
 
 
@@ -632,8 +625,7 @@ def test_two_names_for_one_file(other):
         """
     same = os.path.realpath("x.db")
     assert refused(text) == (
-        f"db.yaml:7: database.sqlite.databases.audit.path: "
-        f"'audit' and 'default' are the same database, {same!r}"
+        f"db.yaml:7: database.sqlite.databases.audit.path: 'audit' and 'default' are the same database, {same!r}"
     )
     two = {"database": {"sqlite": {"databases": {"a": {"path": "x.db"}, "b": {"path": other}}}}}
     assert refused(two) == (
@@ -690,9 +682,7 @@ def test_duplicates_name_both_lines():
 
 def test_several_merge_keys():
     """Two merge keys in one mapping are no duplicates, for safe_load takes them."""
-    assert default("database: {sqlite: {<<: {path: x}, <<: {pool_size: 2}}}") == SqliteSettings(
-        "default", "x", 2
-    )
+    assert default("database: {sqlite: {<<: {path: x}, <<: {pool_size: 2}}}") == SqliteSettings("default", "x", 2)
 
 
 @pytest.mark.parametrize(
@@ -728,8 +718,7 @@ def test_multiplying_aliases():
     [
         (
             "database:\n  sqlite: [\n",
-            "3: not valid YAML: while parsing a flow node, expected the node content, "
-            "but found '<stream end>'",
+            "3: not valid YAML: while parsing a flow node, expected the node content, but found '<stream end>'",
         ),
         (
             "database:\n  sqlite:\n\tpath: x\n",
@@ -797,9 +786,7 @@ def test_no_permission(monkeypatch):
     def denied(path, mode):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(
-        settings, "open", denied, raising=False
-    )  # Root may read everything, and tests run as root.
+    monkeypatch.setattr(settings, "open", denied, raising=False)  # Root may read everything, and tests run as root.
     assert refused("database: {}") == "db.yaml: cannot be read: Permission denied"
 
 
@@ -836,9 +823,7 @@ def test_without_a_working_directory():
     if sys.platform == "win32":
         pytest.skip("Windows does not remove a working directory")
     printed = python(code)
-    assert printed.startswith(
-        "config/database.yaml: no such file, nor is there a working directory; create it"
-    )
+    assert printed.startswith("config/database.yaml: no such file, nor is there a working directory; create it")
 
 
 # --- Secrets ------------------------------------------------------------------------------------------------
@@ -897,8 +882,7 @@ def test_another_engine():
     )
     assert configuration.find("default", "sqlite3") == ("sqlite3", SqliteSettings("default", "x.db"))
     assert message(configuration, "default") == (
-        "db.yaml: several engines have a database named 'default'; "
-        "take get_db from database.sqlite3 or database.server"
+        "db.yaml: several engines have a database named 'default'; take get_db from database.sqlite3 or database.server"
     )
     assert message(configuration, "orders", "sqlite3") == (
         "db.yaml: no sqlite3 database is named 'orders'; server has one (known: 'audit', 'default')"
@@ -965,10 +949,7 @@ def test_find_suggests():
     """An unknown name is an error that says where it looked, what may have been meant, and what there is."""
     configuration = load("database: {sqlite: {path: x, databases: {audit: {path: y}}}}")
     known = "(known: 'audit', 'default')"
-    assert (
-        message(configuration, "Audti")
-        == f"db.yaml: no database is named 'Audti'; did you mean 'audit'? {known}"
-    )
+    assert message(configuration, "Audti") == f"db.yaml: no database is named 'Audti'; did you mean 'audit'? {known}"
     assert message(configuration, "zzz") == f"db.yaml: no database is named 'zzz' {known}"
     assert message(configuration, "audit", "postgresql") == (
         "db.yaml: no postgresql database is named 'audit'; sqlite3 has one (known: none)"

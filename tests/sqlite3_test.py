@@ -183,10 +183,7 @@ async def test_transaction_by_hand_inside_a_decorated_function(db: Any, engine: 
 async def test_transactions_of_several_tasks(db: Any, engine: Engine) -> None:
     """Transactions of tasks that run at once do not mix: each is there completely or not at all."""
     results = await gather(
-        *[
-            lambda n=n: create_jobs(JobInput(f"{n}a"), JobInput(f"{n}b" if n % 2 else f"{n}a"))
-            for n in range(10)
-        ]
+        *[lambda n=n: create_jobs(JobInput(f"{n}a"), JobInput(f"{n}b" if n % 2 else f"{n}a")) for n in range(10)]
     )
     assert [isinstance(result, errors.IntegrityError) for result in results] == [True, False] * 5
     assert engine.committed() == sorted(f"{n}{part}" for n in range(1, 10, 2) for part in "ab")

@@ -40,7 +40,7 @@ async def create(name: str, *, enabled: bool = True) -> Job:
     return Job(1, name)
 
 
-@transactional(db=("default", "audit"), timeout=1.5, retries=3, propagation="required", offload=True)
+@transactional(db=("default", "audit"), timeout=1.5, retries=3, propagation="required")
 async def create_with_options(name: str) -> Job:
     return Job(1, name)
 
@@ -50,7 +50,7 @@ async def jobs() -> list[Job]:
     return await db.fetch_all("SELECT * FROM jobs", record_class=Job)
 
 
-@transactional_readonly(db="audit")
+@transactional_readonly(db="audit", offload=True)
 async def jobs_with_options(least: int = 0) -> list[Job]:
     return []
 

@@ -19,16 +19,12 @@ ROOT = CASES.parent.parent
 
 def wanted() -> set[int]:
     """Lines that must be errors."""
-    return {
-        number for number, line in enumerate(CASES.read_text().splitlines(), 1) if line.endswith("# error")
-    }
+    return {number for number, line in enumerate(CASES.read_text().splitlines(), 1) if line.endswith("# error")}
 
 
 def compare(found: dict[int, str]) -> None:
     """Holds that exactly the wanted lines are errors, and says what is not as it should be."""
-    unexpected = [
-        f"{CASES.name}:{number}: {text}" for number, text in sorted(found.items()) if number not in wanted()
-    ]
+    unexpected = [f"{CASES.name}:{number}: {text}" for number, text in sorted(found.items()) if number not in wanted()]
     missing = [f"{CASES.name}:{number}: no error" for number in sorted(wanted() - set(found))]
     assert not unexpected + missing, "\n".join(unexpected + missing)
 

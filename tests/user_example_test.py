@@ -102,9 +102,7 @@ async def batch_process():
 
 
 @pytest.fixture(autouse=True)
-async def database(
-    anyio_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[None]:
+async def database(anyio_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """A new database, and the names that the example takes for granted."""
     path = tmp_path / "jobs.sql"
     path.write_text(QUERIES + QUERIES_OF_THE_EXAMPLE)
@@ -187,9 +185,9 @@ async def test_query_file_works_in_both_styles() -> None:
 
     assert (await db.execute(queries.update_job, {"id": 1, "enabled": 0})).rowcount == 1
     assert await queries.update_job(db, id=3, enabled=0) == 0
-    assert [
-        job.name for job in await db.fetch_all(queries.get_all_jobs, {"enabled": 1}, record_class=JobEntity)
-    ] == ["b"]
+    assert [job.name for job in await db.fetch_all(queries.get_all_jobs, {"enabled": 1}, record_class=JobEntity)] == [
+        "b"
+    ]
     assert [row["name"] async for row in queries.get_all_jobs(db, enabled=0)] == ["a"]
 
     assert (await db.execute(queries.delete_job, {"id": 1})).rowcount == 1

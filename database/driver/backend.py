@@ -19,7 +19,7 @@ Operation = Callable[[Any, Any, Any, Any], Any]
 """`(session, statement, parameters, extra) -> result`, run on the session's own thread."""
 
 
-class Interrupted(Exception):  # noqa: N818  - a signal between driver and engine, never raised to users
+class Interrupted(Exception):
     """A step was given up because its caller no longer waits for it."""
 
 
@@ -129,4 +129,3 @@ class Backend:
     is_broken: Callable[[BaseException], bool]
     busy_timeout: float
     dispose: Callable[[], None] = lambda: None
-

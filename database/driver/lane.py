@@ -91,6 +91,8 @@ class ReadLane:
     def _left(self, worker: Worker) -> None:
         self.serving.discard(worker)
         self.busy.discard(worker)
+        if self.pool.closing and not self.serving:
+            self.pool.refuse_the_rest()
         if self.queue and len(self.serving) == len(self.busy) and not self.claiming:
             self.pool.line_up(self)  # more came after the worker had looked
         self.pool.reader_free(worker)
@@ -123,7 +125,7 @@ class ReadLane:
                 execute(request)
             answers = worker.answers  # another list, if the request before has been flushed in between
             answers.append(request)
-            if slow:
+            if slow and not pool.closing:
                 break  # whoever took over goes on; two busy threads are slower than one
             now = perf_counter()
             if len(answers) >= BATCH_SIZE or now - since > BATCH_SECONDS:
@@ -176,7 +178,11 @@ class WriteLane:
         self.worker.inbox.put(self)
 
     def _left(self) -> None:
-        if self.queue:
+        if self.pool.closing:
+            self.active = False
+            self.pool.refuse_the_rest()
+            self.pool.writer_free()
+        elif self.queue:
             self.worker.inbox.put(self)
         else:
             self.active = False

@@ -59,7 +59,13 @@ class Lease:
     )
 
     def __init__(
-        self, pool: Pool, holder: Callable[[], str], *, number: int | None, readonly: bool, transaction: bool = True
+        self,
+        pool: Pool,
+        holder: Callable[[], str],
+        *,
+        number: int | None,
+        readonly: bool,
+        transaction: bool = True,
     ) -> None:
         self.pool = pool
         self.number = number
@@ -147,6 +153,7 @@ class Lease:
         session: Session | None = None if self.transaction else worker.session
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
+        request: Request | None = None
         while not self.ended:
             if worker.answers and empty():
                 worker.flush()
@@ -166,7 +173,7 @@ class Lease:
         self._answer_the_rest()
         worker.answers.extend(self.late)
         self.late = []
-        if self.transaction and session is not None:
+        if self.transaction and session is not None and request is not None:
             outcome = "committed" if request.kind == COMMIT and request.error is None else "rolled back"
             worker.observer.transaction(self, outcome, perf_counter() - self.granted_at)
         if self.readonly:
@@ -266,8 +273,7 @@ class Lease:
 
     def _end(self, worker: Worker, session: Session | None, request: Request) -> None:
         if request.kind == ROLLBACK:
-            if self.transaction:
-                worker.rollback()
+            worker.rollback()  # also without a transaction: it closes the cursors of streams
         elif request.cancelled:
             request.error = Interrupted()
             return

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import anyio
@@ -33,7 +34,12 @@ from database.driver.lease import Lease
 from database.driver.request import Request
 from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker
-from database.errors import ConnectionFailedError, ConnectionPoolExhaustedError, DatabaseError, PoolClosedError
+from database.errors import (
+    ConnectionFailedError,
+    ConnectionPoolExhaustedError,
+    DatabaseError,
+    PoolClosedError,
+)
 
 __all__ = ["Pool", "PoolStats"]
 
@@ -213,7 +219,7 @@ class Pool:
         """Takes a lease out of its line; False if it has been granted."""
         line = self._line if lease.readonly else self.writes.queue
         try:
-            line.remove(lease)  # type: ignore[arg-type]
+            line.remove(lease)
         except ValueError:
             return False
         self.transactions.discard(lease)
@@ -255,7 +261,7 @@ class Pool:
                 self._timeouts += 1
                 error = self._exhausted(head, now)
                 self.observer.failure(error)
-                self._refuse(head, lambda error=error: error)
+                self._refuse(head, partial(_again, error))
         if next_check is not None:
             self._timer = self.waker.call_later(max(next_check, 0.001), self._check_waiting)
 
@@ -295,13 +301,19 @@ class Pool:
             request.error = error()
         self.waker.wake(requests)
 
-    def _refuse_all(self, error: Callable[[], BaseException]) -> None:
+    def _refuse_all(self, error: Callable[[], BaseException], *, all_of_them: bool = True) -> None:
+        """Refuses what waits; or only what no worker will come to any more: a served lane is emptied first."""
         for queue in (self._line, self.reads.queue, self.writes.queue):
-            while queue:
+            served = (queue is self.reads.queue and self.reads.serving) or (
+                queue is self.writes.queue and self.writes.active and self.writes.lease is None
+            )
+            for item in tuple(queue):
+                if served and not all_of_them and not isinstance(item, Lease):
+                    continue
                 try:
-                    item = queue.popleft()
-                except IndexError:
-                    break
+                    queue.remove(item)  # type: ignore[arg-type]
+                except ValueError:  # a worker was quicker
+                    continue
                 if isinstance(item, ReadLane):
                     item.claiming = False
                 else:
@@ -353,13 +365,20 @@ class Pool:
         self._end.cancel()
         self._forget_timer()
         self._on_closed(self)
-        self._refuse_all(lambda: PoolClosedError(f"the pool of database {self.name!r} was closed"))
+        self._refuse_all(self._closed_error, all_of_them=False)
         self._end_leases()
         if self._readers:
             for worker in self._readers:
                 worker.stop()
         else:
             self.writer.stop()
+
+    def _closed_error(self) -> BaseException:
+        return PoolClosedError(f"the pool of database {self.name!r} was closed")
+
+    def refuse_the_rest(self) -> None:
+        """A lane has been left while the pool closes: nobody comes for what is still queued."""
+        self._refuse_all(self._closed_error)
 
     def _end_leases(self) -> None:
         for lease in tuple(self.transactions):

@@ -8,7 +8,19 @@ from typing import Any, Final, Protocol
 
 from database.driver.backend import Operation
 
-__all__ = ["ALONE", "COMMIT", "MANY", "ROLLBACK", "SCRIPT", "STATEMENT", "UNIT", "Control", "Home", "Kind", "Request"]
+__all__ = [
+    "ALONE",
+    "COMMIT",
+    "MANY",
+    "ROLLBACK",
+    "SCRIPT",
+    "STATEMENT",
+    "UNIT",
+    "Control",
+    "Home",
+    "Kind",
+    "Request",
+]
 
 
 class Kind(IntEnum):

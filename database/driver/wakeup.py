@@ -35,7 +35,16 @@ from database.driver.request import Request
 if TYPE_CHECKING:
     import trio
 
-__all__ = ["AsyncioWaker", "Timer", "TrioWaker", "Waker", "create_waker", "current_loop", "current_task_id", "current_task_name"]
+__all__ = [
+    "AsyncioWaker",
+    "Timer",
+    "TrioWaker",
+    "Waker",
+    "create_waker",
+    "current_loop",
+    "current_task_id",
+    "current_task_name",
+]
 
 GRACE = 0.03
 """Seconds for which a cancelled task waits for its running statement to stop."""
@@ -354,7 +363,7 @@ class TrioWaker(Waker):
         raise_cancel: Any = None
         timer: Timer | None = None
 
-        def abort(raise_it: Any) -> trio.lowlevel.Abort:
+        def abort(raise_it: Any) -> Any:
             nonlocal raise_cancel, timer
             home = request.home
             if home is None or home.withdraw(request):
@@ -378,7 +387,7 @@ class TrioWaker(Waker):
         lowlevel = self._trio.lowlevel
         request.waiter = lowlevel.current_task()
 
-        def abort(_raise_it: Any) -> trio.lowlevel.Abort:
+        def abort(_raise_it: Any) -> Any:
             if request.home is not None and request.home.withdraw(request):
                 request.waiter = None
                 return lowlevel.Abort.SUCCEEDED

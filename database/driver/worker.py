@@ -17,6 +17,7 @@ hangs an exit, and `database.driver.registry` stops them at exit.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -25,15 +26,17 @@ from threading import Lock, Thread, local
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from database.driver.backend import Backend, Interrupted, Observer, Role, Session
+from database.driver.backend import Interrupted, Role, Session
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Request
-from database.driver.wakeup import Notice, Waker
+from database.driver.wakeup import Notice
 from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
 
 if TYPE_CHECKING:
     from database.driver.pool import Pool
 
 __all__ = ["Servable", "Worker", "here"]
+
+_logger = logging.getLogger("database.pool")
 
 SLOW_TICKS = 8
 """Progress handler calls after which a statement counts as slow: about a millisecond of the CPU's time."""
@@ -181,8 +184,8 @@ class Worker:
             while (item := get()) is not None:
                 try:
                     item.serve(self)
-                except BaseException as failure:  # a defect in the driver must not become a hang  # pragma: no cover
-                    self.observer.failure(failure)
+                except BaseException:  # pragma: no cover  - a defect of the driver's, which must not pass unseen
+                    _logger.critical("worker %s has died of a defect in the driver", self.name, exc_info=True)
                     raise
                 del item  # so that an idle worker keeps nothing alive
             self._close()
@@ -437,6 +440,7 @@ class Worker:
         if session is None:
             return
         try:
+            self.rollbacks += session.in_transaction
             session.rollback()
         except BaseException as error:
             self.observer.failure(error)

@@ -1,6 +1,6 @@
 """SQLite: the public names, bound to this engine.
 
-    from database.sqlite3 import get_db, transactional, transactional_readonly
+from database.sqlite3 import get_db, transactional, transactional_readonly
 """
 
 from database.driver.pool import PoolStats

@@ -40,20 +40,78 @@ _READS = frozenset({"SELECT", "VALUES"})
 _CONTROLS = frozenset({"BEGIN", "COMMIT", "END", "ROLLBACK", "SAVEPOINT", "RELEASE"})
 
 READ_PRAGMAS = frozenset(
-    """application_id auto_vacuum automatic_index busy_timeout cache_size cache_spill cell_size_check
-    checkpoint_fullfsync collation_list compile_options data_version database_list defer_foreign_keys encoding
-    foreign_key_check foreign_key_list foreign_keys freelist_count fullfsync function_list hard_heap_limit
-    ignore_check_constraints index_info index_list index_xinfo integrity_check journal_mode journal_size_limit
-    legacy_alter_table locking_mode max_page_count mmap_size module_list page_count page_size pragma_list query_only
-    quick_check read_uncommitted recursive_triggers reverse_unordered_selects schema_version secure_delete
-    soft_heap_limit synchronous table_info table_list table_xinfo temp_store threads trusted_schema user_version
-    wal_autocheckpoint writable_schema""".split()
+    [
+        "application_id",
+        "auto_vacuum",
+        "automatic_index",
+        "busy_timeout",
+        "cache_size",
+        "cache_spill",
+        "cell_size_check",
+        "checkpoint_fullfsync",
+        "collation_list",
+        "compile_options",
+        "data_version",
+        "database_list",
+        "defer_foreign_keys",
+        "encoding",
+        "foreign_key_check",
+        "foreign_key_list",
+        "foreign_keys",
+        "freelist_count",
+        "fullfsync",
+        "function_list",
+        "hard_heap_limit",
+        "ignore_check_constraints",
+        "index_info",
+        "index_list",
+        "index_xinfo",
+        "integrity_check",
+        "journal_mode",
+        "journal_size_limit",
+        "legacy_alter_table",
+        "locking_mode",
+        "max_page_count",
+        "mmap_size",
+        "module_list",
+        "page_count",
+        "page_size",
+        "pragma_list",
+        "query_only",
+        "quick_check",
+        "read_uncommitted",
+        "recursive_triggers",
+        "reverse_unordered_selects",
+        "schema_version",
+        "secure_delete",
+        "soft_heap_limit",
+        "synchronous",
+        "table_info",
+        "table_list",
+        "table_xinfo",
+        "temp_store",
+        "threads",
+        "trusted_schema",
+        "user_version",
+        "wal_autocheckpoint",
+        "writable_schema",
+    ]
 )
 """Pragmas that only tell, when they are given no value."""
 
 ARGUMENT_PRAGMAS = frozenset(
-    """foreign_key_check foreign_key_list index_info index_list index_xinfo integrity_check quick_check table_info
-    table_list table_xinfo""".split()
+    [
+        "foreign_key_check",
+        "foreign_key_list",
+        "index_info",
+        "index_list",
+        "index_xinfo",
+        "integrity_check",
+        "quick_check",
+        "table_info",
+        "table_list",
+        "table_xinfo",
+    ]
 )
 """Those of them whose argument is a name or a limit, not a new value."""
 

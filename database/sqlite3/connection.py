@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 from database import errors
 from database.driver.backend import Role
@@ -76,7 +76,18 @@ if hasattr(os, "register_at_fork"):
 class SqliteSession:
     """See `database.driver.backend.Session`."""
 
-    __slots__ = ("_admitting", "_cursor", "_lock", "_locked", "_progress", "_restricted", "_streams", "raw", "readonly")
+    __slots__ = (
+        "_admitting",
+        "_cursor",
+        "_failing",
+        "_lock",
+        "_locked",
+        "_progress",
+        "_restricted",
+        "_streams",
+        "raw",
+        "readonly",
+    )
 
     def __init__(self, raw: sqlite3.Connection, lock: Lock, progress: Callable[[], bool], *, readonly: bool) -> None:
         self.raw = raw
@@ -88,6 +99,8 @@ class SqliteSession:
         """Whether BEGIN, COMMIT and the like may be prepared: while this class itself sends them."""
         self._restricted = readonly
         self._streams: dict[int, sqlite3.Cursor] = {}
+        self._failing: tuple[Statement, Any] | None = None
+        """The write of a batch that has just failed."""
         raw.row_factory = Row
         raw.set_authorizer(self._authorize)
         raw.set_progress_handler(progress, PROGRESS_STEPS)
@@ -157,7 +170,9 @@ class SqliteSession:
         self._restricted = readonly
         self.raw.set_authorizer(self._authorize)
 
-    def _authorize(self, action: int, first: str | None, second: str | None, _schema: str | None, _by: str | None) -> int:
+    def _authorize(
+        self, action: int, first: str | None, second: str | None, _schema: str | None, _by: str | None
+    ) -> int:
         if action in _CONTROL_ACTIONS:
             return sqlite3.SQLITE_OK if self._admitting else sqlite3.SQLITE_DENY
         if not self._restricted or action in _READ_ACTIONS:
@@ -210,7 +225,8 @@ class SqliteSession:
                 if statement.returns_rows:
                     self._cursor.fetchall()
             except Exception as error:
-                error.add_note(f"in the batch, at its write number {number + 1} of {len(items)}: {statement.sql}")
+                error.add_note(f"this was write {number + 1} of the {len(items)} that a batch sent together")
+                self._failing = statement, params
                 raise
         return len(items)
 
@@ -219,6 +235,8 @@ class SqliteSession:
         cursor = self.raw.cursor()
         try:
             for text in analysis.split(sql):
+                if self._restricted and analysis.analyse(text).verb == "VACUUM":
+                    raise _read_only(text)  # not an action that the authorizer is asked about
                 cursor.execute(text)
                 if cursor.description is not None:
                     cursor.fetchall()
@@ -279,18 +297,25 @@ class SqliteSession:
 
     def open_stream(self, statement: Statement, params: Any, key: Any) -> None:
         """Begins to read."""
-        cursor = self.raw.cursor()
-        cursor.execute(statement.sql, bind(params))
-        self._streams[key] = cursor
+        cursor = self._streams[key] = self.raw.cursor()
+        try:
+            cursor.execute(statement.sql, bind(params))
+        except BaseException:
+            self.close_stream(key)
+            raise
 
     def read_stream(self, key: Any, size: Any, record_class: Any) -> list[Any]:
         """The next rows; fewer than asked for at the end, when the cursor has been closed."""
         cursor = self._streams.get(key)
         if cursor is None:
             raise errors.TransactionError("the transaction in which this stream was opened has ended")
-        rows = cursor.fetchmany(size)
-        if record_class is not None:
-            rows = _records(cursor, rows, record_class)
+        try:
+            rows = cursor.fetchmany(size)
+            if record_class is not None:
+                rows = _records(cursor, rows, record_class)
+        except BaseException:
+            self.close_stream(key)
+            raise
         if len(rows) < size:
             self.close_stream(key)
         return rows
@@ -312,8 +337,9 @@ class SqliteSession:
         try:
             return function(self.raw, *arguments)
         finally:
-            if self.raw.row_factory is not Row:
-                self.raw.row_factory = Row
+            self.raw.row_factory = Row
+            if self._restricted:
+                self.raw.set_authorizer(self._authorize)  # whatever the function did to it
 
     def initialise(self, scripts: list[str], patience: float) -> None:
         """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
@@ -335,18 +361,26 @@ class SqliteSession:
     def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""
         method, params, record = arguments
-        sql = statement.sql
         if record is None:
-            return method(self.raw, "", sql, bind(params))
-        result = method(self.raw, "", sql, bind(params), record[0])
-        return list(result) if isinstance(result, Iterator) else result
+            self.raw.row_factory = None  # aiosql looks into plain tuples for single values
+            try:
+                return method(self.raw, "", statement.sql, bind(params))
+            finally:
+                self.raw.row_factory = Row
+        result = method(self.raw, "", statement.sql, bind(params), record[0])
+        if isinstance(result, Iterator):
+            rows: list[Any] = list(cast("Iterator[Any]", result))
+            return rows
+        return result
 
     def backup(self, path: Any, progress: Any, pages: Any) -> None:
         """Copies the database as it is now into a new file, then puts that in its place."""
         target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}-{id(progress):x}.partial")
-        _create(partial)
+        if Path(f"{target}-wal").exists() or Path(f"{target}-journal").exists():
+            raise errors.ConnectionFailedError(str(target), "a database is in use there; back up to another file")
+        partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
         try:
+            _create(partial)
             copy = sqlite3.connect(_uri(partial, "rw"), uri=True, isolation_level=None)
             try:
                 self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
@@ -367,6 +401,8 @@ class SqliteSession:
             _sync(partial)
             partial.replace(target)
             _sync(target.parent)
+        except OSError as error:
+            raise errors.ConnectionFailedError(str(target), f"the backup cannot be written: {error}") from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
@@ -379,7 +415,9 @@ class SqliteSession:
         """See `Session`. The last one out checkpoints, and only one may do so at a time."""
         held = self._locked or self.readonly or self.try_lock(1.0)
         try:
+            # A cursor that some traceback keeps alive would keep its statement, and that the files open.
             self._close_streams()
+            self._cursor.close()
             self.raw.close()
         finally:
             if held:
@@ -387,13 +425,18 @@ class SqliteSession:
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
+        if self._failing is not None:
+            sql, parameters = self._failing
+            self._failing = None
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
         if not isinstance(error, sqlite3.Error):
             if statement is None or isinstance(error, errors.DatabaseError):
                 return error
             if isinstance(error, (OverflowError, UnicodeEncodeError, ValueError, sqlite3.Warning)):
-                return errors.QueryExecutionError(f"a parameter cannot be stored: {error}", sql=text, parameters=parameters)
+                return errors.QueryExecutionError(
+                    f"a parameter cannot be stored: {error}", sql=text, parameters=parameters
+                )
             if isinstance(error, TypeError):
                 return errors.QueryExecutionError(str(error), sql=text, parameters=parameters)
             return error
@@ -518,7 +561,12 @@ def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, read
                 if settings.journal_mode == "WAL":
                     _expect(path, "journal_mode", raw.execute("PRAGMA journal_mode").fetchone()[0], journal[1])
             else:
-                _expect(path, "journal_mode", raw.execute(f"PRAGMA journal_mode = {journal[0]}").fetchone()[0], journal[1])
+                _expect(
+                    path,
+                    "journal_mode",
+                    raw.execute(f"PRAGMA journal_mode = {journal[0]}").fetchone()[0],
+                    journal[1],
+                )
             for name, value, shown in wanted:
                 raw.execute(f"PRAGMA {name} = {value}")  # names and values were checked against fixed lists and types
                 _expect(path, name, raw.execute(f"PRAGMA {name}").fetchone()[0], shown)
@@ -532,7 +580,8 @@ def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, read
 def _expect(path: str, name: str, found: object, wanted: object) -> None:
     if str(found).lower() != str(wanted).lower():
         raise errors.ConnectionFailedError(
-            path, f"PRAGMA {name} did not take: it is {found!r} instead of {wanted!r}; change {name} in the configuration"
+            path,
+            f"PRAGMA {name} did not take: it is {found!r} instead of {wanted!r}; change {name} in the configuration",
         )
 
 
@@ -562,7 +611,10 @@ def _reason(path: Path, error: BaseException) -> str:
     """What is wrong, in words that help more than SQLite's "unable to open database file"."""
     if path.is_dir():
         return "it is a directory, not a file"
-    if isinstance(error, sqlite3.DatabaseError) and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB:
+    if (
+        isinstance(error, sqlite3.DatabaseError)
+        and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB
+    ):
         return f"it is not an SQLite database ({error})"
     for part in (path, *path.parents):
         with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
 from aiosql.adapters.sqlite3 import SQLite3Adapter
 
@@ -86,7 +87,7 @@ def _scripts(text: str) -> list[str]:
         return [text]
     from aiosql.query_loader import QueryLoader  # noqa: PLC0415  - most files are loaded once, at the first use
 
-    loader = QueryLoader(SQLite3Adapter(), None, mandatory_parameters=False)
+    loader = QueryLoader(cast("Any", SQLite3Adapter)(), None, mandatory_parameters=False)
     return [datum.sql for datum in loader.load_query_data_from_sql(text, [])]
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from database import queries, registry
 from database.decorators import make_decorator
 from database.handle import Database
-
-if TYPE_CHECKING:
-    from aiosql.queries import Queries
 
 __all__ = ["get_db", "lifespan", "load_queries", "transactional", "transactional_readonly"]
 
@@ -37,12 +34,15 @@ def lifespan(app: object = None) -> AbstractAsyncContextManager[None]:
     return registry.lifespan(app, ENGINE)
 
 
-def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any] | None = None) -> Queries:
+def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any] | None = None) -> Any:
     """Loads an aiosql file, or a folder of them, with all operators (`^ $ ! <! *! #` and none).
 
     Args:
         path: The file or folder.
         record_classes: Classes by the names that `-- record_class:` comments give.
+
+    Returns:
+        aiosql's `Queries`, typed as `Any`, for its functions come out of the file.
 
     Raises:
         ConfigurationError: It cannot be read, or aiosql cannot parse it.
@@ -51,7 +51,7 @@ def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any]
     def adapter() -> Any:
         from aiosql.adapters.sqlite3 import SQLite3Adapter  # noqa: PLC0415  - only those who use query files pay for it
 
-        return SQLite3Adapter()
+        return cast("Any", SQLite3Adapter)()
 
     return queries.load(path, adapter, record_classes)
 

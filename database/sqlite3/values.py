@@ -46,7 +46,7 @@ class Row(sqlite3.Row):
         return value in tuple(self)
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(tuple(self))
+        return iter(tuple(self)[::-1])
 
     def index(self, value: Any, start: int = 0, stop: int = 2**31) -> int:
         """The first position of a value."""
@@ -60,7 +60,7 @@ class Row(sqlite3.Row):
         return _unpickled, (self.keys(), tuple(self))
 
 
-Sequence.register(Row)
+cast("Any", Sequence).register(Row)
 
 
 def _unpickled(names: list[str], values: tuple[Any, ...]) -> Row:
@@ -69,7 +69,7 @@ def _unpickled(names: list[str], values: tuple[Any, ...]) -> Row:
     connection = sqlite3.connect(":memory:")
     try:
         connection.row_factory = Row
-        return cast("Row", connection.execute(f"SELECT {columns}", values).fetchone())  # noqa: S608  - names, quoted
+        return cast("Row", connection.execute(f"SELECT {columns}", values).fetchone())
     finally:
         connection.close()
 
@@ -120,7 +120,7 @@ def bind(params: Any) -> Any:
     Raises:
         TypeError: They are none of these.
     """
-    kind = type(params)
+    kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
     if kind is dict:
         if _is_native(map(type, params.values())):
             return params
@@ -143,7 +143,7 @@ def bind(params: Any) -> Any:
             " a single value is written as (value,)"
         )
     if isinstance(params, Sequence):
-        return [_adapt(value) for value in cast("Sequence[Any]", params)]
+        return [_adapt(value) for value in cast("Sequence[object]", params)]
     return _Attributes(cast("object", params))
 
 

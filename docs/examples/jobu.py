@@ -254,21 +254,29 @@ async def do_runs(start: str, options: Options, report: Report) -> None:
 
 
 @asynccontextmanager
-async def until_signal() -> AsyncIterator[list[int]]:
-    """Cancels its block at the first SIGINT or SIGTERM; what it yields has the signal's number then."""
+async def stoppable() -> AsyncIterator[tuple[anyio.CancelScope, list[int]]]:
+    """Yields a scope that the first SIGINT or SIGTERM cancels, and a list that has the signal's number then.
+
+    Ctrl-C pressed twice means the same as once: what comes after the first is ignored to the end.
+    """
 
     async def wait(*, task_status: TaskStatus[None]) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for signum in signals:
-                caught.append(signum)
-                tasks.cancel_scope.cancel()
+        try:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
+                async for signum in signals:
+                    caught.append(signum)
+                    scope.cancel()
+        finally:
+            if caught:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    scope = anyio.CancelScope()
     caught: list[int] = []
     async with anyio.create_task_group() as tasks:
         if sys.platform != "win32":  # there, KeyboardInterrupt ends anyio.run
             await tasks.start(wait)
-        yield caught
+        yield scope, caught
         tasks.cancel_scope.cancel()
 
 
@@ -277,20 +285,19 @@ async def serve(options: Options, crontab: Crontab) -> int:
     start = secrets.token_hex(4)  # tells this start's workers from earlier ones in the database
     report: Report | None = None
     began = time.perf_counter()
-    async with lifespan():
-        async with until_signal() as caught:
+    async with stoppable() as (scope, caught), lifespan():
+        with scope:
             report = Report(await start_up(crontab.entries, options.jobs))
             await do_runs(start, options, report)
         seconds = time.perf_counter() - began
         now = await take_statistics()
         by_worker = await count_runs_by_worker(start)
         pool = asdict(db.stats())
-    if caught:
+    if caught or report is None:
         done = report.done(now) if report else 0
         left = now.queued + now.running
         print(f"jobu: interrupted: {done} runs done, {left} left for the next start", file=sys.stderr)
         return 128 + caught[0]
-    assert report is not None, "only a signal ends the block before its end"
     print_report(options, crontab, report, now, seconds, pool)
     faults = find_faults(options, report, now, by_worker)
     for fault in faults:
@@ -402,9 +409,8 @@ def parse_arguments() -> Options:
     return options
 
 
-def main() -> int:
-    """Reads the crontab, runs the service, and handles every error in one place."""
-    options = parse_arguments()
+def run(options: Options) -> int:
+    """Reads the crontab and runs the service; returns the exit status."""
     try:
         crontab = read_crontab(options.crontab, None if options.format == "auto" else options.format)
     except OSError as error:
@@ -412,16 +418,22 @@ def main() -> int:
         return 1
     for malformed in crontab.malformed:
         print(f"{options.crontab}:{malformed.line}: skipped: {malformed.reason}", file=sys.stderr)
+    if options.config:
+        configure(options.config)
+    backend_options = {"use_uvloop": True} if options.uvloop else {}
+    return anyio.run(serve, options, crontab, backend=options.backend, backend_options=backend_options)
+
+
+def main() -> int:
+    """Does what the command line says; all errors of the database are handled here, in one place."""
     status = 1
     try:
-        if options.config:
-            configure(options.config)
-        backend_options = {"use_uvloop": True} if options.uvloop else {}
-        status = anyio.run(serve, options, crontab, backend=options.backend, backend_options=backend_options)
+        status = run(parse_arguments())
     except* errors.DatabaseError as group:
         for leaf in leaves(group):
             print(f"jobu: {leaf}", file=sys.stderr)
-    except* KeyboardInterrupt:
+    except* KeyboardInterrupt:  # before the service was ready for signals
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("jobu: interrupted; the next start goes on with what is left", file=sys.stderr)
         status = 130
     return status

@@ -25,12 +25,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m tests.benchmarks",
         description="Measure this package beside raw sqlite3 and its neighbours. Every answer is checked.",
     )
-    found.add_argument(
-        "--quick", action="store_true", help="everything once and briefly: shows that it works"
-    )
-    found.add_argument(
-        "--only", nargs="+", choices=ALL_WORKLOADS, metavar="WORKLOAD", help=", ".join(ALL_WORKLOADS)
-    )
+    found.add_argument("--quick", action="store_true", help="everything once and briefly: shows that it works")
+    found.add_argument("--only", nargs="+", choices=ALL_WORKLOADS, metavar="WORKLOAD", help=", ".join(ALL_WORKLOADS))
     found.add_argument(
         "--contenders", nargs="+", choices=BASE, default=list(BASE), metavar="NAME", help=", ".join(BASE)
     )
@@ -51,18 +47,12 @@ def parser() -> argparse.ArgumentParser:
         help=", ".join(BACKENDS),
     )
     found.add_argument("--rounds", type=int, default=None, help="default: 3, or 1 with --quick")
-    found.add_argument(
-        "--seconds", type=float, default=None, help="of one contender in one round; default: 1"
-    )
-    found.add_argument(
-        "--dir", type=Path, default=None, help="where the database files go; default: a real disk"
-    )
+    found.add_argument("--seconds", type=float, default=None, help="of one contender in one round; default: 1")
+    found.add_argument("--dir", type=Path, default=None, help="where the database files go; default: a real disk")
     found.add_argument("--growth", action="store_true", help="how cost grows, in place of the workloads")
     found.add_argument("--full", action="store_true", help="with --growth: tables of 10 million rows, too")
     found.add_argument("--json", type=Path, metavar="FILE", help="write all rounds")
-    found.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the report, which is printed otherwise"
-    )
+    found.add_argument("--markdown", type=Path, metavar="FILE", help="write the report, which is printed otherwise")
     found.add_argument("--charts", type=Path, metavar="DIR", help="write SVG charts")
     found.add_argument(
         "--load", nargs="+", type=Path, metavar="FILE", help="measure nothing: report on JSON written before"
@@ -74,9 +64,7 @@ def measure(arguments: argparse.Namespace) -> Results:
     """Run what was asked for."""
     plan = QUICK if arguments.quick else Plan()
     if arguments.seconds is not None:
-        plan = Plan(
-            seconds=arguments.seconds, bulk=plan.bulk, repeats=plan.repeats, slow_seconds=plan.slow_seconds
-        )
+        plan = Plan(seconds=arguments.seconds, bulk=plan.bulk, repeats=plan.repeats, slow_seconds=plan.slow_seconds)
     runner = Runner(
         store.working_folder(arguments.dir),
         plan=plan,
@@ -88,10 +76,19 @@ def measure(arguments: argparse.Namespace) -> Results:
         if arguments.growth:
             runner.results.growth = Growth(runner, quick=arguments.quick, full=arguments.full).run()
         else:
-            runner.run(arguments.only or ALL_WORKLOADS)
+            for name in arguments.only or ALL_WORKLOADS:
+                runner.run([name])
+                save(runner.results, arguments.json)  # what is done is kept, should a later one be interrupted
     finally:
         runner.clean_up()
     return runner.results
+
+
+def save(results: Results, file: Path | None) -> None:
+    """Write all rounds, if a file is given."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(results.to_json())
 
 
 def load(files: Sequence[Path]) -> Results:
@@ -107,9 +104,7 @@ def main(command: Sequence[str] | None = None) -> int:
     """Measure or load, then report; 1 if any contender answered wrongly or failed."""
     arguments = parser().parse_args(command)
     results = load(arguments.load) if arguments.load else measure(arguments)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(results.to_json())
+    save(results, arguments.json)
     text = report.markdown(results)
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +114,7 @@ def main(command: Sequence[str] | None = None) -> int:
     if arguments.charts:
         charts.write(results, arguments.charts)
     failed = [
-        sample
-        for sample in results.samples
-        if sample.error and CONTENDERS[sample.contender].kind in {"raw", "ours"}
+        sample for sample in results.samples if sample.error and CONTENDERS[sample.contender].kind in {"raw", "ours"}
     ]
     return 1 if failed else 0
 

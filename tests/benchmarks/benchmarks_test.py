@@ -19,9 +19,7 @@ from .workloads import QUICK, WORKLOADS, Trial
 
 
 def _runner(folder: Path, contenders: tuple[str, ...], backend: str = "asyncio") -> Runner:
-    return Runner(
-        folder, plan=QUICK, contenders=contenders, backends=[backend], rounds=1, say=lambda _line: None
-    )
+    return Runner(folder, plan=QUICK, contenders=contenders, backends=[backend], rounds=1, say=lambda _line: None)
 
 
 @pytest.fixture
@@ -75,11 +73,7 @@ def test_every_goal_names_a_workload_and_a_contender_there_are() -> None:
     for goal in GOALS:
         assert goal.workload in ALL_WORKLOADS
         assert goal.contender in CONTENDERS
-        assert (
-            goal.of in {"", "best", "anyio, aiosql, yaml"}
-            or goal.of in CONTENDERS
-            or goal.of.startswith("own ")
-        )
+        assert goal.of in {"", "best", "anyio, aiosql, yaml"} or goal.of in CONTENDERS or goal.of.startswith("own ")
 
 
 def test_goals_are_judged_by_medians_against_interactive_neighbours(measured: Results) -> None:

@@ -32,12 +32,8 @@ def write(results: Results, folder: Path) -> list[Path]:
             if (value := results.median(name, contender, backend, metric)) is not None
         ]
         if bars:
-            unit = (
-                WORKLOADS[name].unit if metric == "rate" else metric.replace("_ms", " ms").replace("_", " ")
-            )
-            written.append(
-                _save(folder / f"{name}.svg", bar_chart(f"{title_of(name)} ({unit})", bars, metric))
-            )
+            unit = WORKLOADS[name].unit if metric == "rate" else metric.replace("_ms", " ms").replace("_", " ")
+            written.append(_save(folder / f"{name}.svg", bar_chart(f"{title_of(name)} ({unit})", bars, metric)))
     for study in results.growth:
         chart = line_chart(f"{study['title']} ({study['unit']})", study["axis"], study["x"], study["series"])
         written.append(_save(folder / f"growth_{study['axis'].split()[0]}.svg", chart))
@@ -60,9 +56,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], metric: str) -> ET.
     return drawing
 
 
-def line_chart(
-    title: str, axis: str, x: Sequence[int], series: Mapping[str, Mapping[str, float]]
-) -> ET.Element:
+def line_chart(title: str, axis: str, x: Sequence[int], series: Mapping[str, Mapping[str, float]]) -> ET.Element:
     """Lines on logarithmic axes, named to their right."""
     top, bottom, left, right = 48, 300, 80, WIDTH - 190
     drawing = _drawing(title, bottom + 56)
@@ -117,9 +111,7 @@ def _drawing(title: str, height: int) -> ET.Element:
 
 
 def _add(parent: ET.Element, tag: str, **attributes: object) -> ET.Element:
-    return ET.SubElement(
-        parent, tag, {name.replace("_", "-"): str(value) for name, value in attributes.items()}
-    )
+    return ET.SubElement(parent, tag, {name.replace("_", "-"): str(value) for name, value in attributes.items()})
 
 
 def _text(

@@ -73,9 +73,7 @@ class Growth:
                     for contender, backend, label in self._entrants(name):
                         value = self._median(contender, backend, path, self._calls("point", 100, n))
                         series.setdefault(f"{name}{label}", {})[str(n)] = value
-        return _study(
-            "Point selects of 100 tasks by rows in the table", "rows", "per second", self.rows, series
-        )
+        return _study("Point selects of 100 tasks by rows in the table", "rows", "per second", self.rows, series)
 
     def pool(self) -> dict[str, Any]:
         """Point selects, and statements of a millisecond, with 1 to 32 readers."""
@@ -83,9 +81,7 @@ class Growth:
         steps = slow_steps(0.001)
         with self._file(store.ITEMS, 1) as path:
             series = {
-                f"{what}{label}": {
-                    str(n): self._median(contender, backend, path, measure, readers=n) for n in counts
-                }
+                f"{what}{label}": {str(n): self._median(contender, backend, path, measure, readers=n) for n in counts}
                 for what, measure in (
                     ("point selects", self._calls("point", 100)),
                     ("statements of 1 ms", self._calls("slow", 100, argument=steps)),
@@ -135,9 +131,7 @@ class Growth:
         several = len(self.runner.backends) > 1
         return [(contender, backend, f" · {backend}" if several else "") for backend in self.runner.backends]
 
-    def _calls(
-        self, method: str, tasks: int, keys: int = store.ITEMS, *, argument: int | None = None
-    ) -> Measure:
+    def _calls(self, method: str, tasks: int, keys: int = store.ITEMS, *, argument: int | None = None) -> Measure:
         """Calls a second of a method from so many tasks, with random keys or always the same argument."""
         chosen = [argument or random.randint(1, keys) for _ in range(10_007)]
 
@@ -172,9 +166,7 @@ class Growth:
 
         return run
 
-    def _median(
-        self, contender: type[Contender], backend: str, path: Path, measure: Measure, **options: Any
-    ) -> float:
+    def _median(self, contender: type[Contender], backend: str, path: Path, measure: Measure, **options: Any) -> float:
         values: list[float] = []
 
         async def main() -> None:
@@ -214,7 +206,5 @@ class _File:
         store.remove(self.path)
 
 
-def _study(
-    title: str, axis: str, unit: str, x: tuple[int, ...], series: dict[str, dict[str, float]]
-) -> dict[str, Any]:
+def _study(title: str, axis: str, unit: str, x: tuple[int, ...], series: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {"title": title, "axis": axis, "unit": unit, "x": list(x), "series": series}

@@ -81,9 +81,7 @@ class AiosqliteFastest(Aiosqlite):
     """One shared connection, one hop a query (``execute_fetchall``), an autocommit one for single INSERTs."""
 
     name = "aiosqlite fastest"
-    about = (
-        "one shared connection, `execute_fetchall`, autocommit INSERTs; mixed: reads see the open transaction"
-    )
+    about = "one shared connection, `execute_fetchall`, autocommit INSERTs; mixed: reads see the open transaction"
     chunk = 1000
 
     async def open(self) -> None:
@@ -115,9 +113,7 @@ class AiosqlitePerUse(Contender):
 
     name = "aiosqlite per use"
     requires = ("aiosqlite",)
-    about = (
-        "a connection opened for every use, as in the README's first example (SQLite's default `synchronous`)"
-    )
+    about = "a connection opened for every use, as in the README's first example (SQLite's default `synchronous`)"
 
     async def open(self) -> None:
         import aiosqlite
@@ -239,9 +235,7 @@ class Asqlite(Contender):
     async def open(self) -> None:
         import asqlite
 
-        self.pool = await asqlite.create_pool(
-            self.path, init=self._init, size=self.readers, timeout=BUSY_TIMEOUT
-        )
+        self.pool = await asqlite.create_pool(self.path, init=self._init, size=self.readers, timeout=BUSY_TIMEOUT)
         self.lock = asyncio.Lock()
 
     async def close(self) -> None:
@@ -340,9 +334,7 @@ class ApswFastest(Apsw):
     """The same with two statements to a hop, rows fetched by the thousand, a lock without checkpoints."""
 
     name = "apsw fastest"
-    about = (
-        "the same, BEGIN and COMMIT in one hop with their neighbours; reads see the open transaction (dirty)"
-    )
+    about = "the same, BEGIN and COMMIT in one hop with their neighbours; reads see the open transaction (dirty)"
     prefetch = 1000
 
     async def open(self) -> None:
@@ -444,9 +436,7 @@ class SQLAlchemy(Contender):
 
     async def insert_many(self, rows: Sequence[Any]) -> None:
         async with self.engine.begin() as connection:
-            await connection.execute(
-                self.sink.insert(), [{"name": name, "value": value} for name, value in rows]
-            )
+            await connection.execute(self.sink.insert(), [{"name": name, "value": value} for name, value in rows])
 
     async def slow(self, n: int) -> int:
         async with self.engine.connect() as connection:

@@ -44,9 +44,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def title_of(workload: str) -> str:
     """What a workload is, in words."""
-    return (
-        WORKLOADS[workload].title if workload in WORKLOADS else "import, and the first query of a new process"
-    )
+    return WORKLOADS[workload].title if workload in WORKLOADS else "import, and the first query of a new process"
 
 
 def _label(contender: str, backend: str, results: Results) -> str:
@@ -64,12 +62,8 @@ def summary(results: Results) -> str:
     order = results.workloads()
     judged: dict[tuple[str, str, str], list[Verdict]] = {}
     for verdict in verdicts(results):
-        judged.setdefault((verdict.goal.workload, verdict.goal.contender, verdict.backend), []).append(
-            verdict
-        )
-    for (workload, contender, backend), some in sorted(
-        judged.items(), key=lambda item: order.index(item[0][0])
-    ):
+        judged.setdefault((verdict.goal.workload, verdict.goal.contender, verdict.backend), []).append(verdict)
+    for (workload, contender, backend), some in sorted(judged.items(), key=lambda item: order.index(item[0][0])):
         metric = _headline(workload)
         value = results.median(workload, contender, backend, metric)
         raw = results.median(workload, "raw", backend, metric)
@@ -77,8 +71,7 @@ def summary(results: Results) -> str:
         error = results.error(workload, contender, backend)
         rows.append(
             [
-                workload
-                + (" (p99 ms)" if metric == "p99_ms" else " (import ms)" if workload == "cold" else ""),
+                workload + (" (p99 ms)" if metric == "p99_ms" else " (import ms)" if workload == "cold" else ""),
                 _label(contender, backend, results),
                 error or number(value, metric),
                 number(raw, metric),
@@ -171,9 +164,7 @@ def growth(results: Results) -> str:
     parts = []
     for study in results.growth:
         names = list(study["series"])
-        rows = [
-            [f"{x:,}", *(number(study["series"][name].get(str(x))) for name in names)] for x in study["x"]
-        ]
+        rows = [[f"{x:,}", *(number(study["series"][name].get(str(x))) for name in names)] for x in study["x"]]
         parts.append(f"### {study['title']} ({study['unit']})\n\n{table([study['axis'], *names], rows)}")
     return "\n\n".join(parts)
 

@@ -27,9 +27,7 @@ from .contenders import RAW_AND_OURS, Contender, Raw
 from .neighbours import NEIGHBOURS
 from .workloads import WORKLOADS, Plan, Trial, Workload, slow_steps
 
-CONTENDERS: dict[str, type[Contender]] = {
-    contender.name: contender for contender in (*RAW_AND_OURS, *NEIGHBOURS)
-}
+CONTENDERS: dict[str, type[Contender]] = {contender.name: contender for contender in (*RAW_AND_OURS, *NEIGHBOURS)}
 DISTRIBUTIONS = (
     *("jobu-database", "anyio", "trio", "uvloop", "aiosql", "aiosqlite", "aiosqlitepool", "apsw", "asqlite"),
     "sqlalchemy",
@@ -76,9 +74,7 @@ class Results:
         return [
             sample
             for sample in self.samples
-            if sample.workload == workload
-            and sample.contender == contender
-            and sample.backend in (backend, NO_LOOP)
+            if sample.workload == workload and sample.contender == contender and sample.backend in (backend, NO_LOOP)
         ]
 
     def error(self, workload: str, contender: str, backend: str) -> str:
@@ -194,9 +190,7 @@ class Runner:
         self.say = say
         self.template = folder / "template.db"
         for module in {module for contender in self.contenders for module in contender.requires}:
-            import_module(
-                module
-            )  # all of them first: a later import would change the heap between two rounds
+            import_module(module)  # all of them first: a later import would change the heap between two rounds
         self.results = Results(
             machine(folder),
             {**asdict(plan), "rounds": rounds, "backends": self.backends, "contenders": list(contenders)},

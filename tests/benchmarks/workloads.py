@@ -437,12 +437,8 @@ WORKLOADS: dict[str, Workload] = {
     for workload in (
         Workload("seq_read", "one task, point selects", ("point",), reads(1)),
         Workload("conc_read", "100 tasks, point selects", ("point",), reads(100)),
-        Workload(
-            "seq_tx", "one task, INSERT and UPDATE", ("transact",), writes("transact", "transactions", 1)
-        ),
-        Workload(
-            "conc_tx", "50 tasks, INSERT and UPDATE", ("transact",), writes("transact", "transactions", 50)
-        ),
+        Workload("seq_tx", "one task, INSERT and UPDATE", ("transact",), writes("transact", "transactions", 1)),
+        Workload("conc_tx", "50 tasks, INSERT and UPDATE", ("transact",), writes("transact", "transactions", 50)),
         Workload(
             "conc_tx_full",
             "50 tasks, INSERT and UPDATE, synchronous=FULL",
@@ -461,9 +457,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload("mixed", "50 tasks, nine reads to a transaction", ("point", "transact"), mixed),
         Workload("fetch_all", "100,000 rows as a list", ("fetch_all",), fetch_all, unit="rows per second"),
         Workload("stream", "100,000 rows one by one", ("stream",), stream, unit="rows per second"),
-        Workload(
-            "execute_many", "100,000 rows in one call", ("insert_many",), execute_many, unit="rows per second"
-        ),
+        Workload("execute_many", "100,000 rows in one call", ("insert_many",), execute_many, unit="rows per second"),
         Workload(
             "slow_query",
             "point selects of 100 tasks beside 1 s of work",
@@ -472,9 +466,7 @@ WORKLOADS: dict[str, Workload] = {
             **_MS,
         ),
         Workload("loop_lag_reads", "1 ms ticker while 100 tasks read", ("point",), loop_lag_reads, **_MS),
-        Workload(
-            "loop_lag_rows", "1 ms ticker while 100,000-row reads run", ("fetch_all",), loop_lag_rows, **_MS
-        ),
+        Workload("loop_lag_rows", "1 ms ticker while 100,000-row reads run", ("fetch_all",), loop_lag_rows, **_MS),
         Workload("busy_loop", "point selects beside a burner in 1 ms slices", ("point",), busy_loop, **_MS),
     )
 }

@@ -100,9 +100,7 @@ SLOW: list[Any] = [
     pytest.param(lambda db: db.fetch_value(SLOW_SELECT), id="fetch_value"),
     pytest.param(lambda db: db.fetch_all(SLOW_ROWS), id="fetch_all"),
     pytest.param(lambda db: db.execute(SLOW_INSERT), id="execute"),
-    pytest.param(
-        lambda db: db.execute_many(SLOW_INSERT.replace("(*)", "(*) + ?"), [(1,), (2,)]), id="execute_many"
-    ),
+    pytest.param(lambda db: db.execute_many(SLOW_INSERT.replace("(*)", "(*) + ?"), [(1,), (2,)]), id="execute_many"),
     pytest.param(lambda db: db.execute_script(SLOW_INSERT + ";" + SLOW_INSERT), id="execute_script"),
     pytest.param(lambda db: db.run(lambda connection: connection.execute(SLOW_SELECT).fetchall()), id="run"),
     pytest.param(
@@ -203,9 +201,7 @@ async def test_one_of_many_that_share_a_connection(db: Any) -> None:
 
 @pytest.mark.parametrize("times", [1, 2, 5])
 @pytest.mark.parametrize("work", SLOW)
-async def test_native_cancel(
-    db: Any, engine: Engine, work: Work, times: int, anyio_backend_name: str
-) -> None:
+async def test_native_cancel(db: Any, engine: Engine, work: Work, times: int, anyio_backend_name: str) -> None:
     """asyncio's own `task.cancel()`, once or again and again, does what a scope does."""
     if anyio_backend_name != "asyncio":
         pytest.skip("asyncio only")

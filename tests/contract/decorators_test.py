@@ -17,9 +17,7 @@ from tests.contract.support import Engine, add, errors, gather, names
 DECORATORS = [
     pytest.param(transactional, id="transactional"),
     pytest.param(transactional(), id="transactional()"),
-    pytest.param(
-        transactional(db=("default", "audit"), timeout=1, retries=1, offload=True), id="with-options"
-    ),
+    pytest.param(transactional(db=("default", "audit"), timeout=1, retries=1), id="with-options"),
     pytest.param(transactional_readonly, id="readonly"),
     pytest.param(transactional_readonly(timeout=1), id="readonly-with-options"),
 ]

@@ -68,9 +68,7 @@ async def test_parameters_are_redacted(db: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    "call", ["execute", "execute_many", "offload", "transaction", "run", "fetch", "batch"]
-)
+@pytest.mark.parametrize("call", ["execute", "execute_many", "offload", "transaction", "run", "fetch", "batch"])
 async def test_the_same_on_every_path(db: Any, call: str) -> None:
     """Every way to write raises the same class with code and cause, and without values in its text."""
     from database import transactional
@@ -107,6 +105,31 @@ async def test_the_same_on_every_path(db: Any, call: str) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("call", ["fetch_all", "execute", "execute_script", "stream", "run"])
+async def test_an_error_that_is_kept_keeps_nothing_open(db: Any, engine: Engine, call: str) -> None:
+    """An error that is kept (by a log, a debugger) holds no connection: after close the files are closed."""
+    bad = "SELECT abs(-9223372036854775808)"
+
+    async def stream() -> None:
+        async with db.stream(bad) as rows:
+            [row async for row in rows]
+
+    calls = {
+        "fetch_all": lambda: db.fetch_all(bad),
+        "execute": lambda: add(db, "a"),
+        "execute_script": lambda: db.execute_script(f"CREATE TABLE t AS {bad}"),
+        "stream": stream,
+        "run": lambda: db.run(lambda connection: connection.execute(bad).fetchall()),
+    }
+    await add(db, "a")
+    with pytest.raises(errors.QueryExecutionError) as kept:
+        await calls[call]()
+    await db.close()
+    assert engine.open_files() == []
+    assert kept.value.__cause__ is not None
+
+
+@pytest.mark.anyio
 async def test_errors_can_be_pickled(db: Any) -> None:
     """A query error crosses process borders with all that it carries."""
     error = await _violate(db)
@@ -135,14 +158,11 @@ CONSTRAINTS = [
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("sql", "code_name"), CONSTRAINTS, ids=[code for _, code in CONSTRAINTS[:-1]] + ["deferred"]
-)
+@pytest.mark.parametrize(("sql", "code_name"), CONSTRAINTS, ids=[code for _, code in CONSTRAINTS[:-1]] + ["deferred"])
 async def test_constraints(db: Any, sql: str, code_name: str) -> None:
     """Every kind of constraint is an IntegrityError that says which, foreign keys included."""
     await db.execute_script(
-        "CREATE TABLE strict_child (id INTEGER REFERENCES parent (id));"
-        "CREATE TABLE checked (n CHECK (n > 0));"
+        "CREATE TABLE strict_child (id INTEGER REFERENCES parent (id));CREATE TABLE checked (n CHECK (n > 0));"
     )
     with pytest.raises(errors.IntegrityError) as caught:
         await db.execute(sql)

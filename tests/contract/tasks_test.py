@@ -133,9 +133,7 @@ async def test_manual_levels_of_two_tasks(db: Any, engine: Engine) -> None:
 
     async with db.transaction():
         with anyio.fail_after(5):
-            results = await gather(
-                *[lambda n=n: child(str(n), "rollback" if n % 2 else "commit") for n in range(6)]
-            )
+            results = await gather(*[lambda n=n: child(str(n), "rollback" if n % 2 else "commit") for n in range(6)])
         assert results == [None] * 6
         assert db.in_transaction
         await add(db, "parent")
@@ -563,9 +561,7 @@ async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure:
 
     async def check(number: int) -> int:
         result = await work(number)
-        assert {f"{number:02} a", f"{number:02} b"} <= set(engine.committed()), (
-            "answered before it was committed"
-        )
+        assert {f"{number:02} a", f"{number:02} b"} <= set(engine.committed()), "answered before it was committed"
         return result
 
     async with held(db) as release:  # all of them gather behind a transaction, so that they make a group
