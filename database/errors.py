@@ -147,7 +147,7 @@ def redact(parameters: object) -> str:
     if parameters is None:
         return "none"
     if isinstance(parameters, Mapping):
-        return f"<{', '.join(map(str, cast('Mapping[Any, Any]', parameters)))}>"
+        return f"<{', '.join(map(str, cast('Iterable[object]', parameters)))}>"
     if isinstance(parameters, Sequence) and not isinstance(parameters, (str, bytes)):
         count = len(cast("Collection[object]", parameters))
         return f"<{count} value{'' if count == 1 else 's'}>"

@@ -1,7 +1,8 @@
 """`Database`: what `get_db()` returns.
 
 A handle is made once per name, at import time, and knows nothing yet. At its first use it looks its settings up and opens
-a pool for the event loop at hand. A statement then goes one of three ways: within a transaction to its connection; otherwise, if it reads, to the lane of the readers; if it writes, to the lane of the writer.
+a pool for the event loop at hand. A statement then goes one of three ways: within a transaction to its connection;
+otherwise, if it reads, to the lane of the readers; if it writes, to the lane of the writer.
 
 Every call costs one hop to a worker's thread and back, so everything before the hop is kept short: what is known of a
 statement is cached by its text, and nothing but one `Request` is made for it.

@@ -3,6 +3,8 @@
 A line that ends in `# error` must be one for every checker.
 """
 
+# pyright: strict, reportUnusedCoroutine=false, reportUnusedVariable=false, reportUnusedFunction=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine

@@ -20,7 +20,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -369,7 +369,7 @@ class SqliteSession:
                 self.raw.row_factory = Row
         result = method(self.raw, "", statement.sql, bind(params), record[0])
         if isinstance(result, Iterator):
-            rows: list[Any] = list(cast("Iterator[Any]", result))
+            rows: list[Any] = list(cast("Iterable[Any]", result))
             return rows
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -137,13 +137,13 @@ def bind(params: Any) -> Any:
     if isinstance(params, sqlite3.Row):
         return {name: _adapt(value) for name, value in zip(params.keys(), params, strict=True)}
     if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
-        shown = f"{type(params).__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
+        shown = f"{kind.__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
         raise TypeError(
             f"parameters must be a mapping, a sequence or an object with attributes, not {shown};"
             " a single value is written as (value,)"
         )
     if isinstance(params, Sequence):
-        return [_adapt(value) for value in cast("Sequence[object]", params)]
+        return [_adapt(value) for value in cast("Iterable[object]", params)]
     return _Attributes(cast("object", params))
 
 
