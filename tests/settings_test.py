@@ -1176,7 +1176,7 @@ def test_yaml_is_imported_for_files_only():
             from database import settings
             settings.configure({"database": {"sqlite": {"path": "x"}}})
             settings.current().find("default")
-            print({"yaml", "difflib", "asyncio", "trio", "sqlite3"} & {*sys.modules})
+            print({"yaml", "difflib", "trio", "sqlite3"} & {*sys.modules})
             """
         )
         == "set()\n"
