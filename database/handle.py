@@ -11,11 +11,13 @@ statement is cached by its text, and nothing but one `Request` is made for it.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from database import engine as engines
@@ -570,17 +572,28 @@ class Database:
         if self.current.get() is level:
             self.current.set(level.parent or (None if level.outer is None else Detached(level.outer)))
 
-    def on_commit(self, function: Callable[[], Any]) -> Any:
+    def on_commit(self, function: Callable[[], Any]) -> None:
         """Runs a function after the outermost commit, never after a rollback; at once where no transaction is open.
 
         Args:
-            function: An ordinary function; inside a transaction, a coroutine function as well.
+            function: An ordinary function, or a coroutine function: awaited behind the commit; in a task of its own
+                where no transaction is open, for this method does not wait.
         """
         level = self._open_level("on_commit")
         if level is not None:
             level.on_commit(function)
-            return None
-        return function()
+            return
+        result = function()
+        if inspect.isawaitable(result):
+            self.pool().waker.spawn(partial(self._await_callback, result))
+
+    async def _await_callback(self, result: Awaitable[Any]) -> None:
+        try:
+            await result
+        except Exception:  # nobody waits for it who could be told
+            logging.getLogger("database.transaction").exception(
+                "database %s: an on_commit() function failed", self.name
+            )
 
     def detached(self) -> AbstractContextManager[None]:
         """`with db.detached():` steps outside the current transaction: for tasks that outlive it."""

@@ -25,7 +25,7 @@ import sys
 import weakref
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -129,6 +129,10 @@ class Waker:
 
     def on_end(self, function: Callable[[], None]) -> Timer:
         """Calls the function when this loop ends, on the thread that ends it."""
+        raise NotImplementedError
+
+    def spawn(self, function: Callable[[], Awaitable[Any]]) -> None:
+        """Runs a coroutine function, which must not raise, in a task that belongs to nobody. Loop thread."""
         raise NotImplementedError
 
     def on_task_end(self, function: Callable[[], None]) -> Timer:
@@ -285,8 +289,17 @@ class AsyncioWaker(Waker):
         handle = asyncio.get_running_loop().call_later(FAR_AWAY, sentinel.ring)
         return _SentinelTimer(handle, sentinel)
 
+    def spawn(self, function: Callable[[], Awaitable[Any]]) -> None:
+        task = asyncio.ensure_future(function())
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+
     def on_task_end(self, function: Callable[[], None]) -> Timer:
         return _TaskCallback(function)
+
+
+_tasks: set[asyncio.Future[Any]] = set()
+"""asyncio itself holds tasks only weakly."""
 
 
 def _settle(future: asyncio.Future[None]) -> None:
@@ -422,6 +435,9 @@ class TrioWaker(Waker):
 
         self._trio.lowlevel.spawn_system_task(sleep_and_call, name="database end of loop")
         return scope
+
+    def spawn(self, function: Callable[[], Awaitable[Any]]) -> None:
+        self._trio.lowlevel.spawn_system_task(function, name="database on_commit")
 
     def on_task_end(self, function: Callable[[], None]) -> Timer:
         if self._watch is None:

@@ -100,7 +100,7 @@ async def test_exhaustion(make_db: Any, readonly: bool) -> None:
 @pytest.mark.parametrize("kind", ["read", "write", "run", "stream", "batch", "offload"])
 async def test_exhaustion_of_single_calls(make_db: Any, engine: Engine, kind: str) -> None:
     """Calls outside a transaction wait no longer than pool_timeout either; they are not executed later."""
-    db = await make_db(pool_timeout=0.2)
+    db = await make_db(pool_timeout=0.1)
 
     async def stream() -> None:
         async with db.stream("SELECT * FROM jobs") as rows:

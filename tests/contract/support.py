@@ -169,7 +169,9 @@ async def eventually(true: Callable[[], object], what: str = "", within: float =
 
 
 async def collected(true: Callable[[], object], what: str = "", within: float = 5.0) -> None:
-    """As `eventually`, for what happens after something has become garbage; collects it only where it must."""
+    """As `eventually`, for what happens after something has become garbage; collects it only where it
+    must.
+    """
     deadline = time.monotonic() + within
     while not true():
         if time.monotonic() > deadline:

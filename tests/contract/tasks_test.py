@@ -262,6 +262,18 @@ async def test_detached_transaction(db: Any, engine: Engine) -> None:
     assert engine.committed() == ["a"]
 
 
+async def test_detached_write_within_ones_own_write_transaction(make_db: Any, engine: Engine) -> None:
+    """A write that could only wait for its own task's transaction ends with an error, not for ever."""
+    db = await make_db(pool_timeout=0.1)
+    async with db.transaction():
+        await add(db, "a")
+        with db.detached(), anyio.fail_after(2):
+            with pytest.raises((errors.ConnectionPoolExhaustedError, errors.TransactionError)):
+                await add(db, "x")
+        await add(db, "b")
+    assert engine.committed() == ["a", "b"]
+
+
 async def test_a_task_started_outside_is_outside(db: Any, engine: Engine) -> None:
     """A task that was started before the transaction has nothing to do with it."""
     begun, seen = anyio.Event(), []

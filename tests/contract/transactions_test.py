@@ -1316,6 +1316,20 @@ async def test_on_commit_outside_runs_at_once(db: Any) -> None:
     assert seen == ["now"]
 
 
+async def test_on_commit_outside_with_an_async_function(db: Any, engine: Engine) -> None:
+    """Outside a transaction an async callback runs too, without being awaited by the caller."""
+    done = anyio.Event()
+
+    async def callback() -> None:
+        await add(db, "a")
+        done.set()
+
+    db.on_commit(callback)
+    with anyio.fail_after(2):
+        await done.wait()
+    assert engine.committed() == ["a"]
+
+
 async def test_on_commit_callback_may_use_the_database(db: Any, engine: Engine) -> None:
     """A callback is outside the transaction that it follows: what it writes is its own."""
 
