@@ -72,7 +72,7 @@ async def _exhaust(db: Any, *, readonly: bool) -> errors.ConnectionPoolExhausted
     start = time.monotonic()
     with pytest.raises(errors.ConnectionPoolExhaustedError) as caught:
         await wait_in_vain()
-    assert 0.15 < time.monotonic() - start < 1.5
+    assert 0.15 < time.monotonic() - start < 10
     return caught.value
 
 
