@@ -25,7 +25,7 @@ from database import logs, settings
 from database.batch import Batch
 from database.driver.lease import Lease
 from database.driver.pool import Pool, PoolStats
-from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
+from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT
 from database.driver.wakeup import create_waker, current_loop, current_task_id
 from database.driver.worker import here
 from database.engine import Engine
@@ -227,17 +227,17 @@ class Database:
             if pool is None or pool.waker.loop is not loop:
                 pool = self._open_pool(loop)
             if statement.kind == READ:
-                request = Request(STATEMENT, operation, statement, params, extra)
+                request = pool.request(STATEMENT, operation, statement, params, extra)
                 pool.reads.submit(request)
             else:
                 kind = STATEMENT if statement.kind == WRITE else ALONE
-                request = Request(kind, operation, statement, params, extra)
+                request = pool.request(kind, operation, statement, params, extra)
                 pool.writes.submit(request)
-            return await pool.waker.wait(request)
+            return await request
         transaction = cast("Transaction", level)
         if transaction.readonly and statement.kind != READ and not transaction.ended and not _asks(statement):
             raise self._read_only(statement)
-        return await transaction.run(Request(STATEMENT, operation, statement, params, extra))
+        return await transaction.run(transaction.pool.request(STATEMENT, operation, statement, params, extra))
 
     def _read_only(self, statement: Statement) -> ReadOnlyTransactionError:
         return ReadOnlyTransactionError(
@@ -364,19 +364,19 @@ class Database:
     ) -> Any:  # fmt: skip
         """Sends several statements as one."""
         level = self.current.get()
-        request = Request(kind, operation, what, params, extra, label)
         if isinstance(level, Transaction):
             if level.readonly and kind == MANY and not level.ended:
                 raise self._read_only(cast("Statement", what))
-            return await level.run(request)
+            return await level.run(level.pool.request(kind, operation, what, params, extra, label))
         pool = self.pool()
+        request = pool.request(kind, operation, what, params, extra, label)
         if readonly:
             pool.reads.submit(request)
         else:
             if level is not None:
                 self._refuse_waiting_for_itself(level)
             pool.writes.submit(request)
-        return await pool.waker.wait(request)
+        return await request
 
     async def execute_script(self, sql: str | Callable[..., Any]) -> None:
         """Executes the statements of a script one after the other.
@@ -550,7 +550,7 @@ class Database:
         level = self._open_level("flush")
         if level is not None:
             if level.root.lease is not None or level.root.session is not None:
-                await level.run(Request(STATEMENT, _nothing, None, None, None, "flush"), in_turn=False)
+                await level.run(level.pool.request(STATEMENT, _nothing, None, None, None, "flush"), in_turn=False)
             return
         await self.open()
 
@@ -645,10 +645,10 @@ class Database:
         target = str(path if isinstance(path, str) else os.fspath(path))
         pool = self.pool()
         lease = Lease(pool, _origin("backup()", 1), number=None, readonly=True, transaction=False)
-        request = Request(SCRIPT, self._operations.backup, target, progress, 256, f"backup to {target}")
+        request = pool.request(SCRIPT, self._operations.backup, target, progress, 256, f"backup to {target}")
         try:
             lease.submit(request)
-            await pool.waker.wait(request)
+            await request
         finally:
             await self.give_back(lease)
 
@@ -658,9 +658,9 @@ class Database:
             return
         if lease.worker is None and lease.pool.withdraw(lease):
             return
-        request = Request(ROLLBACK, None, label="the end of a stream")
+        request = lease.pool.request(ROLLBACK, None, label="the end of a stream")
         lease.submit(request)
-        await lease.pool.waker.wait(request)
+        await request
 
     def prepare_stream(self, query: Query) -> tuple[Statement, Callable[..., Any] | None, Any]:
         """What a stream needs: the statement, the query's record class, the engine's operations."""
@@ -679,9 +679,9 @@ class Database:
     async def open(self) -> None:
         """Opens the pool now instead of at its first use: an application that cannot reach its data need not start."""
         pool = self.pool()
-        request = Request(SCRIPT, _nothing, None, None, None, "open")
+        request = pool.request(SCRIPT, _nothing, None, None, None, "open")
         pool.writes.submit(request)
-        await pool.waker.wait(request)
+        await request
 
     async def close(self) -> None:
         """Closes this database's pool on this event loop; the next use opens another.

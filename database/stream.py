@@ -106,20 +106,24 @@ class Stream(Generic[T]):
         return self
 
     async def _open(self, statement: Statement) -> None:
-        request = Request(STATEMENT, self._operations.open_stream, statement, self._params, self._key)
+        request = self._make(STATEMENT, self._operations.open_stream, statement, self._params, self._key)
         if self._level is not None:
             await self._level.run(request)
         else:
             await self._send(request)
 
-    async def _send(self, request: Request) -> Any:
-        lease, pool = self._lease, self._pool
-        assert lease is not None
+    def _make(self, *arguments: Any) -> Request:
+        pool = self._pool if self._level is None else self._level.pool
         assert pool is not None
+        return pool.request(*arguments)
+
+    async def _send(self, request: Request) -> Any:
+        lease = self._lease
+        assert lease is not None
         if lease.doom is not None:
             raise lease.refusal()
         lease.submit(request)
-        return await pool.waker.wait(request)
+        return await request
 
     def __aiter__(self) -> Stream[T]:
         return self
@@ -147,10 +151,9 @@ class Stream(Generic[T]):
             if self._pending is None:
                 self._ask()
             request, size = cast("tuple[Request, int]", self._pending)
-            assert self._pool is not None
-            if not request.done:
+            if not request.answered:
                 try:
-                    await self._pool.waker.wait(request)
+                    await request
                 finally:
                     self._pending = None
             self._pending = None
@@ -164,7 +167,7 @@ class Stream(Generic[T]):
         self._rows = iter(rows)
 
     def _request(self, size: int) -> Request:
-        return Request(STATEMENT, self._operations.read_stream, self._key, size, self._record_class, "stream")
+        return self._make(STATEMENT, self._operations.read_stream, self._key, size, self._record_class, "stream")
 
     def _grow(self) -> int:
         size = self._size
@@ -195,7 +198,7 @@ class Stream(Generic[T]):
         level = self._level
         if level is not None:
             if not self._done and not level.ended and level.root.doom is None:
-                request = Request(STATEMENT, self._operations.close_stream, self._key, None, None, "stream")
+                request = self._make(STATEMENT, self._operations.close_stream, self._key, None, None, "stream")
                 try:
                     await level.run(request, in_turn=False)
                 except (TransactionError, PoolClosedError):
@@ -205,7 +208,7 @@ class Stream(Generic[T]):
         if lease is None:
             return
         pending = self._pending
-        if pending is not None and not pending[0].done:
+        if pending is not None and not pending[0].answered:
             lease.stop(pending[0])
         self._lease = None
         await self._database.give_back(lease)

@@ -195,7 +195,7 @@ class Transaction:
             lease = root.lease = root._new_lease()
         lease.submit(request)
         try:
-            return await root.pool.waker.wait(request)
+            return await request
         except BaseException:
             if lease.dropped:  # nothing was begun; the next statement stands in line anew
                 if root.lease is lease:
@@ -357,12 +357,12 @@ class Transaction:
             self.controls.clear()
             self.committed = True
             return
-        request = Request(COMMIT, None, label="COMMIT")
+        request = self.pool.request(COMMIT, None, label="COMMIT")
         if self.controls:
             request.controls, self.controls = self.controls, []
         lease.submit(request)
         try:
-            await self.pool.waker.wait_through(request)
+            await request
         except BaseException:
             if not (lease.ended and request.error is None):
                 raise
@@ -379,9 +379,9 @@ class Transaction:
             return
         if lease.worker is None and not lease.pending and self.pool.withdraw(lease):
             return
-        request = Request(ROLLBACK, None, label="ROLLBACK")
+        request = self.pool.request(ROLLBACK, None, label="ROLLBACK")
         lease.submit(request)
-        await self.pool.waker.wait(request)
+        await request
 
     def roll_back_unattended(self) -> None:
         """Ends a manual level whose task has gone, without waiting for the outcome."""
@@ -394,7 +394,7 @@ class Transaction:
         self._end()
         lease, self.lease = self.lease, None
         if lease is not None and not lease.ended and not self.pool.closed:
-            lease.submit(Request(ROLLBACK, None, label="ROLLBACK"))
+            lease.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
 
     def _renew_inline(self, *, keep: bool) -> None:
         worker = self.worker

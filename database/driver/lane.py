@@ -9,9 +9,13 @@ Writes share more than the wake-up (`WriteLane`): those that wait together are c
 in number and in time, never waits for company, and nobody in it is answered before its commit has succeeded. An
 interactive transaction queues in the same lane as a `Lease`, so writers are served first come, first served.
 
+A worker that has emptied a lane stays with it, asleep (`database.driver.worker` says how it is woken), so that a single
+statement costs no more decisions than one of a hundred. The read lane's worker is the pool's to take away while it sleeps,
+and leaves by itself when somebody else waits for a reader and none is free: the lane takes its turn like everybody.
+
 Threads. `submit` and `withdraw` run on the loop's thread, `serve` on the worker's. Both touch `queue`, a deque: append,
-popleft and remove are atomic, so each item is run or withdrawn, never both. Whether a lane is being served is decided
-on the loop's thread alone: a worker that finds the queue empty says so, and the loop looks again.
+popleft and remove are atomic, so each item is run or withdrawn, never both. Who serves a lane is decided on the loop's
+thread alone: a worker that leaves says so, and the loop looks again.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import TYPE_CHECKING
 from database.driver.backend import Interrupted
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
-from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, Worker
+from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, WAKE, Servable, Worker
 from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError
 
 if TYPE_CHECKING:
@@ -41,14 +45,14 @@ GROUP_SECONDS = 0.002
 class ReadLane:
     """Autocommit reads."""
 
-    __slots__ = ("busy", "claiming", "pool", "queue", "serving")
+    __slots__ = ("claiming", "pool", "queue", "resident", "serving")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.queue: deque[Request] = deque()
         self.serving: set[Worker] = set()
-        self.busy: set[Worker] = set()
-        """Those of `serving` that are held up by a slow statement."""
+        self.resident: Worker | None = None
+        """The one of `serving` that is not held up by a slow statement."""
         self.claiming = False
         """Whether the lane stands in the pool's line for a reader."""
 
@@ -59,8 +63,13 @@ class ReadLane:
         request.home = self
         request.queued_at = perf_counter()
         self.queue.append(request)
-        if len(self.serving) == len(self.busy) and not self.claiming:
-            self.pool.claim_reader(self)
+        worker = self.resident
+        if worker is None:
+            if not self.claiming:
+                self.pool.claim_reader(self)
+        elif worker.sleeping:
+            worker.sleeping = False
+            worker.inbox.put(WAKE)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
@@ -80,27 +89,52 @@ class ReadLane:
         """The pool gives the lane a reader."""
         self.claiming = False
         self.serving.add(worker)
+        self.resident = worker
+        worker.yielding = worker.sleeping = False
         worker.inbox.put(self)
 
+    @property
+    def idle(self) -> bool:
+        """Whether its reader has nothing to do."""
+        return self.resident is not None and self.resident.sleeping
+
+    def spare(self) -> Worker | None:
+        """Gives the reader away if it sleeps; else has it leave at its next opportunity."""
+        worker = self.resident
+        if worker is None:
+            return None
+        worker.yielding = True
+        if not worker.sleeping:  # looked at second: the worker looks at `yielding` after it has set `sleeping`
+            return None
+        self.resident = None
+        self.serving.discard(worker)
+        return worker
+
     def _held_up(self, worker: Worker) -> None:
-        if worker in self.serving and worker.current is not None:
-            self.busy.add(worker)
-            if self.queue and not self.claiming and len(self.serving) == len(self.busy):
+        if worker is self.resident and worker.current is not None:
+            self.resident = None
+            if self.queue and not self.claiming:
                 self.pool.claim_reader(self)
 
     def _left(self, worker: Worker) -> None:
+        if worker not in self.serving:  # it was given away at the very moment
+            return
         self.serving.discard(worker)
-        self.busy.discard(worker)
+        if worker is self.resident:
+            self.resident = None
         if self.pool.closing and not self.serving:
             self.pool.refuse_the_rest()
-        if self.queue and len(self.serving) == len(self.busy) and not self.claiming:
+        if self.queue and self.resident is None and not self.claiming:
             self.pool.line_up(self)  # more came after the worker had looked
         self.pool.reader_free(worker)
 
     # Worker thread
 
-    def serve(self, worker: Worker) -> None:
-        """Runs what waits until nothing does, or until another reader has taken over behind a slow statement."""
+    def serve(self, worker: Worker) -> Servable | None:
+        """Runs what waits, again and again, until the pool wants the worker for something else.
+
+        Or until another reader has taken over behind a slow statement: two busy threads are slower than one.
+        """
         pool = self.pool
         slow = False
 
@@ -110,40 +144,52 @@ class ReadLane:
             pool.waker.post([], lambda: self._held_up(worker))
 
         worker.attend(on_slow)
-        popleft = self.queue.popleft
+        queue = self.queue
+        popleft = queue.popleft
         execute = worker.execute
-        answers = worker.answers
         since = perf_counter()
         while True:
             try:
                 request = popleft()
             except IndexError:
-                break
+                worker.sleeping = True
+                worker.flush()
+                if worker.yielding:
+                    break
+                if queue and worker.sleeping:
+                    worker.sleeping = False
+                    continue
+                word = worker.inbox.get()
+                if word is not WAKE:
+                    return word
+                worker.attend(on_slow)
+                since = perf_counter()
+                continue
             if request.kind == UNIT:
                 worker.perform(request, readonly=True)
             else:
                 execute(request)
             answers = worker.answers  # another list, if the request before has been flushed in between
             answers.append(request)
-            if slow and not pool.closing:
-                break  # whoever took over goes on; two busy threads are slower than one
+            if (slow or worker.yielding) and not pool.closing:
+                break
             now = perf_counter()
             if len(answers) >= BATCH_SIZE or now - since > BATCH_SECONDS:
                 worker.flush()
                 since = now
         worker.finish(lambda: self._left(worker))
+        return None
 
 
 class WriteLane:
     """Autocommit writes, units of work and interactive write transactions, in the order in which they came."""
 
-    __slots__ = ("active", "lease", "pool", "queue", "worker")
+    __slots__ = ("lease", "pool", "queue", "worker")
 
     def __init__(self, pool: Pool, worker: Worker) -> None:
         self.pool = pool
         self.worker = worker
         self.queue: deque[Request | Lease] = deque()
-        self.active = False
         self.lease: Lease | None = None
         """The transaction that has the writer now. Set on the worker's thread, for messages."""
 
@@ -154,8 +200,10 @@ class WriteLane:
         item.home = self
         item.queued_at = perf_counter()
         self.queue.append(item)
-        if not self.active:
-            self.pool.claim_writer()
+        worker = self.worker
+        if worker.sleeping and self.pool.opened:
+            worker.sleeping = False
+            worker.inbox.put(WAKE)
         else:
             self.pool.watch()
 
@@ -172,33 +220,32 @@ class WriteLane:
         request.cancelled = True
         self.worker.interrupt(request)
 
-    def given(self) -> None:
-        """The pool lets the lane begin."""
-        self.active = True
-        self.worker.inbox.put(self)
-
-    def _left(self) -> None:
-        if self.pool.closing:
-            self.active = False
-            self.pool.refuse_the_rest()
-            self.pool.writer_free()
-        elif self.queue:
-            self.worker.inbox.put(self)
-        else:
-            self.active = False
-            self.pool.writer_free()
+    @property
+    def active(self) -> bool:
+        """Whether the writer is at work."""
+        return self.pool.opened and not self.worker.sleeping
 
     # Worker thread
 
-    def serve(self, worker: Worker) -> None:
-        """Runs what waits until nothing does."""
+    def serve(self, worker: Worker) -> Servable | None:
+        """Runs what waits, again and again, until the pool closes."""
         worker.attend()
         queue = self.queue
+        popleft = queue.popleft
         while True:
             try:
-                item = queue.popleft()
+                item = popleft()
             except IndexError:
-                break
+                worker.sleeping = True
+                worker.flush()
+                if queue and worker.sleeping:
+                    worker.sleeping = False
+                    continue
+                word = worker.inbox.get()
+                if word is not WAKE:
+                    return word
+                worker.attend()
+                continue
             if not self._lock(worker, item):
                 continue
             try:
@@ -217,7 +264,6 @@ class WriteLane:
                     session.unlock()
             if len(worker.answers) >= BATCH_SIZE:
                 worker.flush()
-        worker.finish(self._left)
 
     @staticmethod
     def _groupable(queue: deque[Request | Lease]) -> bool:

@@ -105,8 +105,8 @@ class Lease:
         self.mailbox.put(request)
         if self.ended:  # looked at after the put: the worker looks at the mailbox after it has set `ended`
             self._answer_the_rest()
-            self.pool.waker.post(self.late)
-            self.late = []
+            late, self.late = self.late, []
+            self.pool.waker.wake(late)
         elif self.queued_at == 0.0:
             self.queued_at = perf_counter()
             transactions.add(self)
@@ -124,7 +124,7 @@ class Lease:
             if not self.pending and self.pool.withdraw(self):
                 self.dropped = True
             return True
-        if request.done:
+        if request.answered:
             return False
         return worker.call_off(request)
 
@@ -137,7 +137,7 @@ class Lease:
     def abort(self, reason: str) -> None:
         """Ends the lease from outside: its running statement is stopped, and what comes is refused. Any thread."""
         self.doom = PoolClosedError(reason)
-        self.mailbox.put(Request(ROLLBACK, None))
+        self.mailbox.put(self.pool.request(ROLLBACK, None))
         if self.worker is not None:
             self.worker.interrupt_current()
 

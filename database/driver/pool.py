@@ -2,10 +2,11 @@
 
 One pool per database and event loop. The writer is opened first (it creates what is missing and is the only one that
 writes and checkpoints) and closed last. Readers are opened when they are first needed. A CapacityLimiter counts the
-readers in use, another one the writer.
+readers that are given to somebody.
 
 Who gets a reader stands in one line, `_line`, first come, first served: leases (read-only transactions, streams) and
-the read lane, which takes its turn like everybody else. Writers stand in the line of the write lane.
+the read lane, which takes its turn like everybody else. Writers stand in the line of the write lane, and the writer
+serves nothing but that.
 
 Threads. Every decision is made in a synchronous function on the loop's thread, so nothing can come between deciding
 and acting, and no cancellation can strand a connection: a task that goes away merely takes its request out of a queue.
@@ -31,7 +32,7 @@ from database.driver import registry
 from database.driver.backend import Backend, Observer, Session
 from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
-from database.driver.request import Request
+from database.driver.request import STATEMENT, Request
 from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker
 from database.errors import (
@@ -104,8 +105,9 @@ class Pool:
         self.name = name
         self.size = size
         self.timeout = timeout
+        self.request = waker.request
+        """Makes a request that a task of this loop can await."""
         self.reader_limiter = anyio.CapacityLimiter(size)
-        self.writer_limiter = anyio.CapacityLimiter(1)
         self.failure: BaseException | None = None
         self.closing = False
         self.closed = False
@@ -118,7 +120,7 @@ class Pool:
         self._line: deque[Lease | ReadLane] = deque()
         self._idle: list[Worker] = []
         self._readers: list[Worker] = []
-        self._opened = False
+        self.opened = False
         self._closers: list[Request] = []
 
         self.writer = Worker(f"database-{name}-writer", "writer", self)
@@ -134,12 +136,11 @@ class Pool:
         if error is not None:
             self._fail(error)
             return
-        self._opened = True
+        self.opened = True
         if self.closing:
             return
+        self.writer.inbox.put(self.writes)
         self._assign()
-        if self.writes.queue and not self.writes.active:
-            self.claim_writer()
 
     def _fail(self, error: BaseException) -> None:
         """The database cannot be opened: everybody who waits is told, and the next use tries again."""
@@ -152,6 +153,7 @@ class Pool:
         self.backend.dispose()
         self._refuse_all(lambda: _again(error))
         self._wake_closers()
+        self.waker.dispose()
 
     # Readers
 
@@ -178,15 +180,18 @@ class Pool:
     def _assign(self) -> None:
         """Gives readers to those first in line, while there are any of both."""
         line = self._line
-        while line and self._opened and not self.closing:
+        while line and self.opened and not self.closing:
             if self._idle:
                 worker = self._idle.pop()
+                self.reader_limiter.acquire_on_behalf_of_nowait(worker)
+            elif (sleeper := self.reads.spare()) is not None:
+                worker = sleeper
             elif len(self._readers) < self.size:
                 worker = self._add_reader()
+                self.reader_limiter.acquire_on_behalf_of_nowait(worker)
             else:
                 return
             claimant = line.popleft()
-            self.reader_limiter.acquire_on_behalf_of_nowait(worker)
             if isinstance(claimant, ReadLane):
                 claimant.given(worker)
             else:
@@ -198,20 +203,6 @@ class Pool:
         self._readers.append(worker)
         worker.start(None, lambda: self._reader_closed(worker))
         return worker
-
-    # The writer
-
-    def claim_writer(self) -> None:
-        """Has the writer begin with its lane, once it is open."""
-        if self._opened and not self.closing:
-            self.writer_limiter.acquire_on_behalf_of_nowait(self.writer)
-            self.writes.given()
-        else:
-            self.watch()
-
-    def writer_free(self) -> None:
-        """The write lane is empty."""
-        self.writer_limiter.release_on_behalf_of(self.writer)
 
     # Leaving the line
 
@@ -329,8 +320,8 @@ class Pool:
         return PoolStats(
             pool_size=self.size,
             readers_open=sum(1 for worker in self._readers if worker.session is not None),
-            readers_in_use=int(self.reader_limiter.borrowed_tokens),
-            writer_in_use=int(self.writer_limiter.borrowed_tokens),
+            readers_in_use=int(self.reader_limiter.borrowed_tokens) - self.reads.idle,
+            writer_in_use=int(self.writes.active),
             waiting=sum(1 for item in self._line if isinstance(item, Lease)) + leases,
             queued=len(self.reads.queue) + len(writing) - leases,
             acquired_total=sum(worker.acquired for worker in workers),
@@ -354,9 +345,9 @@ class Pool:
         """
         self._begin_to_close()
         if not self.closed:
-            request = Request(0, None)
+            request = self.request(STATEMENT, None)
             self._closers.append(request)
-            await self.waker.wait(request)
+            await request
 
     def _begin_to_close(self) -> None:
         if self.closing:
@@ -395,6 +386,7 @@ class Pool:
         registry.discard(self)
         self.backend.dispose()
         self._wake_closers()
+        self.waker.dispose()
 
     def _wake_closers(self) -> None:
         closers, self._closers = self._closers, []
@@ -411,13 +403,16 @@ class Pool:
             queue.clear()
         self._end_leases()
         deadline = time.monotonic() + JOIN_SECONDS
+        ended = True
         for group in (self._readers, [self.writer]):
             for worker in group:
                 worker.stop(now=True)
             for worker in group:
-                worker.join(max(0.0, deadline - time.monotonic()))
+                ended &= worker.join(max(0.0, deadline - time.monotonic()))
         self.backend.dispose()
         registry.discard(self)
+        if ended:  # else the straggler may still post: better a descriptor too many than one that is somebody else's
+            self.waker.dispose()
 
     def disown(self) -> list[Session]:
         """In a forked child: this pool is the parent's. Gives the sessions that must never be touched."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
@@ -74,9 +74,9 @@ class Request:
     """
 
     __slots__ = (
+        "answered",
         "cancelled",
         "controls",
-        "done",
         "error",
         "extra",
         "home",
@@ -113,4 +113,8 @@ class Request:
         self.result: Any = None
         self.error: BaseException | None = None
         self.cancelled = False
-        self.done = False
+        self.answered = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """Waits for the answer, once: gives the result or raises the error. Each event loop has its own way."""
+        raise NotImplementedError

@@ -4,15 +4,23 @@ This is the one module that knows asyncio and trio by name. A task that handed a
 the worker posts whole batches of answered requests, and one wake-up of the loop delivers them all, for it is the
 wake-up that costs (a system call and a thread switch), not the delivery.
 
+What a wake-up costs, and what is done about it. asyncio's own `call_soon_threadsafe` writes to a socket that the loop
+reads twice, and a future wakes its task only at the next turn of the loop, behind another system call; each of these calls
+gives the GIL away and waits to get it back. So each waker has an eventfd of its own, one write and one read, and `deliver`
+resumes the waiting task right there: the request itself is what the task waits for (PEP 492's protocol as asyncio
+speaks it), not a future. Where there is no eventfd, or the loop cannot watch one, the loop's own means are used.
+
 Threads. `post` is called by workers, everything else on the loop's own thread. `_posted` is a deque, whose append and
 popleft are atomic. A worker appends first and looks at `_scheduled` second; the loop clears `_scheduled` first and
 empties the deque second. So whatever a worker appends is either seen by a delivery that is under way, or finds
-`_scheduled` cleared and schedules the next one. Two workers scheduling at once cost one empty delivery.
+`_scheduled` cleared and schedules the next one. Two workers scheduling at once cost one empty delivery. The descriptor
+is written to and closed under a lock, for its number may be somebody else's as soon as it is closed.
 
 Cancellation. A request that has not begun is withdrawn, and its task goes on at once. One that runs is stopped, and the
 task waits for the worker's word that it is over, `GRACE` seconds at the most: so that, when a cancelled call returns,
 its connection is quiet again. Should a second cancellation break through (asyncio's `task.cancel()` does) or the
 grace be used up, the worker finishes alone; all clean-up is its own, so nothing depends on the waiting.
+A commit that has begun is waited for to its end; the cancellation is raised afterwards.
 
 Lifetime. Nothing here keeps an asyncio loop alive: loops are held weakly. The end of a loop is noticed by a sentinel
 that only the loop's own timer heap holds (asyncio), or by a system task (trio).
@@ -21,16 +29,19 @@ that only the loop's own timer heap holds (asyncio), or by a system task (trio).
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import weakref
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextvars import Context
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from database.driver.request import Request
+from database.driver.request import COMMIT, Request
 
 if TYPE_CHECKING:
     import trio
@@ -69,31 +80,51 @@ class Timer(Protocol):
 class Waker:
     """One event loop, as workers see it."""
 
-    __slots__ = ("__weakref__", "_posted", "_scheduled")
+    __slots__ = ("__weakref__", "_descriptor", "_lock", "_posted", "_scheduled")
 
     backend: str
     """AnyIO's name of the loop's kind."""
 
+    request: type[Request]
+    """Makes a request that a task of this loop can await."""
+
     def __init__(self) -> None:
         self._posted: deque[tuple[list[Request], Notice | None]] = deque()
         self._scheduled = False
+        self._descriptor = -1
+        self._lock = Lock()
 
     def post(self, answered: list[Request], notice: Notice | None = None) -> None:
-        """Wakes the tasks of answered requests, then calls `notice` on the loop's thread. Any thread may call."""
+        """Calls `notice` on the loop's thread, then wakes the tasks of answered requests. Any thread may call.
+
+        In this order, so that whoever is woken finds the pool as it will be: the connection that answered is free.
+        """
         self._posted.append((answered, notice))
         if not self._scheduled:
             self._scheduled = True
+            with self._lock:
+                if self._descriptor >= 0:
+                    os.eventfd_write(self._descriptor, 1)
+                    return
             self._schedule()
 
     def deliver(self) -> None:
-        """Hands out all that was posted. Loop thread."""
+        """Hands out all that was posted. A callback of the loop's, never called by a task."""
         self._scheduled = False
         posted = self._posted
         while posted:
             answered, notice = posted.popleft()
-            self.wake(answered)
             if notice is not None:
                 notice()
+            self._wake(answered)
+
+    def wake(self, answered: list[Request]) -> None:
+        """Has the tasks of these requests go on, at the loop's next turn. Loop thread, also within a task."""
+        self.post(answered)
+
+    def dispose(self) -> None:
+        """No worker will post any more: gives the descriptor back. What has been posted is still delivered."""
+        raise NotImplementedError
 
     @property
     def loop(self) -> object | None:
@@ -106,21 +137,11 @@ class Waker:
         raise NotImplementedError
 
     def _schedule(self) -> None:
+        """Has the loop call `deliver` where there is no descriptor."""
         raise NotImplementedError
 
-    def wake(self, answered: list[Request]) -> None:
-        """Marks requests as done and lets their tasks go on. Loop thread."""
-        raise NotImplementedError
-
-    async def wait(self, request: Request) -> Any:
-        """Parks the task until its request is answered; returns the result or raises the error."""
-        raise NotImplementedError
-
-    async def wait_through(self, request: Request) -> Any:
-        """Like `wait`, for a request that must not be stopped once it has begun: a commit, a rollback.
-
-        A cancellation that arrives meanwhile is raised afterwards (asyncio) or at the next checkpoint (trio).
-        """
+    def _wake(self, answered: list[Request]) -> None:
+        """Marks requests as done and lets their tasks go on."""
         raise NotImplementedError
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
@@ -194,16 +215,125 @@ class _TaskCallback:
             task.remove_done_callback(self)
 
 
+class _Done:
+    """What a task's wake-up is told: something that is done, with a result that nobody wants."""
+
+    __slots__ = ()
+
+    def result(self) -> None: ...
+
+
+_DONE = _Done()
+
+
+class _AsyncioRequest(Request):
+    """A request that an asyncio task can wait for, as if it were a future.
+
+    The task's own wake-up, which it gives to `add_done_callback`, is called by `deliver` and not by the loop's next
+    turn. So nothing can come between the answer and the task's going on with it.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_context")
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if not self.answered:
+            self._asyncio_future_blocking = True
+            try:
+                yield self
+            except CancelledError:
+                self.waiter = None
+                yield from self._give_up().__await__()
+                raise
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    # What asyncio asks of a future that a task waits for, and AnyIO's `wait_all_tasks_blocked`
+
+    def done(self) -> bool:
+        return self.answered or self.waiter is None
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        loop = _running_loop()
+        assert loop is not None
+        return loop
+
+    def add_done_callback(self, wakeup: Callable[[Any], object], *, context: Context) -> None:
+        self.waiter = wakeup
+        self._context = context
+
+    def cancel(self, msg: object = None) -> bool:
+        wakeup = self.waiter
+        if wakeup is None:  # its task has been told already
+            return False
+        self.waiter = None
+        cancelled = self.get_loop().create_future()
+        cancelled.add_done_callback(wakeup, context=self._context)
+        return cancelled.cancel(msg)
+
+    def wake(self) -> None:
+        """Lets the task go on, right here: called by the loop, while no task runs."""
+        self.answered = True
+        wakeup = self.waiter
+        if wakeup is not None:
+            self.waiter = None
+            self._context.run(wakeup, _DONE)
+
+    # After a cancellation
+
+    async def _give_up(self) -> None:
+        home = self.home
+        if self.answered or home is None or home.withdraw(self):
+            return
+        if self.kind == COMMIT:  # what has begun must not be stopped
+            while not self.answered:
+                await self._settled(FAR_AWAY)
+        else:
+            home.stop(self)
+            await self._settled(GRACE)
+
+    async def _settled(self, seconds: float) -> None:
+        """Waits for the worker's word, no longer than that and not beyond another native cancellation."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def settle(_: object = None) -> None:
+            if not future.done():
+                future.set_result(None)
+
+        self.waiter, self._context = settle, Context()
+        timer = loop.call_later(seconds, settle)
+        try:
+            # The shield keeps an AnyIO scope from cancelling again at every turn of the loop.
+            with anyio.CancelScope(shield=True):
+                await future
+        except CancelledError:
+            pass  # a second native cancellation; the first one is about to be raised
+        finally:
+            timer.cancel()
+            self.waiter = None
+
+
 class AsyncioWaker(Waker):
     """asyncio, uvloop and every other loop of that interface."""
 
     __slots__ = ("_loop",)
 
     backend = "asyncio"
+    request = _AsyncioRequest
 
     def __init__(self) -> None:
         super().__init__()
-        self._loop = weakref.ref(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._loop = weakref.ref(loop)
+        if hasattr(os, "eventfd"):
+            descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            try:
+                loop.add_reader(descriptor, self._rung, descriptor)
+            except NotImplementedError:  # a loop without readers
+                os.close(descriptor)
+            else:
+                self._descriptor = descriptor
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -214,6 +344,13 @@ class AsyncioWaker(Waker):
         loop = self._loop()
         return loop is not None and loop.is_running()
 
+    def _rung(self, descriptor: int) -> None:
+        try:
+            os.eventfd_read(descriptor)
+        except BlockingIOError:  # pragma: no cover  - another process of the same descriptor, after a fork, was quicker
+            pass
+        self.deliver()
+
     def _schedule(self) -> None:
         loop = self._loop()
         if loop is not None:
@@ -222,64 +359,25 @@ class AsyncioWaker(Waker):
             except RuntimeError:  # the loop has been closed: nobody is left to be woken
                 self._posted.clear()
 
-    def wake(self, answered: list[Request]) -> None:
-        for request in answered:
-            request.done = True
-            waiter = request.waiter
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+    def dispose(self) -> None:
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            loop = self._loop()
+            if loop is not None and not loop.is_closed():
+                loop.remove_reader(descriptor)
+            os.close(descriptor)
+        if self._posted:
+            self._schedule()
 
-    async def wait(self, request: Request) -> Any:
-        future = request.waiter = _running_loop().create_future()  # type: ignore[union-attr]
+    def _wake(self, answered: list[Any]) -> None:
+        rest = iter(answered)
         try:
-            await future
-        except CancelledError:
-            await self._give_up(request)
+            for request in rest:
+                request.wake()
+        except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
+            self.post(list(rest))
             raise
-        if request.error is not None:
-            raise request.error
-        return request.result
-
-    async def _give_up(self, request: Request) -> None:
-        home = request.home
-        if request.done or home is None or home.withdraw(request):
-            request.waiter = None
-            return
-        home.stop(request)
-        loop = asyncio.get_running_loop()
-        future = request.waiter = loop.create_future()
-        timer = loop.call_later(GRACE, _settle, future)
-        try:
-            # The shield keeps an AnyIO scope from cancelling again at every turn of the loop.
-            with anyio.CancelScope(shield=True):
-                await future
-        except CancelledError:
-            pass  # a second native cancellation; the first one is about to be raised
-        finally:
-            timer.cancel()
-            request.waiter = None
-
-    async def wait_through(self, request: Request) -> Any:
-        cancellation: CancelledError | None = None
-        loop = asyncio.get_running_loop()
-        while not request.done:
-            future = request.waiter = loop.create_future()
-            try:
-                if cancellation is None:
-                    await future
-                else:
-                    with anyio.CancelScope(shield=True):
-                        await future
-            except CancelledError as error:
-                if cancellation is None:
-                    cancellation = error
-                    if request.home is not None and request.home.withdraw(request):
-                        raise
-        if cancellation is not None:
-            raise cancellation
-        if request.error is not None:
-            raise request.error
-        return request.result
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         return asyncio.get_running_loop().call_later(seconds, function)
@@ -300,11 +398,6 @@ class AsyncioWaker(Waker):
 
 _tasks: set[asyncio.Future[Any]] = set()
 """asyncio itself holds tasks only weakly."""
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class _TrioTaskWatch:
@@ -332,12 +425,51 @@ class _TrioTaskTimer:
             self._watch.watched.pop(self._task, None)
 
 
+class _TrioRequest(Request):
+    """A request that a trio task can wait for."""
+
+    __slots__ = ("_raise_cancel", "_timer")
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if not self.answered:
+            lowlevel = _modules["trio"].lowlevel
+            self.waiter = lowlevel.current_task()
+            self._raise_cancel: Any = None
+            self._timer: Timer | None = None
+            yield from lowlevel.wait_task_rescheduled(self._abort).__await__()
+            if self._raise_cancel is not None:
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._raise_cancel()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    def _abort(self, raise_cancel: Any) -> Any:
+        abort = _modules["trio"].lowlevel.Abort
+        home = self.home
+        if home is None or home.withdraw(self):
+            self.waiter = None
+            return abort.SUCCEEDED
+        if self.kind != COMMIT:  # which must not be stopped; trio cancels at the next checkpoint
+            self._raise_cancel = raise_cancel
+            home.stop(self)
+            self._timer = _call_later_in_trio(GRACE, self._grace_is_over)
+        return abort.FAILED
+
+    def _grace_is_over(self) -> None:
+        task, self.waiter = self.waiter, None
+        if task is not None:
+            _modules["trio"].lowlevel.reschedule(task)
+
+
 class TrioWaker(Waker):
     """trio."""
 
-    __slots__ = ("_token", "_trio", "_watch")
+    __slots__ = ("_end_pump", "_reschedule", "_token", "_trio", "_watch")
 
     backend = "trio"
+    request = _TrioRequest
 
     def __init__(self) -> None:
         super().__init__()
@@ -345,7 +477,36 @@ class TrioWaker(Waker):
 
         self._trio = trio
         self._token = trio.lowlevel.current_trio_token()
+        self._reschedule = trio.lowlevel.reschedule
         self._watch: _TrioTaskWatch | None = None
+        self._end_pump: trio.CancelScope | None = None
+        if hasattr(os, "eventfd"):
+            self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._end_pump = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(self._pump, self._descriptor, self._end_pump, name="database wake-ups")
+
+    async def _pump(self, descriptor: int, scope: trio.CancelScope) -> None:
+        """Delivers when the descriptor rings; quicker than trio's token, which takes its callbacks through a queue."""
+        wait_readable = self._trio.lowlevel.wait_readable
+        try:
+            with scope:
+                while True:
+                    await wait_readable(descriptor)
+                    os.eventfd_read(descriptor)
+                    self.deliver()
+        finally:
+            self._end_pump = None
+            with self._lock:
+                self._descriptor = -1
+            os.close(descriptor)
+
+    def dispose(self) -> None:
+        with self._lock:
+            self._descriptor = -1
+        if self._end_pump is not None:
+            self._end_pump.cancel()
+        if self._posted:
+            self._schedule()
 
     @property
     def loop(self) -> object | None:
@@ -361,66 +522,17 @@ class TrioWaker(Waker):
         except self._trio.RunFinishedError:  # nobody is left to be woken
             self._posted.clear()
 
-    def wake(self, answered: list[Request]) -> None:
-        reschedule = self._trio.lowlevel.reschedule
+    def _wake(self, answered: list[Request]) -> None:
+        reschedule = self._reschedule
         for request in answered:
-            request.done = True
+            request.answered = True
             task = request.waiter
             if task is not None:
                 request.waiter = None
                 reschedule(task)
 
-    async def wait(self, request: Request) -> Any:
-        lowlevel = self._trio.lowlevel
-        request.waiter = lowlevel.current_task()
-        raise_cancel: Any = None
-        timer: Timer | None = None
-
-        def abort(raise_it: Any) -> Any:
-            nonlocal raise_cancel, timer
-            home = request.home
-            if home is None or home.withdraw(request):
-                request.waiter = None
-                return lowlevel.Abort.SUCCEEDED
-            raise_cancel = raise_it
-            home.stop(request)
-            timer = self.call_later(GRACE, lambda: self.wake([request]))
-            return lowlevel.Abort.FAILED
-
-        await lowlevel.wait_task_rescheduled(abort)
-        if raise_cancel is not None:
-            if timer is not None:
-                timer.cancel()
-            raise_cancel()
-        if request.error is not None:
-            raise request.error
-        return request.result
-
-    async def wait_through(self, request: Request) -> Any:
-        lowlevel = self._trio.lowlevel
-        request.waiter = lowlevel.current_task()
-
-        def abort(_raise_it: Any) -> Any:
-            if request.home is not None and request.home.withdraw(request):
-                request.waiter = None
-                return lowlevel.Abort.SUCCEEDED
-            return lowlevel.Abort.FAILED
-
-        await lowlevel.wait_task_rescheduled(abort)
-        if request.error is not None:
-            raise request.error
-        return request.result
-
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
-        scope = self._trio.CancelScope()
-
-        async def sleep_and_call() -> None:
-            with scope:
-                await self._trio.sleep(seconds)
-                function()
-
-        self._trio.lowlevel.spawn_system_task(sleep_and_call, name="database timer")
-        return scope
+        return _call_later_in_trio(seconds, function)
 
     def on_end(self, function: Callable[[], None]) -> Timer:
         scope = self._trio.CancelScope()
@@ -444,6 +556,20 @@ class TrioWaker(Waker):
             self._watch = _TrioTaskWatch()
             self._trio.lowlevel.add_instrument(self._watch)  # type: ignore[arg-type]  # instruments are duck-typed
         return _TrioTaskTimer(self._watch, self._trio.lowlevel.current_task(), function)
+
+
+def _call_later_in_trio(seconds: float, function: Callable[[], None]) -> Timer:
+    import trio  # noqa: PLC0415  - it is there: its tasks call this
+
+    scope = trio.CancelScope()
+
+    async def sleep_and_call() -> None:
+        with scope:
+            await trio.sleep(seconds)
+            function()
+
+    trio.lowlevel.spawn_system_task(sleep_and_call, name="database timer")
+    return scope
 
 
 def current_loop() -> object | None:

@@ -3,13 +3,20 @@
 A worker serves whatever its inbox brings: a lane to empty, a lease to attend to, or the word to stop. It collects the
 requests it has answered and posts them in batches, for the wake-up of the event loop is the expensive part.
 
+Sleep. A worker that has emptied its lane stays with it, asleep at its inbox, so that the next statement costs one wake-up
+and nobody's decision. It sets `sleeping` first and looks at the queue second; the loop's thread appends to the queue first
+and looks at `sleeping` second, and who finds it set clears it and puts WAKE into the inbox. So whatever is appended is
+seen by one of the two. When both see it, a WAKE too many lies in the inbox, and wakes the worker once for nothing.
+`sleeping` is set before the last answers are posted: whoever is woken by them finds the worker free.
+
 Threads. Everything here runs on the worker's own thread but for `__init__`, `start`, `interrupt`, `stop` and `join`.
 
 Stopping a statement. The loop's thread sets `request.cancelled` and calls `interrupt`. Two things then stop the
 statement: the progress handler, which runs on this thread while a statement does, and the engine's own interrupt, for
 what the handler does not see (one long step, or the gap between two). The engine's interrupt hits whatever runs at
 that moment, so it may only be sent while it is certain *what* runs: `_guard` is held around sending it, and around the
-moment in which `current` ceases to be current. Thus it never hits the next request.
+moment in which `current` ceases to be current. Thus it never hits the next request. The beginning needs no guard: the worker
+makes the request current first and looks at `cancelled` second, the other way round than the loop's thread.
 
 After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
 hangs an exit, and `database.driver.registry` stops them at exit.
@@ -34,7 +41,7 @@ from database.errors import ConnectionFailedError, DatabaseError, PoolClosedErro
 if TYPE_CHECKING:
     from database.driver.pool import Pool
 
-__all__ = ["Servable", "Worker", "here"]
+__all__ = ["STOP", "WAKE", "Servable", "Worker", "here"]
 
 _logger = logging.getLogger("database.pool")
 
@@ -60,9 +67,31 @@ here = _Here()
 class Servable(Protocol):
     """What an inbox brings."""
 
-    def serve(self, worker: Worker) -> None:
-        """Does the work, on the worker's thread."""
+    def serve(self, worker: Worker) -> Servable | None:
+        """Does the work, on the worker's thread; gives what it has taken out of the inbox and left for the worker."""
         ...
+
+
+class _Word:
+    """Something said to a worker, nothing to be served."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def serve(self, worker: Worker) -> Servable | None:  # noqa: ARG002  - see `Servable`
+        """Nothing to do."""
+        return None
+
+
+WAKE: Servable = _Word("WAKE")
+"""There is something in the lane."""
+STOP: Servable = _Word("STOP")
+"""The end, once all that came before is done."""
 
 
 class Worker:
@@ -91,10 +120,12 @@ class Worker:
         "role",
         "rollbacks",
         "session",
+        "sleeping",
         "statements",
         "threshold",
         "waited",
         "waker",
+        "yielding",
     )
 
     def __init__(self, name: str, role: Role, pool: Pool) -> None:
@@ -105,7 +136,11 @@ class Worker:
         self.backend = backend
         self.waker = waker
         self.observer = observer
-        self.inbox: SimpleQueue[Servable | None] = SimpleQueue()
+        self.inbox: SimpleQueue[Servable] = SimpleQueue()
+        self.sleeping = True
+        """Whether it waits at its inbox, its lane being empty."""
+        self.yielding = False
+        """Whether it is to leave its lane at the next opportunity. Set by the loop's thread."""
         self.session: Session | None = None
         self.current: Request | None = None
         self.answers: list[Request] = []
@@ -163,7 +198,7 @@ class Worker:
                 current = self.current
                 if current is not None and current.kind < COMMIT and self.session is not None:
                     self.session.interrupt()
-        self.inbox.put(None)
+        self.inbox.put(STOP)
 
     def join(self, seconds: float) -> bool:
         """Waits for the thread's end; False if it did not come in time."""
@@ -181,13 +216,15 @@ class Worker:
             self.waker.post([], lambda: opened(error))
         if error is None:
             get = self.inbox.get
-            while (item := get()) is not None:
+            item = get()
+            while item is not STOP:
                 try:
-                    item.serve(self)
+                    left = item.serve(self)
                 except BaseException:  # pragma: no cover  - a defect of the driver's, which must not pass unseen
                     _logger.critical("worker %s has died of a defect in the driver", self.name, exc_info=True)
                     raise
                 del item  # so that an idle worker keeps nothing alive
+                item = left or get()
             self._close()
         self.waker.post([], closed)
 
@@ -270,35 +307,34 @@ class Worker:
 
     def left(self) -> None:
         """After `enter`: nothing is current any more."""
-        self.current = None
+        with self._guard:
+            self.current = None
 
     def execute(self, request: Request) -> None:
         """Runs the request and keeps its result or its error in it."""
         self._ticks = 0
         self.statements += 1
-        guard = self._guard
-        started = 0.0 if self.threshold is None else perf_counter()
-        guard.acquire()
+        threshold = self.threshold
+        started = 0.0 if threshold is None else perf_counter()
+        self.current = request
         if request.cancelled:  # called off a moment ago
-            guard.release()
+            self.left()
             request.error = Interrupted()
             return
-        self.current = request
-        guard.release()
         try:
-            session = self.session or self.ready()
-            request.result = request.operation(session, request.sql, request.params, request.extra)  # type: ignore[misc]
-            guard.acquire()
-            self.current = None
-            guard.release()
+            request.result = request.operation(  # type: ignore[misc]
+                self.session or self.ready(), request.sql, request.params, request.extra
+            )
+            with self._guard:
+                self.current = None
         except BaseException as error:
-            # The same three steps as above, and not `finally`: most statements succeed, and pay for every line.
-            with guard:
+            # The same once more, and not `finally`: most statements succeed, and pay for every line.
+            with self._guard:
                 self.current = None
             self._failed(request, error)
-        if self.threshold is not None:
+        if threshold is not None:
             seconds = perf_counter() - started
-            if seconds >= self.threshold:
+            if seconds >= threshold:
                 self.observer.statement(request, seconds, self.name)
 
     def run_inline(self, request: Request) -> Any:
