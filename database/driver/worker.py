@@ -83,7 +83,7 @@ class _Word:
     def __repr__(self) -> str:
         return self._name
 
-    def serve(self, worker: Worker) -> Servable | None:  # noqa: ARG002  - see `Servable`
+    def serve(self, worker: Worker) -> Servable | None:
         """Nothing to do."""
         return None
 
