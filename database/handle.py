@@ -88,6 +88,9 @@ class Database:
         self._observer: logs.LogObserver | None = None
         self._statements: dict[Any, Statement] = {}
         self._pools: dict[int, Pool] = {}
+        """By the identity of their event loop."""
+        self._recent: Pool | None = None
+        """The one that was used last: mostly there is but one loop."""
         self._operations: Any = None
 
     def __repr__(self) -> str:
@@ -131,10 +134,14 @@ class Database:
             TransactionError: No event loop is running here.
         """
         loop = current_loop()
-        pool = self._pools.get(id(loop))
-        if pool is not None and pool.waker.loop is loop:
+        pool = self._recent
+        if pool is not None and pool.loop() is loop:
             return pool
-        return self._open_pool(loop)
+        pool = self._pools.get(id(loop))
+        if pool is None or pool.loop() is not loop:
+            pool = self._open_pool(loop)
+        self._recent = pool
+        return pool
 
     def _open_pool(self, loop: object | None) -> Pool:
         if loop is None:
@@ -158,6 +165,8 @@ class Database:
                 settings.release(ticket)
                 if self._pools.get(key) is pool:
                     del self._pools[key]
+                if self._recent is pool:
+                    self._recent = None
 
             backend = self.engine.backend(chosen)
             pool = Pool(
@@ -217,27 +226,27 @@ class Database:
 
     # Statements
 
-    async def _send(self, operation: Any, statement: Statement, params: Any, extra: Any) -> Any:
+    def _send(self, operation: Any, statement: Statement, params: Any, extra: Any) -> Awaitable[Any]:
+        """Hands a statement over; gives what its answer is to be awaited from."""
         level = self.current.get()
-        if level is None or type(level) is Detached:
-            if level is not None and statement.kind != READ:
+        if level is not None and type(level) is not Detached:
+            transaction = cast("Transaction", level)
+            if transaction.readonly and statement.kind != READ and not transaction.ended and not _asks(statement):
+                raise self._read_only(statement)
+            return transaction.send(transaction.pool.request(STATEMENT, operation, statement, params, extra))
+        pool = self._recent
+        if pool is None or pool.loop() is not current_loop():
+            pool = self.pool()
+        if statement.kind == READ:
+            request = pool.request(STATEMENT, operation, statement, params, extra)
+            pool.reads.submit(request)
+        else:
+            if level is not None:
                 self._refuse_waiting_for_itself(level)
-            loop = current_loop()
-            pool = self._pools.get(id(loop))
-            if pool is None or pool.waker.loop is not loop:
-                pool = self._open_pool(loop)
-            if statement.kind == READ:
-                request = pool.request(STATEMENT, operation, statement, params, extra)
-                pool.reads.submit(request)
-            else:
-                kind = STATEMENT if statement.kind == WRITE else ALONE
-                request = pool.request(kind, operation, statement, params, extra)
-                pool.writes.submit(request)
-            return await request
-        transaction = cast("Transaction", level)
-        if transaction.readonly and statement.kind != READ and not transaction.ended and not _asks(statement):
-            raise self._read_only(statement)
-        return await transaction.run(transaction.pool.request(STATEMENT, operation, statement, params, extra))
+            kind = STATEMENT if statement.kind == WRITE else ALONE
+            request = pool.request(kind, operation, statement, params, extra)
+            pool.writes.submit(request)
+        return request
 
     def _read_only(self, statement: Statement) -> ReadOnlyTransactionError:
         return ReadOnlyTransactionError(
@@ -672,7 +681,7 @@ class Database:
         """What this database's pool on the running event loop is doing; all zero if none is open."""
         loop = current_loop()
         pool = self._pools.get(id(loop))
-        if pool is None or pool.waker.loop is not loop:
+        if pool is None or pool.loop() is not loop:
             return PoolStats()
         return pool.stats()
 
@@ -696,7 +705,7 @@ class Database:
             raise TransactionError(f"close() was called inside a transaction, begun by {level.origin()}; end it first")
         loop = current_loop()
         pool = self._pools.get(id(loop))
-        if pool is not None and pool.waker.loop is loop:
+        if pool is not None and pool.loop() is loop:
             await pool.close()
 
     def pools(self) -> list[Pool]:
@@ -706,6 +715,7 @@ class Database:
     def forget_pools(self) -> None:
         """In a forked child: the pools are the parent's."""
         self._pools.clear()
+        self._recent = None
 
 
 class TransactionContext:

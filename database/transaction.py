@@ -179,6 +179,17 @@ class Transaction:
 
     # Statements
 
+    def send(self, request: Request) -> Awaitable[Any]:
+        """Hands a request over, at once where nothing is in its way; gives what its answer is to be awaited from."""
+        root = self.root
+        lease = root.lease
+        if lease is None or lease.worker is None or root.top is not self or self.ended or root.doom is not None:
+            return self.run(request)
+        if root.controls:
+            request.controls, root.controls = root.controls, []
+        lease.submit(request)
+        return request
+
     async def run(self, request: Request, *, in_turn: bool = True) -> Any:
         """Executes a request within this level."""
         root = self.root

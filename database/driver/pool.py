@@ -105,6 +105,8 @@ class Pool:
         self.name = name
         self.size = size
         self.timeout = timeout
+        self.loop = waker.loop
+        """Gives the identity of its event loop."""
         self.request = waker.request
         """Makes a request that a task of this loop can await."""
         self.reader_limiter = anyio.CapacityLimiter(size)

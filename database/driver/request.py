@@ -107,13 +107,13 @@ class Request:
         self.label = label
         self.controls: Sequence[Control] | None = None
         self.home: Home | None = None
-        self.queued_at = 0.0
+        self.queued_at: float
+        """Set where it is queued."""
         self.waiter: Any = None
 
         self.result: Any = None
         self.error: BaseException | None = None
-        self.cancelled = False
-        self.answered = False
+        self.cancelled = self.answered = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """Waits for the answer, once: gives the result or raises the error. Each event loop has its own way."""

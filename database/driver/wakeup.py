@@ -80,7 +80,7 @@ class Timer(Protocol):
 class Waker:
     """One event loop, as workers see it."""
 
-    __slots__ = ("__weakref__", "_descriptor", "_lock", "_posted", "_scheduled")
+    __slots__ = ("__weakref__", "_delivering", "_descriptor", "_lock", "_posted", "_scheduled", "_sleepers", "loop")
 
     backend: str
     """AnyIO's name of the loop's kind."""
@@ -88,11 +88,27 @@ class Waker:
     request: type[Request]
     """Makes a request that a task of this loop can await."""
 
+    loop: Callable[[], object | None]
+    """The loop's identity as `current_loop` gives it; None when it is gone."""
+
     def __init__(self) -> None:
         self._posted: deque[tuple[list[Request], Notice | None]] = deque()
         self._scheduled = False
         self._descriptor = -1
         self._lock = Lock()
+        self._delivering = False
+        self._sleepers: list[Notice] = []
+
+    def rouse(self, wake: Notice) -> None:
+        """Calls the function that wakes a worker; while a batch of answers is delivered, when all of them are. Loop thread.
+
+        Tasks that have got their answers often ask again at once. A worker that woke up for the first of these would
+        only stand in line for the GIL, which this thread needs for the others.
+        """
+        if self._delivering:
+            self._sleepers.append(wake)
+        else:
+            wake()
 
     def post(self, answered: list[Request], notice: Notice | None = None) -> None:
         """Calls `notice` on the loop's thread, then wakes the tasks of answered requests. Any thread may call.
@@ -112,11 +128,20 @@ class Waker:
         """Hands out all that was posted. A callback of the loop's, never called by a task."""
         self._scheduled = False
         posted = self._posted
-        while posted:
-            answered, notice = posted.popleft()
-            if notice is not None:
-                notice()
-            self._wake(answered)
+        self._delivering = True
+        try:
+            while posted:
+                answered, notice = posted.popleft()
+                if notice is not None:
+                    notice()
+                self._wake(answered)
+        finally:
+            self._delivering = False
+            sleepers = self._sleepers
+            if sleepers:
+                for wake in sleepers:
+                    wake()
+                sleepers.clear()
 
     def wake(self, answered: list[Request]) -> None:
         """Has the tasks of these requests go on, at the loop's next turn. Loop thread, also within a task."""
@@ -124,11 +149,6 @@ class Waker:
 
     def dispose(self) -> None:
         """No worker will post any more: gives the descriptor back. What has been posted is still delivered."""
-        raise NotImplementedError
-
-    @property
-    def loop(self) -> object | None:
-        """The loop's identity as `current_loop` gives it; None when it is gone."""
         raise NotImplementedError
 
     @property
@@ -215,15 +235,16 @@ class _TaskCallback:
             task.remove_done_callback(self)
 
 
-class _Done:
-    """What a task's wake-up is told: something that is done, with a result that nobody wants."""
+class _NoLoop:
+    """What a future asks of its loop when nobody waits for it."""
 
-    __slots__ = ()
+    def get_debug(self) -> bool:
+        return False
 
-    def result(self) -> None: ...
 
-
-_DONE = _Done()
+_DONE: asyncio.Future[None] = asyncio.Future(loop=_NoLoop())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+"""What a task's wake-up is told: a future that is done. A real one, for tasks know those best; it belongs to no loop."""
+_DONE.set_result(None)
 
 
 class _AsyncioRequest(Request):
@@ -233,7 +254,7 @@ class _AsyncioRequest(Request):
     turn. So nothing can come between the answer and the task's going on with it.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_context")
+    __slots__ = ("_asyncio_future_blocking", "context")
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if not self.answered:
@@ -253,14 +274,11 @@ class _AsyncioRequest(Request):
     def done(self) -> bool:
         return self.answered or self.waiter is None
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        loop = _running_loop()
-        assert loop is not None
-        return loop
+    get_loop = staticmethod(asyncio.get_running_loop)
 
     def add_done_callback(self, wakeup: Callable[[Any], object], *, context: Context) -> None:
         self.waiter = wakeup
-        self._context = context
+        self.context = context
 
     def cancel(self, msg: object = None) -> bool:
         wakeup = self.waiter
@@ -268,16 +286,8 @@ class _AsyncioRequest(Request):
             return False
         self.waiter = None
         cancelled = self.get_loop().create_future()
-        cancelled.add_done_callback(wakeup, context=self._context)
+        cancelled.add_done_callback(wakeup, context=self.context)
         return cancelled.cancel(msg)
-
-    def wake(self) -> None:
-        """Lets the task go on, right here: called by the loop, while no task runs."""
-        self.answered = True
-        wakeup = self.waiter
-        if wakeup is not None:
-            self.waiter = None
-            self._context.run(wakeup, _DONE)
 
     # After a cancellation
 
@@ -301,7 +311,7 @@ class _AsyncioRequest(Request):
             if not future.done():
                 future.set_result(None)
 
-        self.waiter, self._context = settle, Context()
+        self.waiter, self.context = settle, Context()
         timer = loop.call_later(seconds, settle)
         try:
             # The shield keeps an AnyIO scope from cancelling again at every turn of the loop.
@@ -317,15 +327,16 @@ class _AsyncioRequest(Request):
 class AsyncioWaker(Waker):
     """asyncio, uvloop and every other loop of that interface."""
 
-    __slots__ = ("_loop",)
+    __slots__ = ()
 
     backend = "asyncio"
+    loop: weakref.ref[asyncio.AbstractEventLoop]
     request = _AsyncioRequest
 
     def __init__(self) -> None:
         super().__init__()
         loop = asyncio.get_running_loop()
-        self._loop = weakref.ref(loop)
+        self.loop = weakref.ref(loop)
         if hasattr(os, "eventfd"):
             descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             try:
@@ -336,12 +347,8 @@ class AsyncioWaker(Waker):
                 self._descriptor = descriptor
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        return self._loop()
-
-    @property
     def running(self) -> bool:
-        loop = self._loop()
+        loop = self.loop()
         return loop is not None and loop.is_running()
 
     def _rung(self, descriptor: int) -> None:
@@ -352,7 +359,7 @@ class AsyncioWaker(Waker):
         self.deliver()
 
     def _schedule(self) -> None:
-        loop = self._loop()
+        loop = self.loop()
         if loop is not None:
             try:
                 loop.call_soon_threadsafe(self.deliver)
@@ -363,7 +370,7 @@ class AsyncioWaker(Waker):
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            loop = self._loop()
+            loop = self.loop()
             if loop is not None and not loop.is_closed():
                 loop.remove_reader(descriptor)
             os.close(descriptor)
@@ -374,7 +381,11 @@ class AsyncioWaker(Waker):
         rest = iter(answered)
         try:
             for request in rest:
-                request.wake()
+                request.answered = True
+                wakeup = request.waiter
+                if wakeup is not None:
+                    request.waiter = None
+                    request.context.run(wakeup, _DONE)
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise
@@ -476,7 +487,8 @@ class TrioWaker(Waker):
         import trio  # noqa: PLC0415  - only those who run trio have it
 
         self._trio = trio
-        self._token = trio.lowlevel.current_trio_token()
+        token = self._token = trio.lowlevel.current_trio_token()
+        self.loop = lambda: token
         self._reschedule = trio.lowlevel.reschedule
         self._watch: _TrioTaskWatch | None = None
         self._end_pump: trio.CancelScope | None = None
@@ -507,10 +519,6 @@ class TrioWaker(Waker):
             self._end_pump.cancel()
         if self._posted:
             self._schedule()
-
-    @property
-    def loop(self) -> object | None:
-        return self._token
 
     @property
     def running(self) -> bool:

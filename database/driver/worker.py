@@ -182,6 +182,10 @@ class Worker:
                 current.cancelled = True
                 session.interrupt()
 
+    def wake(self) -> None:
+        """Tells it that there is something in its lane."""
+        self.inbox.put(WAKE)
+
     def call_off(self, request: Request) -> bool:
         """Keeps the request from being run; False if it runs, or has run, already."""
         with self._guard:
