@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Coroutine
+from contextvars import copy_context
 from typing import Any, Protocol, TypeVar, overload
 
 from database.driver.worker import here
@@ -162,9 +162,7 @@ def _make_runner(
 ) -> Callable[..., Any]:
     what = f"@{name} {function.__qualname__}()"
     code = function.__code__ if hasattr(function, "__code__") else None
-
-    def origin() -> Origin:
-        return Origin(what, code, 0 if code is None else code.co_firstlineno)
+    origin = functools.partial(Origin, what, code, 0 if code is None else code.co_firstlineno)
 
     if len(databases) > 1:
 
@@ -173,12 +171,20 @@ def _make_runner(
 
     else:
         database = databases[0]
+        variable = database.current
+        can_open = propagation in ("nested", "required")
 
         async def run(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
             if offload and not _is_inline(database):
-                job = Job(database, function, args, kwargs, contextvars.copy_context(), origin(), readonly=readonly)
+                job = Job(database, function, args, kwargs, copy_context(), origin(), readonly=readonly)
                 return await database.offload(job, readonly=readonly)
-            entered, token = await enter(database, origin(), readonly=readonly, propagation=propagation)
+            entered: Any
+            token: Any
+            if can_open and variable.get() is None:  # as `enter` would do it, without its detours
+                entered = Transaction(database, database.pool(), origin(), readonly=readonly)
+                token = variable.set(entered)
+            else:
+                entered, token = await enter(database, origin(), readonly=readonly, propagation=propagation)
             if levels is not None and isinstance(entered, Transaction):
                 levels.append(entered)
             try:

@@ -26,7 +26,7 @@ from database.batch import Batch
 from database.driver.lease import Lease
 from database.driver.pool import Pool, PoolStats
 from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT
-from database.driver.wakeup import create_waker, current_loop, current_task_id
+from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
 from database.engine import Engine
 from database.errors import DatabaseError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
@@ -230,7 +230,7 @@ class Database:
         """Hands a statement over; gives what its answer is to be awaited from."""
         level = self.current.get()
         if level is not None and type(level) is not Detached:
-            transaction = cast("Transaction", level)
+            transaction: Transaction = level  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
             if transaction.readonly and statement.kind != READ and not transaction.ended and not _asks(statement):
                 raise self._read_only(statement)
             return transaction.send(transaction.pool.request(STATEMENT, operation, statement, params, extra))
@@ -258,7 +258,7 @@ class Database:
         outer = level.outer
         if outer is None or outer.ended or outer.root.readonly or outer.root.lease is None:
             return
-        if outer.origin.task_id == current_task_id():
+        if outer.origin.is_of(current_task()):
             raise TransactionError(
                 "a write outside the transaction could only wait for the transaction, which this very task holds open"
                 f" (begun by {outer.origin()}): there is one writer at a time"
@@ -283,7 +283,8 @@ class Database:
             raise self._unfit("execute", statement)
         if type(query) is not str:
             self._check_operation("execute", query)
-        return cast("Result", await self._send(self._operations.execute, statement, params, None))
+        result: Result = await self._send(self._operations.execute, statement, params, None)
+        return result
 
     @overload
     async def fetch_one(
@@ -322,7 +323,8 @@ class Database:
         statement = self._rows_from("fetch_all", query)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_all", query)
-        return cast("list[Any]", await self._send(self._operations.fetch_all, statement, params, record_class))
+        rows: list[Any] = await self._send(self._operations.fetch_all, statement, params, record_class)
+        return rows
 
     async def fetch_value(self, query: Query, params: Parameters = None, *, default: Any = None) -> Any:
         """The first column of the first row; `default` if there is no row. Other arguments and errors as `fetch_one`."""
@@ -367,16 +369,16 @@ class Database:
             )
         return cast("Result", await self._send_unit(MANY, self._operations.execute_many, statement, rows))
 
-    async def _send_unit(
-        self, kind: int, operation: Any, what: Any, params: Any, extra: Any = None, *, label: str | None = None,
+    def _send_unit(
+        self, kind: int, operation: Any, what: Any, params: Any, extra: Any = None, *, label: object = None,
         readonly: bool = False,
-    ) -> Any:  # fmt: skip
-        """Sends several statements as one."""
+    ) -> Awaitable[Any]:  # fmt: skip
+        """Hands several statements over as one; gives what their answer is to be awaited from."""
         level = self.current.get()
         if isinstance(level, Transaction):
             if level.readonly and kind == MANY and not level.ended:
                 raise self._read_only(cast("Statement", what))
-            return await level.run(level.pool.request(kind, operation, what, params, extra, label))
+            return level.send(level.pool.request(kind, operation, what, params, extra, label))
         pool = self.pool()
         request = pool.request(kind, operation, what, params, extra, label)
         if readonly:
@@ -385,7 +387,7 @@ class Database:
             if level is not None:
                 self._refuse_waiting_for_itself(level)
             pool.writes.submit(request)
-        return await request
+        return request
 
     async def execute_script(self, sql: str | Callable[..., Any]) -> None:
         """Executes the statements of a script one after the other.
@@ -470,10 +472,8 @@ class Database:
         if self._engine is None:
             self._resolve()
         level = self.current.get()
-        label = f"offloaded {job.origin()}"
-        if isinstance(level, Transaction) and level.root.session is not None:
-            raise AssertionError  # nested inside an offloaded function: the decorator runs it as an ordinary level
-        result, callbacks = await self._send_unit(UNIT, drive, job, None, label=label, readonly=readonly)
+        assert not isinstance(level, Transaction) or level.root.session is None  # there, it is an ordinary level
+        result, callbacks = await self._send_unit(UNIT, drive, job, None, label=job, readonly=readonly)
         if callbacks:
             if isinstance(level, Transaction):
                 level.callbacks.extend(callbacks)

@@ -119,7 +119,7 @@ class LogObserver:
         if isinstance(statement, Statement):
             sql = statement.sql
         else:
-            sql = request.label or str(statement)
+            sql = str(request.label or statement)
         parameters: object = request.params if isinstance(statement, Statement) else None
         shown = repr(parameters) if self._settings.parameters == "shown" else redact(parameters)
         rows = _count(request.result)

@@ -46,6 +46,9 @@ class Job:
         self.origin = origin
         self.readonly = readonly
 
+    def __str__(self) -> str:
+        return f"offloaded {self.origin()}"
+
 
 def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
     """Runs the function to its end; gives its result and what it handed to `on_commit`. Worker's thread.
@@ -57,16 +60,11 @@ def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[
     assert worker is not None
     root = Transaction(job.database, worker.pool, job.origin, readonly=job.readonly)
     root.session, root.worker = session, worker
-    variable = job.database.current
-    coroutine = job.function(*job.args, **job.kwargs)
-
-    def go() -> Any:
-        variable.set(root)
-        return coroutine.send(None)
-
     context = job.context.copy()
+    context.run(job.database.current.set, root)
+    coroutine = job.function(*job.args, **job.kwargs)
     try:
-        context.run(go)
+        context.run(coroutine.send, None)
     except StopIteration as stop:
         result = stop.value
     except Exception as error:

@@ -21,6 +21,7 @@ that called `begin()`, or the pool's closing. Whatever happens to the task, the 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ import anyio
 
 from database.driver.lease import Lease
 from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
-from database.driver.wakeup import Timer, current_task_id, current_task_name
+from database.driver.wakeup import Timer, current_task, task_name
 from database.errors import (
     ConnectionPoolExhaustedError,
     PoolClosedError,
@@ -61,24 +62,32 @@ _numbers = itertools.count(1)
 class Origin:
     """Where a transaction was begun, described only when somebody asks."""
 
-    __slots__ = ("_code", "_line", "_what", "task", "task_id")
+    __slots__ = ("_code", "_line", "_task", "_what")
 
     def __init__(self, what: str, code: CodeType | None = None, line: int = 0) -> None:
         self._what = what
         self._code = code
         self._line = line
-        self.task: str | None = None
-        self.task_id = 0
+        self._task: Callable[[], object | None] | None = None
 
     def set_task(self) -> None:
-        """Remembers the running task; called when the transaction first asks for a connection."""
-        self.task = current_task_name()
-        self.task_id = current_task_id()
+        """Remembers the running task, once; called when the transaction first asks for a connection."""
+        if self._task is None:
+            task = current_task()
+            self._task = _no_task if task is None else weakref.ref(task)
+
+    def is_of(self, task: object | None) -> bool:
+        """Whether that task asked for the connection."""
+        return self._task is not None and task is not None and self._task() is task
 
     def __call__(self) -> str:
         where = "" if self._code is None else f" at {self._code.co_filename}:{self._line} in {self._code.co_qualname}"
-        task = "" if self.task is None else f" by task {self.task!r}"
+        task = "" if self._task is None else f" by task {task_name(self._task())!r}"
         return f"{self._what}{where}{task}"
+
+
+def _no_task() -> None:
+    return None
 
 
 class Detached:
@@ -182,8 +191,14 @@ class Transaction:
     def send(self, request: Request) -> Awaitable[Any]:
         """Hands a request over, at once where nothing is in its way; gives what its answer is to be awaited from."""
         root = self.root
+        if self.ended or root.doom is not None:
+            raise self.refusal()
+        if root.session is not None:
+            request.result = root.run_inline(request)
+            request.answered = True
+            return request
         lease = root.lease
-        if lease is None or lease.worker is None or root.top is not self or self.ended or root.doom is not None:
+        if lease is None or lease.worker is None or root.top is not self:
             return self.run(request)
         if root.controls:
             request.controls, root.controls = root.controls, []
@@ -218,8 +233,7 @@ class Transaction:
         pool = self.pool
         if pool.closing:
             raise PoolClosedError(f"the pool of database {self.database.name!r} was closed while this was open")
-        if self.origin.task is None:
-            self.origin.set_task()
+        self.origin.set_task()
         return Lease(pool, self.origin, number=self.number, readonly=self.readonly)
 
     def refusal(self) -> TransactionError:
@@ -270,9 +284,10 @@ class Transaction:
         worker, session = self.worker, self.session
         assert worker is not None
         assert session is not None
-        for method, argument in self.controls:
-            worker.step(session, method, argument)
-        self.controls.clear()
+        if self.controls:
+            controls, self.controls = self.controls, []
+            for method, argument in controls:
+                worker.step(session, method, argument)
         atomic = request.kind == UNIT or request.kind == MANY
         if atomic:
             worker.step(session, "savepoint", 0)

@@ -97,7 +97,7 @@ class Request:
         sql: Any = None,
         params: Any = None,
         extra: Any = None,
-        label: str | None = None,
+        label: object = None,
     ) -> None:
         self.kind = kind
         self.operation = operation

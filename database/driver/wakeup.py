@@ -53,8 +53,8 @@ __all__ = [
     "Waker",
     "create_waker",
     "current_loop",
-    "current_task_id",
-    "current_task_name",
+    "current_task",
+    "task_name",
 ]
 
 GRACE = 0.03
@@ -597,17 +597,17 @@ def create_waker() -> Waker:
     return AsyncioWaker()
 
 
-def current_task_name() -> str:
-    """The running task's name, for messages."""
-    try:
-        return anyio.get_current_task().name or "?"
-    except Exception:  # outside any task: a callback, a worker's thread
-        return "no task"
+def current_task() -> object | None:
+    """The running task; None outside any. For comparing and for `task_name`; hold it no longer than it runs."""
+    trio = _modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        task: object = trio.lowlevel.current_task() if trio.lowlevel.in_trio_task() else None
+        return task
+    return None if _running_loop() is None else asyncio.current_task()
 
 
-def current_task_id() -> int:
-    """A number for the running task, the same as long as it lives."""
-    try:
-        return anyio.get_current_task().id
-    except Exception:  # outside any task
-        return 0
+def task_name(task: Any) -> str:
+    """A task's name, for messages."""
+    if task is None:  # it has ended, or it was a callback
+        return "no task any more"
+    return str(task.get_name() if hasattr(task, "get_name") else task.name)

@@ -347,18 +347,20 @@ class Worker:
         if current is not None and current.cancelled:
             raise self._called_off()
         self.statements += 1
-        started = 0.0 if self.threshold is None else perf_counter()
+        threshold = self.threshold
+        started = 0.0 if threshold is None else perf_counter()
         try:
-            request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
+            result = request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
             request.error = self.translate(error, request)
-        if self.threshold is not None:
+            result = None
+        if threshold is not None:
             seconds = perf_counter() - started
-            if seconds >= self.threshold:
+            if seconds >= threshold:
                 self.observer.statement(request, seconds, self.name)
         if request.error is not None:
             raise request.error
-        return request.result
+        return result
 
     @staticmethod
     def _called_off() -> BaseException:

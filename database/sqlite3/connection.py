@@ -61,6 +61,12 @@ _BROKEN = frozenset(
     }
 )
 
+_SAVEPOINT = "SAVEPOINT level_0 --*"
+_RELEASE = "RELEASE level_0 --*"
+"""Around every unit of a group, so not put together each time."""
+
+_new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
+
 _write_locks: dict[str, Lock] = {}
 """The right to write to a file, within this process: each event loop's pool has a writer of its own."""
 
@@ -154,11 +160,11 @@ class SqliteSession:
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
-        self._control(f"SAVEPOINT level_{number} --*")
+        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} --*")
 
     def release(self, number: int) -> None:
         """See `Session`."""
-        self._control(f"RELEASE level_{number} --*")
+        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} --*")
 
     def undo(self, number: int) -> None:
         """See `Session`."""
@@ -195,7 +201,10 @@ class SqliteSession:
         if statement.returns_rows:
             cursor.fetchall()
         rowcount = cursor.rowcount
-        return Result(rowcount, cursor.lastrowid if hint == analysis.HINT_INSERT and rowcount > 0 else None)
+        # The tuple's own `__new__`: a NamedTuple's is Python code, and this is run for every write.
+        return _new_tuple(
+            Result, (rowcount, cursor.lastrowid if hint == analysis.HINT_INSERT and rowcount > 0 else None)
+        )
 
     def _upsert(self, statement: Statement, params: Any) -> Result:
         # An update leaves SQLite's last row id as it was; only if it moves has a row been added for certain.
