@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from database.driver.lease import Lease
@@ -35,6 +35,7 @@ class Stream(Generic[T]):
         "_chunk_size",
         "_database",
         "_done",
+        "_generator",
         "_key",
         "_lease",
         "_level",
@@ -74,6 +75,7 @@ class Stream(Generic[T]):
         self._pool: Pool | None = None
         self._pending: tuple[Request, int] | None = None
         self._rows: Any = iter(())
+        self._generator: Any = None
         self._done = False
         self._state = "new"
 
@@ -125,19 +127,26 @@ class Stream(Generic[T]):
         lease.submit(request)
         return await request
 
-    def __aiter__(self) -> Stream[T]:
-        return self
+    def __aiter__(self) -> AsyncGenerator[T, None]:
+        # A generator gives a row in half the time that a coroutine of ours would take. It ends with any exception, also
+        # with a cancellation that the caller catches, so there may have to be another. The rows are the stream's.
+        generator: AsyncGenerator[T, None] | None = self._generator
+        if generator is None or self._generator.ag_frame is None:
+            generator = self._generator = self._generate()
+        return generator
 
-    async def __anext__(self) -> T:
-        for row in self._rows:
-            return cast("T", row)
-        while not self._done:
-            await self._fetch()
+    def __anext__(self) -> Awaitable[T]:
+        return self.__aiter__().__anext__()
+
+    async def _generate(self) -> AsyncGenerator[T, None]:
+        while True:
             for row in self._rows:
-                return cast("T", row)
-        if self._state != "open":
-            raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
-        raise StopAsyncIteration
+                yield row
+            if self._state != "open":
+                raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
+            if self._done:
+                return
+            await self._fetch()
 
     async def _fetch(self) -> None:
         """Makes the next chunk current and, outside a transaction, asks for the one behind it."""
@@ -195,6 +204,9 @@ class Stream(Generic[T]):
             return
         self._state = "closed"
         self._rows = iter(())
+        generator = self._generator
+        if generator is not None and generator.ag_frame is not None and not generator.ag_running:
+            await generator.aclose()
         level = self._level
         if level is not None:
             if not self._done and not level.ended and level.root.doom is None:

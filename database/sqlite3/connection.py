@@ -29,7 +29,7 @@ from database import errors
 from database.driver.backend import Role
 from database.settings import SqliteSettings
 from database.sqlite3 import analysis
-from database.sqlite3.values import Row, bind, bind_many
+from database.sqlite3.values import Row, Rows, bind, bind_many
 from database.statements import CONTROL, Result, Statement
 
 __all__ = ["SqliteSession", "is_broken", "is_busy", "open_session"]
@@ -40,8 +40,8 @@ BUSY_SLICE = 0.02
 PROGRESS_STEPS = 10_000
 """Steps of SQLite's machine between two calls of the progress handler: some 80 µs of the CPU's time."""
 
-CHUNK = 256
-"""Rows fetched between two chances for other threads to run."""
+FEW = 64
+"""Fewer rows than this are made at once; more, when they are looked at."""
 
 _READ_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
@@ -256,22 +256,17 @@ class SqliteSession:
         """All rows."""
         cursor = self._cursor
         cursor.execute(statement.sql, bind(params))
-        rows = cursor.fetchmany(CHUNK)
-        if len(rows) == CHUNK:
-            for more in self._chunks(cursor):
-                rows.extend(more)
-        return rows if record_class is None else _records(cursor, rows, record_class)
-
-    @staticmethod
-    def _chunks(cursor: sqlite3.Cursor) -> Iterator[list[Any]]:
-        # A big result is read in pieces, so that the loop's thread gets the GIL in between: sqlite3 gives it back for
-        # moments too short to be of use to a waiting thread.
-        pause = time.perf_counter() + 0.001
-        while more := cursor.fetchmany(CHUNK):
-            yield more
-            if time.perf_counter() > pause:
-                time.sleep(0)
-                pause = time.perf_counter() + 0.001
+        rows = cursor.fetchmany(FEW)
+        if len(rows) < FEW:
+            return rows if record_class is None else _records(cursor, rows, record_class)
+        # From here on it is `Rows` who makes each row, for which it keeps the cursor.
+        self._cursor = self.raw.cursor()
+        cursor.row_factory = None
+        try:
+            tuples = [*map(tuple, rows), *cursor.fetchall()]
+        finally:
+            cursor.close()
+        return Rows(cursor, tuples) if record_class is None else _records(cursor, tuples, record_class)
 
     def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
         """The first row, or None."""
@@ -307,6 +302,7 @@ class SqliteSession:
     def open_stream(self, statement: Statement, params: Any, key: Any) -> None:
         """Begins to read."""
         cursor = self._streams[key] = self.raw.cursor()
+        cursor.row_factory = None  # `Rows` makes each row
         try:
             cursor.execute(statement.sql, bind(params))
         except BaseException:
@@ -319,9 +315,8 @@ class SqliteSession:
         if cursor is None:
             raise errors.TransactionError("the transaction in which this stream was opened has ended")
         try:
-            rows = cursor.fetchmany(size)
-            if record_class is not None:
-                rows = _records(cursor, rows, record_class)
+            tuples = cursor.fetchmany(size)
+            rows = Rows(cursor, tuples) if record_class is None else _records(cursor, tuples, record_class)
         except BaseException:
             self.close_stream(key)
             raise
