@@ -4,16 +4,27 @@ Loggers: `database.query` (statements), `database.pool` (connections, errors of 
 Records are made on the worker's thread, after the statement and before its answer is posted: a slow handler delays the
 database, but never the event loop.
 
-Attributes of a `database.query` record, for formatters and shippers: `database` (the name), `sql`, `parameters`
-(redacted unless `logging.parameters` is `shown`), `rows`, `duration` (seconds), `transaction` (a number, or None for
-autocommit), `worker`, `error` (the exception's class, or None).
+Attributes of a `database.query` record, for formatters and shippers: `database` (the name), `sql`, `operation` (its
+verb, or None where functions and scripts run), `parameters` (redacted unless `logging.parameters` is `shown`), `rows`,
+`duration` (seconds), `waited` (seconds in the queue before that; None inside transactions), `slow`, `transaction` (a
+number, or None for autocommit), `worker`, `error` (the exception's class, or None). Records of errors have `database`,
+`error`, `sql`, `parameters`, `code` and `code_name`; those of `database.transaction` have `transaction`, `outcome`,
+`duration`, `holder`, `readonly`, and `waiting` where somebody is kept waiting.
+
+Nothing that goes wrong here reaches a statement: an exception of a handler, a filter or somebody's `repr()` is printed
+to stderr, as `logging.Handler.handleError` does, and forgotten.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import sys
-from typing import Any
+import traceback
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from database.driver.lease import Lease
 from database.driver.request import Request
@@ -39,13 +50,32 @@ _transaction = logging.getLogger("database.transaction")
 
 _OF_STATEMENTS = (QueryExecutionError, ReadOnlyTransactionError)
 
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+def harmless(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Keeps what goes wrong in an observer's method away from the statement that it reports."""
+
+    @functools.wraps(method)
+    def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception:  # of a handler, a filter, or the repr() of somebody's object
+            if logging.raiseExceptions and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                with contextlib.suppress(Exception):  # nothing is left to tell it to
+                    sys.stderr.write("--- database: an error while logging; the statement is not affected ---\n")
+                    traceback.print_exc(file=sys.stderr)
+
+    return guarded
+
 
 class ForwardHandler(logging.Handler):
     """Forwards records to a log system: ELK, Loki, Datadog, a message queue.
 
     Empty on purpose. Fill in `emit`, then `logging.getLogger("database").addHandler(ForwardHandler())`. It runs on a
-    worker's thread: put the record into a queue (`logging.handlers.QueueHandler` does that) instead of waiting for a
-    network.
+    worker's thread: put the record into a bounded queue and let a thread of yours do the sending, as
+    `docs/examples/forward.py` does, instead of waiting for a network.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -94,12 +124,14 @@ def tear_down() -> None:
 class LogObserver:
     """Reports one database's statements, transactions and errors. See `database.driver.backend.Observer`."""
 
-    __slots__ = ("_name", "_settings", "_slow")
+    __slots__ = ("_name", "_settings", "_slow", "slow_transaction")
 
     def __init__(self, name: str, settings: LoggingSettings) -> None:
         self._name = name
         self._settings = settings
         self._slow = None if settings.slow_ms is None else settings.slow_ms / 1000
+        slow = settings.slow_transaction_ms
+        self.slow_transaction = None if slow is None else slow / 1000
 
     def threshold(self) -> float | None:
         """See `Observer`. None where nobody listens, so that timing costs nothing."""
@@ -109,19 +141,18 @@ class LogObserver:
             return self._slow
         return None
 
+    @harmless
     def statement(self, request: Request, seconds: float, worker: str) -> None:
         """See `Observer`."""
         slow = self._slow is not None and seconds >= self._slow
         level = logging.WARNING if slow else logging.INFO
         if not _query.isEnabledFor(level):
             return
+        waited = max(0.0, perf_counter() - seconds - request.queued_at) if request.queued_at else None
         statement = request.sql
-        if isinstance(statement, Statement):
-            sql = statement.sql
-        else:
-            sql = str(request.label or statement)
-        parameters: object = request.params if isinstance(statement, Statement) else None
-        shown = repr(parameters) if self._settings.parameters == "shown" else redact(parameters)
+        parsed = isinstance(statement, Statement)
+        sql = statement.sql if parsed else str(request.label or statement)
+        parameters, shown = self._parameters(request.params if parsed else None)
         rows = _count(request.result)
         home = request.home
         transaction = home.number if isinstance(home, Lease) else None
@@ -138,32 +169,82 @@ class LogObserver:
             extra={
                 "database": self._name,
                 "sql": sql,
-                "parameters": parameters if self._settings.parameters == "shown" else shown,
+                "operation": statement.verb if parsed else None,
+                "parameters": parameters,
                 "rows": rows,
                 "duration": seconds,
+                "waited": waited,
+                "slow": slow,
                 "transaction": transaction,
                 "worker": worker,
                 "error": error,
             },
         )
 
+    def _parameters(self, parameters: object) -> tuple[object, str]:
+        """The parameters for the record's attribute and for its message."""
+        if self._settings.parameters == "shown":
+            return parameters, repr(parameters)
+        redacted = redact(parameters)
+        return redacted, redacted
+
+    @harmless
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""
-        if _transaction.isEnabledFor(logging.INFO):
-            _transaction.info(
+        slow = self.slow_transaction is not None and seconds >= self.slow_transaction
+        level = logging.WARNING if slow else logging.INFO
+        if not _transaction.isEnabledFor(level):
+            return
+        holder = lease.holder()
+        if slow:
+            _transaction.log(
+                level,
+                "slow: transaction %s held %s of database %s for %.3f ms, and was %s: %s",
+                lease.number,
+                _connection(readonly=lease.readonly),
+                self._name,
+                seconds * 1000,
+                outcome,
+                holder,
+                extra=self._of_transaction(lease, holder, seconds, outcome=outcome),
+            )
+        else:
+            _transaction.log(
+                level,
                 "transaction %s %s after %.3f ms: %s",
                 lease.number,
                 outcome,
                 seconds * 1000,
-                lease.holder(),
-                extra={
-                    "database": self._name,
-                    "transaction": lease.number,
-                    "outcome": outcome,
-                    "duration": seconds,
-                },
+                holder,
+                extra=self._of_transaction(lease, holder, seconds, outcome=outcome),
             )
 
+    @harmless
+    def holding(self, lease: Lease, seconds: float, waiting: int) -> None:
+        """See `Observer`."""
+        holder = lease.holder()
+        _transaction.warning(
+            "database %s: %s has been held for %.3f ms while %d wait%s for it, by %s",
+            self._name,
+            _connection(readonly=lease.readonly),
+            seconds * 1000,
+            waiting,
+            "s" if waiting == 1 else "",
+            holder,
+            extra=self._of_transaction(lease, holder, seconds, outcome="open", waiting=waiting),
+        )
+
+    def _of_transaction(self, lease: Lease, holder: str, seconds: float, **more: object) -> dict[str, object]:
+        return {
+            "database": self._name,
+            "transaction": lease.number,
+            "duration": seconds,
+            "holder": holder,
+            "readonly": lease.readonly,
+            **more,
+        }
+
+    @harmless
     def failure(self, error: BaseException) -> None:
         """See `Observer`. Each of the package's own errors is logged once, however many hands it passes."""
         if not isinstance(error, DatabaseError) or getattr(error, "reported", False):
@@ -172,8 +253,15 @@ class LogObserver:
         logger = _query if isinstance(error, _OF_STATEMENTS) else _pool
         if isinstance(error, TransactionError) and logger is _pool:
             logger = _transaction
-        logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra={"database": self._name})
+        extra: dict[str, object] = {"database": self._name, "error": type(error).__name__}
+        if isinstance(error, QueryExecutionError):
+            extra["sql"] = error.sql
+            extra["parameters"] = self._parameters(error.parameters)[0]
+            extra["code"] = error.code
+            extra["code_name"] = error.code_name
+        logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra=extra)
 
+    @harmless
     def abandoned(self, where: str) -> None:
         """A transaction was left open by a task that has ended."""
         _transaction.warning(
@@ -181,8 +269,12 @@ class LogObserver:
             " by %s",
             self._name,
             where,
-            extra={"database": self._name},
+            extra={"database": self._name, "holder": where},
         )
+
+
+def _connection(*, readonly: bool) -> str:
+    return "a reader" if readonly else "the writer"
 
 
 def _listened_to(logger: logging.Logger) -> bool:

@@ -78,12 +78,14 @@ class LoggingSettings:
         level: Name of a standard logging level, in upper case.
         parameters: `"redacted"` or `"shown"`.
         slow_ms: Statements that take longer than this many milliseconds are warned about; None: never.
+        slow_transaction_ms: Likewise transactions, by the time for which they hold their connection.
     """
 
     console: bool = False
     level: str = "INFO"
     parameters: str = "redacted"
     slow_ms: float | None = 200.0
+    slow_transaction_ms: float | None = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -654,6 +656,7 @@ _LOGGING_RULES: Mapping[str, _Rule] = {
     "level": _choice("CRITICAL", "FATAL", "ERROR", "WARNING", "WARN", "INFO", "DEBUG", "NOTSET"),
     "parameters": _choice("redacted", "shown"),
     "slow_ms": _duration("milliseconds", optional=True),
+    "slow_transaction_ms": _duration("milliseconds", optional=True),
 }
 
 _SECTIONS: dict[str, _Section] = {

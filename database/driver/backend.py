@@ -91,6 +91,11 @@ class Session(Protocol):
 class Observer(Protocol):
     """Hears of statements and transactions, on the worker's thread. Must neither raise nor block for long."""
 
+    @property
+    def slow_transaction(self) -> float | None:
+        """Seconds from which a transaction that keeps others waiting is reported while it does so; None: never."""
+        ...
+
     def threshold(self) -> float | None:
         """Seconds from which a statement is reported; 0 for all, None for none. Asked once a batch."""
         ...
@@ -101,6 +106,10 @@ class Observer(Protocol):
 
     def transaction(self, lease: Any, outcome: str, seconds: float) -> None:
         """A transaction was committed or rolled back."""
+        ...
+
+    def holding(self, lease: Any, seconds: float, waiting: int) -> None:
+        """A lease has been held for that long, and others wait for its connection. Once a lease; loop thread."""
         ...
 
     def failure(self, error: BaseException) -> None:

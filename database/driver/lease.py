@@ -54,6 +54,7 @@ class Lease:
         "pool",
         "queued_at",
         "readonly",
+        "reported",
         "transaction",
         "worker",
     )
@@ -83,6 +84,8 @@ class Lease:
         self.dropped = False
         """Given up before it was granted; nothing has been begun."""
         self.cancelled = False
+        self.reported = False
+        """Whether it was reported already that this keeps others waiting. Loop thread."""
 
         self.worker: Worker | None = None
         self.carried: list[Control] = []

@@ -14,7 +14,8 @@ Workers tell the loop what they did by notices (`Waker.post`), they decide nothi
 `close_now` and `abandon`, called when the loop has ended.
 
 Time limits. Everything that waits carries the moment from which it waits, and every line is first come, first served
-with one limit for all, so the one at the head is always the next to run out of time: one timer for the whole pool.
+with one limit for all, so the one at the head is always the next to run out of time: one timer for the whole pool. The
+same timer reports, while somebody waits, who has kept a connection for longer than `logging.slow_transaction_ms`.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Pool:
         self._on_closed = on_closed
         self._timeouts = 0
         self._timer: Timer | None = None
+        self._patience = observer.slow_transaction
         self._line: deque[Lease | ReadLane] = deque()
         self._idle: list[Worker] = []
         self._readers: list[Worker] = []
@@ -221,7 +223,12 @@ class Pool:
     def watch(self) -> None:
         """Somebody waits: sees to it that the wait ends in time."""
         if self._timer is None and not self.closed:
-            self._timer = self.waker.call_later(self.timeout, self._check_waiting)
+            self._timer = self.waker.call_later(self._until_next_look(self.timeout), self._check_waiting)
+
+    def _until_next_look(self, left: float) -> float:
+        """Seconds until the timer is to ring, when the next wait ends in `left` seconds."""
+        patience = self._patience
+        return max(left if patience is None else min(left, max(patience, 0.01)), 0.001)
 
     def _forget_timer(self) -> None:
         timer, self._timer = self._timer, None
@@ -256,7 +263,20 @@ class Pool:
                 self.observer.failure(error)
                 self._refuse(head, partial(_again, error))
         if next_check is not None:
-            self._timer = self.waker.call_later(max(next_check, 0.001), self._check_waiting)
+            if self._patience is not None:
+                self._report_holders(now, self._patience)
+            self._timer = self.waker.call_later(self._until_next_look(next_check), self._check_waiting)
+
+    def _report_holders(self, now: float, patience: float) -> None:
+        """Reports leases that have kept others waiting for too long."""
+        for lease in tuple(self.transactions):
+            granted = lease.granted_at
+            if granted == 0.0 or lease.ended or lease.reported or now - granted < patience:
+                continue
+            waiting = len(self._line if lease.readonly else self.writes.queue)
+            if waiting:
+                lease.reported = True
+                self.observer.holding(lease, now - granted, waiting)
 
     def _exhausted(self, item: Lease | Request, now: float) -> ConnectionPoolExhaustedError:
         waited = now - item.queued_at

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from typing import Any
 
+import anyio
 import pytest
 
 from database import logs, transactional
-from tests.contract.support import SLOW_SELECT, Engine, add, errors, held, names
+from tests.contract.support import SLOW_SELECT, Engine, add, errors, eventually, held, names
 
 STANDARD = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
 SECRET = "hunter2-the-secret"
@@ -246,3 +247,122 @@ async def test_forward_handler_sees_the_records(db: Any) -> None:
     finally:
         logging.getLogger("database").removeHandler(handler)
     assert [attribute(record, "sql") for record in seen if record.name == "database.query"] == ["SELECT 'shipped'"]
+
+
+class Explosive(dict[str, Any]):
+    """Parameters whose description fails, though the database takes them."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("this repr is broken")
+
+
+class Broken(logging.Handler):
+    """A handler that breaks the promise of `logging` that `emit` never raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("this handler is broken")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["handler", "repr"])
+async def test_logging_never_breaks_a_statement(make_db: Any, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """A handler or a repr that raises costs the record, and no statement, transaction or error."""
+    db = await make_db(logging={"parameters": "shown", "slow_ms": 0, "slow_transaction_ms": 0})
+    broken = Broken()
+    if kind == "handler":
+        logging.getLogger("database").addHandler(broken)
+    capsys.readouterr()
+    try:
+        insert, parameters = "INSERT INTO jobs (name) VALUES (:name)", Explosive(name="a")
+        assert (await db.execute(insert, parameters)).rowcount == 1
+        async with db.transaction():
+            await db.execute(insert, Explosive(name="b"))
+        with pytest.raises(errors.IntegrityError):
+            await db.execute(insert, parameters)
+        await transactional(offload=True)(add)(db, "c")
+        assert await names(db) == ["a", "b", "c"]
+    finally:
+        logging.getLogger("database").removeHandler(broken)
+    assert f"this {kind} is broken" in capsys.readouterr().err
+
+
+@pytest.mark.anyio
+async def test_structured_attributes(db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Records carry what a shipper asks for, as values and not as text; those of errors likewise."""
+    caplog.clear()
+    await add(db, "a")
+    with pytest.raises(errors.IntegrityError):
+        await add(db, "a")
+    done, error, failed = caplog.records
+    of_statements = {
+        "database": "default", "sql": "INSERT INTO jobs (name) VALUES (:name)", "operation": "INSERT",
+        "parameters": "<name>", "slow": False, "transaction": None, "worker": "database-default-writer",
+    }  # fmt: skip
+    for record in (done, failed):
+        found = extras(record)
+        assert of_statements.items() <= found.items()
+        assert found["duration"] > 0
+        assert found["waited"] > 0
+    assert (extras(done)["rows"], extras(done)["error"]) == (1, None)
+    assert extras(failed)["error"] == "IntegrityError"
+    assert error.levelno == logging.ERROR
+    assert extras(error) == {
+        "database": "default", "error": "IntegrityError", "sql": of_statements["sql"], "parameters": "<name>",
+        "code": 2067, "code_name": "SQLITE_CONSTRAINT_UNIQUE",
+    }  # fmt: skip
+
+
+def slow_ones(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [each for each in caplog.records if each.name == "database.transaction" and each.levelno == logging.WARNING]
+
+
+@pytest.mark.anyio
+async def test_who_held_the_writer(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """While a transaction keeps others waiting, and at its end, a warning names who, where and for how long."""
+    db = await make_db(logging={"slow_transaction_ms": 30})
+    caplog.clear()
+    async with anyio.create_task_group() as group, held(db) as release:
+        group.start_soon(add, db, "waits")
+        await eventually(lambda: slow_ones(caplog), "a warning while the writer is held")
+        (during,) = slow_ones(caplog)
+        release.set()
+    await eventually(lambda: len(slow_ones(caplog)) == 2, "a warning at the end")
+    after = slow_ones(caplog)[1]
+    for record in (during, after):
+        assert "the writer" in record.getMessage()
+        assert "hold_a_connection" in record.getMessage()
+        assert "hold_a_connection" in extras(record)["holder"]
+        assert "support.py:" in extras(record)["holder"]
+        assert extras(record)["duration"] >= 0.03
+        assert extras(record)["readonly"] is False
+    assert (extras(during)["outcome"], extras(during)["waiting"]) == ("open", 1)
+    assert extras(after)["outcome"] == "committed"
+    assert extras(after)["duration"] >= extras(during)["duration"]
+
+
+@pytest.mark.anyio
+async def test_who_held_the_readers(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Likewise of read-only transactions, when no reader is left; each of them is named once."""
+    db = await make_db(pool_size=2, logging={"slow_transaction_ms": 30})
+    caplog.clear()
+    async with anyio.create_task_group() as group, held(db, readonly=True, count=2) as release:
+        group.start_soon(names, db)
+        async with anyio.create_task_group() as more:
+            async with held(db):  # its first statement is the writer's: nobody waits for that
+                await eventually(lambda: len(slow_ones(caplog)) >= 2, "a warning for each reader")
+                more.cancel_scope.cancel()
+        release.set()
+    assert [extras(record)["readonly"] for record in slow_ones(caplog) if extras(record)["outcome"] == "open"] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.anyio
+async def test_slow_transactions_can_be_left_alone(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Below the limit, or with none set, a transaction is no warning."""
+    for limit in (None, 60_000):
+        db = await make_db(schema=limit is None, logging={"slow_transaction_ms": limit})
+        async with db.transaction():
+            await db.fetch_value("SELECT 1")
+    assert slow_ones(caplog) == []
