@@ -49,6 +49,8 @@ from database.transaction import (
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from database.driver.backend import Observer
+
 __all__ = ["Database", "TransactionContext"]
 
 T = TypeVar("T")
@@ -169,10 +171,15 @@ class Database:
                     self._recent = None
 
             backend = self.engine.backend(chosen)
+            waker, observer = create_waker(), cast("Observer", self.observer)
+            if logs.instrumentation is not None:
+                waker, observer = logs.instrumentation.wrap(
+                    self.name, self.engine.name, backend.description, waker, self.observer
+                )
             pool = Pool(
                 backend,
-                create_waker(),
-                self.observer,
+                waker,
+                observer,
                 name=self.name,
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,

@@ -24,10 +24,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from database.driver.backend import Observer
 from database.driver.lease import Lease
 from database.driver.request import Request
+from database.driver.wakeup import Waker
 from database.errors import (
     DatabaseError,
     QueryExecutionError,
@@ -39,7 +41,7 @@ from database.errors import (
 from database.settings import LoggingSettings
 from database.statements import Result, Statement
 
-__all__ = ["ConsoleFormatter", "ForwardHandler", "LogObserver", "set_up"]
+__all__ = ["ConsoleFormatter", "ForwardHandler", "Instrumentation", "LogObserver", "harmless", "set_up"]
 
 _root = logging.getLogger("database")
 _root.addHandler(logging.NullHandler())  # else logging's last resort would print warnings nobody asked for
@@ -47,6 +49,19 @@ _query = logging.getLogger("database.query")
 _pool = logging.getLogger("database.pool")
 _transaction = logging.getLogger("database.transaction")
 
+
+class Instrumentation(Protocol):
+    """Whoever wants to see more than the log; see `database.otel`."""
+
+    def wrap(
+        self, name: str, engine: str, description: str, waker: Waker, observer: LogObserver
+    ) -> tuple[Waker, Observer]:
+        """Called on the loop's thread for each pool that is about to be opened, to put something around its parts."""
+        ...
+
+
+instrumentation: Instrumentation | None = None
+"""Asked whenever a pool is opened."""
 
 _OF_STATEMENTS = (QueryExecutionError, ReadOnlyTransactionError)
 
@@ -152,7 +167,7 @@ class LogObserver:
         statement = request.sql
         parsed = isinstance(statement, Statement)
         sql = statement.sql if parsed else str(request.label or statement)
-        parameters, shown = self._parameters(request.params if parsed else None)
+        parameters, shown = self._parameters(parameters_of(request))
         rows = _count(request.result)
         home = request.home
         transaction = home.number if isinstance(home, Lease) else None
@@ -219,6 +234,9 @@ class LogObserver:
                 extra=self._of_transaction(lease, holder, seconds, outcome=outcome),
             )
 
+    def committed(self, size: int) -> None:
+        """See `Observer`. The transactions' own records say it."""
+
     @harmless
     def holding(self, lease: Lease, seconds: float, waiting: int) -> None:
         """See `Observer`."""
@@ -271,6 +289,15 @@ class LogObserver:
             where,
             extra={"database": self._name, "holder": where},
         )
+
+
+def parameters_of(request: Request) -> object:
+    """The user's parameters of a statement; None for what is no statement."""
+    if not isinstance(request.sql, Statement):
+        return None
+    if getattr(request.operation, "__name__", "") == "call_aiosql":  # they travel with the method to be called
+        return request.params[1]
+    return request.params
 
 
 def _connection(*, readonly: bool) -> str:

@@ -108,6 +108,10 @@ class Observer(Protocol):
         """A transaction was committed or rolled back."""
         ...
 
+    def committed(self, size: int) -> None:
+        """One COMMIT has succeeded, which held that many writes or units of work. Only where `threshold()` is a number."""
+        ...
+
     def holding(self, lease: Any, seconds: float, waiting: int) -> None:
         """A lease has been held for that long, and others wait for its connection. Once a lease; loop thread."""
         ...
@@ -130,6 +134,7 @@ class Backend:
         is_broken: Whether the connection that raised this error is to be replaced.
         busy_timeout: Seconds to wait for another process's lock.
         dispose: Called once after the last connection has been closed.
+        gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
     """
 
     description: str
@@ -138,3 +143,4 @@ class Backend:
     is_broken: Callable[[BaseException], bool]
     busy_timeout: float
     dispose: Callable[[], None] = lambda: None
+    gauges: Callable[[], dict[str, float]] = dict

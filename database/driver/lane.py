@@ -279,6 +279,7 @@ class WriteLane:
         if session is None or session.try_lock(0):
             return True
         worker.flush()
+        began = perf_counter()
         deadline = item.queued_at + self.pool.timeout
         while not session.try_lock(0.01):
             if item.cancelled:
@@ -297,6 +298,7 @@ class WriteLane:
                 item.error = error
                 worker.answers.append(item)
             return False
+        worker.locked += perf_counter() - began
         return True
 
     def _group(self, worker: Worker, first: Request) -> None:
@@ -339,7 +341,7 @@ class WriteLane:
         session = worker.session
         assert session is not None
         try:
-            worker.commit(session)
+            worker.commit(session, len(members))
         except BaseException as error:
             open_still = session.in_transaction
             broken = worker.backend.is_broken(error)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from database.driver.pool import Pool
 
-__all__ = ["add", "discard"]
+__all__ = ["add", "discard", "pools"]
 
 _pools: set[Pool] = set()
 
@@ -31,6 +31,11 @@ def add(pool: Pool) -> None:
 def discard(pool: Pool) -> None:
     """Forgets a pool that has been closed."""
     _pools.discard(pool)
+
+
+def pools() -> list[Pool]:
+    """The open pools, of all event loops. Any thread."""
+    return list(_pools)
 
 
 @atexit.register

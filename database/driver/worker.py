@@ -113,10 +113,12 @@ class Worker:
         "grouped",
         "grouping",
         "inbox",
+        "locked",
         "name",
         "observer",
         "pool",
         "replaced",
+        "retried",
         "role",
         "rollbacks",
         "session",
@@ -147,6 +149,8 @@ class Worker:
         self.threshold: float | None = None
         self.statements = self.commits = self.rollbacks = self.replaced = self.grouped = self.acquired = 0
         self.waited = 0.0
+        self.locked = self.retried = 0.0
+        """Seconds of waiting for somebody else's lock, before a statement and during it; observers set them back."""
         self.grouping = False
         """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
         self._guard = Lock()
@@ -399,6 +403,7 @@ class Worker:
         if again and self.backend.is_busy(error) and not request.cancelled:
             session = self.session
             assert session is not None
+            before = self.locked
             try:
                 request.result = self.patiently(
                     request, request.operation, session, request.sql, request.params, request.extra
@@ -407,6 +412,9 @@ class Worker:
                 error = still
             else:
                 return
+            finally:
+                self.retried = self.locked - before
+                self.locked = before
         request.error = self.translate(error, request)
 
     def translate(self, error: BaseException, request: Request | None) -> BaseException:
@@ -443,17 +451,21 @@ class Worker:
         Raises:
             Interrupted: The request was cancelled meanwhile.
         """
-        deadline = perf_counter() + self.backend.busy_timeout
-        while True:
-            try:
-                return step(*arguments)
-            except BaseException as error:
-                if not self.backend.is_busy(error) or perf_counter() >= deadline:
-                    raise
-            self.flush()
-            if self._stopping or (request is not None and request.cancelled):
-                raise Interrupted
-            time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
+        began = perf_counter()
+        deadline = began + self.backend.busy_timeout
+        try:
+            while True:
+                try:
+                    return step(*arguments)
+                except BaseException as error:
+                    if not self.backend.is_busy(error) or perf_counter() >= deadline:
+                        raise
+                self.flush()
+                if self._stopping or (request is not None and request.cancelled):
+                    raise Interrupted
+                time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
+        finally:
+            self.locked += perf_counter() - began
 
     def begin(self, request: Request, *, readonly: bool) -> Session:
         """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
@@ -466,8 +478,8 @@ class Worker:
             self.patiently(request, _begin, session, readonly)
         return session
 
-    def commit(self, session: Session) -> None:
-        """Commits. Must be called with no current request, so that nothing can interrupt it."""
+    def commit(self, session: Session, size: int = 1) -> None:
+        """Commits `size` writes. Must be called with no current request, so that nothing can interrupt it."""
         try:
             session.commit()
         except BaseException as error:
@@ -475,6 +487,8 @@ class Worker:
                 raise
             self.patiently(None, session.commit)
         self.commits += 1
+        if self.threshold is not None:
+            self.observer.committed(size)
 
     def rollback(self) -> None:
         """Rolls back what is open, if anything is; gives the connection up if even that fails."""

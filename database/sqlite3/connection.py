@@ -106,7 +106,7 @@ class SqliteSession:
         self._restricted = readonly
         self._streams: dict[int, sqlite3.Cursor] = {}
         self._failing: tuple[Statement, Any] | None = None
-        """The write of a batch that has just failed."""
+        """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
         raw.row_factory = Row
         raw.set_authorizer(self._authorize)
         raw.set_progress_handler(progress, PROGRESS_STEPS)
@@ -365,17 +365,21 @@ class SqliteSession:
     def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""
         method, params, record = arguments
-        if record is None:
-            self.raw.row_factory = None  # aiosql looks into plain tuples for single values
-            try:
+        self._failing = None  # of a first try, on which another process's lock lay
+        try:
+            if record is None:
+                self.raw.row_factory = None  # aiosql looks into plain tuples for single values
                 return method(self.raw, "", statement.sql, bind(params))
-            finally:
-                self.raw.row_factory = Row
-        result = method(self.raw, "", statement.sql, bind(params), record[0])
-        if isinstance(result, Iterator):
-            rows: list[Any] = list(cast("Iterable[Any]", result))
-            return rows
-        return result
+            result = method(self.raw, "", statement.sql, bind(params), record[0])
+            if isinstance(result, Iterator):
+                rows: list[Any] = list(cast("Iterable[Any]", result))
+                return rows
+            return result
+        except Exception:
+            self._failing = statement, params  # the error names the user's parameters, not ours
+            raise
+        finally:
+            self.raw.row_factory = Row
 
     def backup(self, path: Any, progress: Any, pages: Any) -> None:
         """Copies the database as it is now into a new file, then puts that in its place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
 from functools import cache
@@ -66,7 +67,15 @@ def _backend(settings: SqliteSettings) -> Backend:
         is_broken=is_broken,
         busy_timeout=settings.busy_timeout / 1000,
         dispose=dispose,
+        gauges=lambda: {"wal.size": _size(f"{path}-wal")},
     )
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # there is none: no writes yet, or another journal mode
+        return 0
 
 
 def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
