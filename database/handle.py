@@ -70,6 +70,7 @@ class AiosqlQuery(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+Parked = tuple[dict[int, Pool], ContextVar[Transaction | Detached | None]]
 Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
@@ -718,6 +719,18 @@ class Database:
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""
         return list(self._pools.values())
+
+    def park(self) -> Parked:
+        """Puts this handle's pools and transactions aside, as if it had never been used; see `database.sandbox`."""
+        parked = self._pools, self.current
+        self._pools = {}
+        self.current = ContextVar(f"database {self.name}", default=None)
+        return parked
+
+    def unpark(self, parked: Parked) -> None:
+        """Takes up what `park` has put aside. What has been opened since must have been closed."""
+        pools, self.current = parked
+        self._pools = {key: pool for key, pool in pools.items() if not pool.closing}
 
     def forget_pools(self) -> None:
         """In a forked child: the pools are the parent's."""

@@ -54,6 +54,8 @@ __all__ = [
     "current",
     "forget",
     "hold",
+    "override",
+    "read",
     "release",
     "reset",
 ]
@@ -178,12 +180,13 @@ class _State:
     which the garbage collector runs wherever it likes, within this very code too.
     """
 
-    __slots__ = ("configured", "found", "holders", "lock")
+    __slots__ = ("configured", "found", "holders", "lock", "overridden")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.configured: Configuration | None = None
         self.found: Configuration | None = None
+        self.overridden: Configuration | None = None
         # By id, for a reference would keep alive a pool that nobody closed. An id that is used again is
         # that of a new holder, which then takes the place of the lost one.
         self.holders: dict[int, str] = {}
@@ -209,6 +212,10 @@ def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) 
     Raises:
         ConfigurationError: The source cannot be read or is wrong, or databases are open.
     """
+    if _state.overridden is not None:
+        if source is not None:
+            _load(source)
+        return
     with _state.lock:
         _state.refuse_if_held()
     configuration = None if source is None else _load(source)
@@ -224,10 +231,26 @@ def current() -> Configuration:
     Raises:
         ConfigurationError: There is none, or it is wrong.
     """
-    configuration = _state.configured or _state.found
+    configuration = _state.overridden or _state.configured or _state.found
     if configuration is None:
         configuration = _state.found = _discover()
     return configuration
+
+
+def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Configuration:
+    """Reads and validates a configuration, and changes nothing. Arguments and errors as for `configure`."""
+    return _load(source)
+
+
+def override(configuration: Configuration | None) -> Configuration | None:
+    """Puts a configuration in place of all others, for `database.sandbox`; returns what was in place before.
+
+    Meanwhile `configure()` only checks what it is given, so that an application that is being tested can start as it
+    always does, and cannot reach its real database.
+    """
+    with _state.lock:
+        before, _state.overridden = _state.overridden, configuration
+    return before
 
 
 def forget() -> None:
@@ -255,7 +278,7 @@ def release(holder: object) -> None:
 def reset() -> None:
     """Forgets everything, holders included. For tests; applications call `close_all()` and `configure()`."""
     with _state.lock:
-        _state.configured = _state.found = None
+        _state.configured = _state.found = _state.overridden = None
         _state.holders.clear()
 
 

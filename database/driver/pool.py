@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from time import perf_counter
 
 import anyio
@@ -111,6 +112,7 @@ class Pool:
         self.request = waker.request
         """Makes a request that a task of this loop can await."""
         self.reader_limiter = anyio.CapacityLimiter(size)
+        self.thread = get_ident()
         self.failure: BaseException | None = None
         self.closing = False
         self.closed = False
@@ -385,6 +387,10 @@ class Pool:
                 worker.stop()
         else:
             self.writer.stop()
+
+    def close_soon(self) -> None:
+        """Has the pool closed by its own loop, as soon as that comes to it. Any thread."""
+        self.waker.post([], self._begin_to_close)
 
     def _closed_error(self) -> BaseException:
         return PoolClosedError(f"the pool of database {self.name!r} was closed")

@@ -197,6 +197,8 @@ class SqliteSession:
         hint = statement.hint
         if hint == analysis.HINT_UPSERT:
             return self._upsert(statement, params)
+        if hint == analysis.HINT_VACUUM:
+            return self._vacuum(statement, params)
         cursor.execute(statement.sql, bind(params))
         if statement.returns_rows:
             cursor.fetchall()
@@ -215,6 +217,16 @@ class SqliteSession:
             cursor.fetchall()
         rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
         return Result(rowcount, lastrowid if rowcount > 0 and lastrowid != before else None)
+
+    def _vacuum(self, statement: Statement, params: Any) -> Result:
+        if self._restricted:
+            raise _read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
+        self._admitting = not self.raw.in_transaction  # inside one, SQLite itself says why not
+        try:
+            self._cursor.execute(statement.sql, bind(params))
+        finally:
+            self._admitting = False
+        return Result(-1, None)
 
     def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
         """Runs a statement once for every row of parameters."""
@@ -244,8 +256,10 @@ class SqliteSession:
         cursor = self.raw.cursor()
         try:
             for text in analysis.split(sql):
-                if self._restricted and analysis.analyse(text).verb == "VACUUM":
-                    raise _read_only(text)  # not an action that the authorizer is asked about
+                statement = analysis.analyse(text)
+                if statement.hint == analysis.HINT_VACUUM:
+                    self._vacuum(statement, None)
+                    continue
                 cursor.execute(text)
                 if cursor.description is not None:
                     cursor.fetchall()
