@@ -30,7 +30,7 @@ from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
 from database.engine import Engine
 from database.errors import DatabaseError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
-from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement
+from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement, TypedQuery
 from database.stream import Stream
 from database.transaction import (
     Detached,
@@ -299,6 +299,10 @@ class Database:
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]
     ) -> T | None: ...
     @overload
+    async def fetch_one(  # type: ignore[overload-overlap]  # whatever is a TypedQuery is one before it is a Query
+        self, query: TypedQuery[T], params: Parameters = None, *, record_class: None = None
+    ) -> T | None: ...
+    @overload
     async def fetch_one(self, query: Query, params: Parameters = None, *, record_class: None = None) -> Row | None: ...
     async def fetch_one(
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., Any] | None = None
@@ -321,6 +325,10 @@ class Database:
     @overload
     async def fetch_all(
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]
+    ) -> list[T]: ...
+    @overload
+    async def fetch_all(  # type: ignore[overload-overlap]
+        self, query: TypedQuery[T], params: Parameters = None, *, record_class: None = None
     ) -> list[T]: ...
     @overload
     async def fetch_all(self, query: Query, params: Parameters = None, *, record_class: None = None) -> list[Row]: ...
@@ -416,6 +424,10 @@ class Database:
     @overload
     def stream(
         self, query: Query, params: Parameters = None, *, chunk_size: int = 1000, record_class: Callable[..., T]
+    ) -> Stream[T]: ...
+    @overload
+    def stream(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, query: TypedQuery[T], params: Parameters = None, *, chunk_size: int = 1000, record_class: None = None
     ) -> Stream[T]: ...
     @overload
     def stream(
