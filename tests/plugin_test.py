@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -500,3 +502,14 @@ def test_a_loop_that_is_paused(project: Project) -> None:
         """.replace("                await db_module.detached().__class__ and None\n", ""),
     )
     project.passes(15)
+
+
+def test_the_guide(project: Project) -> None:
+    """The guide's test modules pass as they stand there."""
+    guide = Path(__file__).parent.parent / "docs" / "guides" / "pytest-plugin.md"
+    modules = re.findall(r'```python title="(\w+\.py)"\n(.*?)```', guide.read_text("utf-8"), re.DOTALL)
+    for name, text in modules:
+        project.write(name, text)
+    assert len(modules) == 2
+    project.passes(6)
+    assert project.leaves() == []
