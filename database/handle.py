@@ -172,20 +172,21 @@ class Database:
                     self._recent = None
 
             backend = self.engine.backend(chosen)
-            waker, observer = create_waker(), cast("Observer", self.observer)
-            if logs.instrumentation is not None:
-                waker, observer = logs.instrumentation.wrap(
-                    self.name, self.engine.name, backend.description, waker, self.observer
-                )
+            observer = cast("Observer", self.observer)
+            instrumentation = logs.instrumentation
+            if instrumentation is not None:
+                observer = instrumentation.observe(self.name, self.engine.name, backend.description, self.observer)
             pool = Pool(
                 backend,
-                waker,
+                create_waker(),
                 observer,
                 name=self.name,
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
                 on_closed=closed,
             )
+            if instrumentation is not None:
+                instrumentation.opened(pool)
         except BaseException:
             settings.release(ticket)
             raise

@@ -29,7 +29,6 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from database.driver.backend import Observer
 from database.driver.lease import Lease
 from database.driver.request import Request
-from database.driver.wakeup import Waker
 from database.errors import (
     DatabaseError,
     QueryExecutionError,
@@ -53,10 +52,12 @@ _transaction = logging.getLogger("database.transaction")
 class Instrumentation(Protocol):
     """Whoever wants to see more than the log; see `database.otel`."""
 
-    def wrap(
-        self, name: str, engine: str, description: str, waker: Waker, observer: LogObserver
-    ) -> tuple[Waker, Observer]:
-        """Called on the loop's thread for each pool that is about to be opened, to put something around its parts."""
+    def observe(self, name: str, engine: str, description: str, observer: LogObserver) -> Observer:
+        """Puts something before the log's observer; called for each pool that is about to be opened."""
+        ...
+
+    def opened(self, pool: Any) -> None:
+        """Called once the pool is there, on its loop's thread, before anything is sent to it."""
         ...
 
 

@@ -12,7 +12,7 @@ Where a span's time went is in three attributes, in seconds: `database.pool_wait
 its queue), `database.lock_wait` (for another process's lock, or another pool's), `database.execution`. What is left of
 the span's length is the way to the thread and back.
 
-Threads. A span begins and ends where the caller waits for its answer (`_Traced.wait`, the caller's own task), so it is
+Threads. A span begins and ends where the caller waits for its answer (`_Traced`, the caller's own task), so it is
 the child of whatever span is current there. Workers only leave the figures in the request (`_Observer.statement`),
 before they answer it. Statements of an offloaded function never wait: theirs is begun and ended on the worker's thread,
 in the copy of the caller's context in which the function runs. Gauges are read on the exporter's thread.
@@ -23,7 +23,7 @@ What is switched off costs nothing: a pool that is opened without `instrument()`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -32,7 +32,6 @@ from database import logs
 from database.driver import registry
 from database.driver.lease import Lease
 from database.driver.request import COMMIT, MANY, SCRIPT, Request
-from database.driver.wakeup import Waker
 from database.driver.worker import here
 from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, QueryExecutionError
 from database.logs import LogObserver, harmless, parameters_of
@@ -46,6 +45,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from database.driver.backend import Observer
     from database.driver.pool import Pool
+    from database.driver.wakeup import Waker
 
 __all__ = ["instrument", "sanitize", "summarize", "uninstrument"]
 
@@ -174,27 +174,29 @@ class _Instrumentation:
 
         return callback
 
-    def wrap(
-        self, name: str, engine: str, description: str, waker: Waker, observer: LogObserver
-    ) -> tuple[Waker, Observer]:
+    def observe(self, name: str, engine: str, description: str, observer: LogObserver) -> Observer:
         """See `logs.Instrumentation`."""
-        common: Attributes = {"db.system.name": SYSTEMS.get(engine, engine), "db.namespace": description}
-        traced = _traced(type(waker))()
-        traced.tracing = _Tracing(self, common)
-        return traced, _Observer(self, observer, name, traced.tracing)
+        return _Observer(
+            self, observer, name, {"db.system.name": SYSTEMS.get(engine, engine), "db.namespace": description}
+        )
+
+    def opened(self, pool: Pool) -> None:
+        """See `logs.Instrumentation`."""
+        if isinstance(pool.observer, _Observer):
+            pool.waker = cast("Waker", _Traced(pool.waker, pool.observer.tracing))
 
 
 class _Observer:
     """Reports to the log as before, leaves figures in the requests, and counts."""
 
-    __slots__ = ("_attributes", "_log", "_threshold", "_tracing", "owner", "slow_transaction")
+    __slots__ = ("_attributes", "_log", "_threshold", "owner", "slow_transaction", "tracing")
 
-    def __init__(self, owner: _Instrumentation, log: LogObserver, name: str, tracing: _Tracing) -> None:
+    def __init__(self, owner: _Instrumentation, log: LogObserver, name: str, common: Attributes) -> None:
         self.owner = owner
         self.slow_transaction = log.slow_transaction
         self._log = log
         self._threshold: float | None = None
-        self._tracing = tracing
+        self.tracing = _Tracing(owner, common)
         self._attributes: Mapping[str, str] = {"db.client.connection.pool.name": name}
 
     def threshold(self) -> float | None:
@@ -213,7 +215,7 @@ class _Observer:
     @harmless
     def _inline(self, request: Request, timing: _Timing) -> None:
         """A statement of an offloaded function: it is over already, and nobody waits for it on the loop's thread."""
-        span = self._tracing.begin(request, ago=timing.seconds)
+        span = self.tracing.begin(request, ago=timing.seconds)
         if span is not None:
             span.end(request.error)
 
@@ -259,55 +261,46 @@ def _role(*, readonly: bool) -> str:
 
 
 class _Traced:
-    """Goes in front of a waker's class: a span around each wait for an answer. Caller's task."""
+    """Stands before a pool's waker: a span around each wait for an answer. Caller's task."""
 
-    __slots__ = ()
+    __slots__ = ("_tracing", "_waker")
 
-    tracing: _Tracing
+    def __init__(self, waker: Waker, tracing: _Tracing) -> None:
+        self._waker = waker
+        self._tracing = tracing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._waker, name)
 
     async def wait(self, request: Request) -> Any:
-        span = self.tracing.begin(request)
-        if span is None:
-            return await super().wait(request)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
-        try:
-            result = await super().wait(request)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
-        except BaseException as error:
-            span.end(error)
-            raise
-        span.end(None)
-        return result  # pyright: ignore[reportUnknownVariableType]
+        """See `Waker`."""
+        return await self._within_span(self._waker.wait, request)
 
     async def wait_through(self, request: Request) -> Any:
-        span = self.tracing.begin(request)
+        """See `Waker`."""
+        return await self._within_span(self._waker.wait_through, request)
+
+    async def _within_span(self, wait: Callable[[Request], Awaitable[Any]], request: Request) -> Any:
+        span = self._tracing.begin(request)
         if span is None:
-            return await super().wait_through(request)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+            return await wait(request)
         try:
-            result = await super().wait_through(request)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+            result = await wait(request)
         except BaseException as error:
             span.end(error)
             raise
         span.end(None)
-        return result  # pyright: ignore[reportUnknownVariableType]
-
-
-_kinds: dict[type[Waker], Any] = {}
-
-
-def _traced(kind: type[Waker]) -> Any:
-    if kind not in _kinds:
-        _kinds[kind] = type(f"Traced{kind.__name__}", (_Traced, kind), {"__slots__": ("tracing",)})
-    return _kinds[kind]
+        return result
 
 
 class _Tracing:
     """Begins spans for one pool."""
 
-    __slots__ = ("_common", "_owner", "observer")
+    __slots__ = ("_common", "_owner")
 
     def __init__(self, owner: _Instrumentation, common: Attributes) -> None:
         self._owner = owner
         self._common = common
-        self.observer: _Observer | None = None
 
     def begin(self, request: Request, *, ago: float = 0.0) -> _Span | None:
         """A span for the request; None where it is not worth one. Raises nothing."""
