@@ -222,7 +222,7 @@ class LogObserver:
                 seconds * 1000,
                 outcome,
                 holder,
-                extra=self._of_transaction(lease, holder, seconds, outcome=outcome),
+                extra=self._of_transaction(lease, holder, seconds, outcome),
             )
         else:
             _transaction.log(
@@ -232,35 +232,42 @@ class LogObserver:
                 outcome,
                 seconds * 1000,
                 holder,
-                extra=self._of_transaction(lease, holder, seconds, outcome=outcome),
+                extra=self._of_transaction(lease, holder, seconds, outcome),
             )
 
     def committed(self, size: int) -> None:
         """See `Observer`. The transactions' own records say it."""
 
     @harmless
-    def holding(self, lease: Lease, seconds: float, waiting: int) -> None:
+    def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
         """See `Observer`."""
-        holder = lease.holder()
         _transaction.warning(
             "database %s: %s has been held for %.3f ms while %d wait%s for it, by %s",
             self._name,
-            _connection(readonly=lease.readonly),
+            _connection(readonly=readonly),
             seconds * 1000,
             waiting,
             "s" if waiting == 1 else "",
             holder,
-            extra=self._of_transaction(lease, holder, seconds, outcome="open", waiting=waiting),
+            extra={
+                "database": self._name,
+                "transaction": number,
+                "duration": seconds,
+                "holder": holder,
+                "readonly": readonly,
+                "outcome": "open",
+                "waiting": waiting,
+            },
         )
 
-    def _of_transaction(self, lease: Lease, holder: str, seconds: float, **more: object) -> dict[str, object]:
+    def _of_transaction(self, lease: Lease, holder: str, seconds: float, outcome: str) -> dict[str, object]:
         return {
             "database": self._name,
             "transaction": lease.number,
             "duration": seconds,
             "holder": holder,
             "readonly": lease.readonly,
-            **more,
+            "outcome": outcome,
         }
 
     @harmless

@@ -242,9 +242,9 @@ class _Observer:
         """Somebody got a connection after that time."""
         self.owner.wait_time.record(seconds, {**self._attributes, "database.role": _role(readonly=readonly)})
 
-    def holding(self, lease: Lease, seconds: float, waiting: int) -> None:
+    def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
         """See `Observer`."""
-        self._log.holding(lease, seconds, waiting)
+        self._log.holding(holder, number, readonly=readonly, seconds=seconds, waiting=waiting)
 
     def failure(self, error: BaseException) -> None:
         """See `Observer`."""

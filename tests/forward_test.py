@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -209,6 +210,45 @@ logger.setLevel(logging.INFO)
 logger.addHandler(Forwarder(JsonLines("127.0.0.1", {port})))
 anyio.run(main)
 """
+
+
+FORKING = """
+import logging, os, sys
+sys.path.insert(0, {examples!r})
+from forward import Forwarder
+
+def send(lines):
+    with open({path!r}, "a") as file:
+        file.writelines(f"{{os.getpid()}} {{line}}\\n" for line in lines)
+
+handler = Forwarder(send)
+logger = logging.getLogger("database")
+logger.setLevel(logging.INFO)
+logger.addHandler(handler)
+logger.info("the parent's")
+handler.flush()
+child = os.fork()
+logger.info("the child's" if child == 0 else "the parent's")
+handler.flush()
+if child == 0:
+    logging.shutdown()
+    os._exit(0)
+os.waitpid(child, 0)
+print(child)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_sends_its_own(tmp_path: Path) -> None:
+    """The handler works in a forked child, where its thread is gone, and sends nothing of the parent's twice."""
+    path = tmp_path / "sent"
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING.format(examples=str(EXAMPLES), path=str(path))],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    sent = [line.split(" ", 1) for line in path.read_text().splitlines()]
+    owners = [("child" if pid == done.stdout.strip() else "parent", json.loads(line)["message"]) for pid, line in sent]
+    assert sorted(owners) == [("child", "the child's"), ("parent", "the parent's"), ("parent", "the parent's")]
 
 
 def test_flushed_at_exit() -> None:

@@ -112,8 +112,16 @@ class Observer(Protocol):
         """One COMMIT has succeeded, which held that many writes or units of work. Only where `threshold()` is a number."""
         ...
 
-    def holding(self, lease: Any, seconds: float, waiting: int) -> None:
-        """A lease has been held for that long, and others wait for its connection. Once a lease; loop thread."""
+    def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
+        """A connection has been held for that long, and others wait for it. Reported once; loop thread.
+
+        Args:
+            holder: Who holds it, since where.
+            number: The transaction's number; None for a single unit of work.
+            readonly: Whether it is a reader.
+            seconds: For how long, at the least.
+            waiting: How many others wait.
+        """
         ...
 
     def failure(self, error: BaseException) -> None:

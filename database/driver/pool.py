@@ -123,6 +123,8 @@ class Pool:
         self._timeouts = 0
         self._timer: Timer | None = None
         self._patience = observer.slow_transaction
+        self._seen: tuple[Request, float] | None = None
+        """The unit of work that had the writer at the last look, and since when; a time to come if it was reported."""
         self._line: deque[Lease | ReadLane] = deque()
         self._idle: list[Worker] = []
         self._readers: list[Worker] = []
@@ -264,7 +266,9 @@ class Pool:
                 error = self._exhausted(head, now)
                 self.observer.failure(error)
                 self._refuse(head, partial(_again, error))
-        if next_check is not None:
+        if next_check is None:
+            self._seen = None
+        else:
             if self._patience is not None:
                 self._report_holders(now, self._patience)
             self._timer = self.waker.call_later(self._until_next_look(next_check), self._check_waiting)
@@ -278,7 +282,23 @@ class Pool:
             waiting = len(self._line if lease.readonly else self.writes.queue)
             if waiting:
                 lease.reported = True
-                self.observer.holding(lease, now - granted, waiting)
+                self.observer.holding(
+                    lease.holder(), lease.number, readonly=lease.readonly, seconds=now - granted, waiting=waiting
+                )
+        self._report_unit(now, patience)
+
+    def _report_unit(self, now: float, patience: float) -> None:
+        """Likewise what runs on the writer without a lease: `db.run`, `offload=True`, `execute_many`, a slow write."""
+        current, waiting = self.writer.current, len(self.writes.queue)
+        seen = self._seen
+        if current is None or not waiting or self.writes.lease is not None:
+            self._seen = None
+        elif seen is None or seen[0] is not current:
+            self._seen = current, now
+        elif now - seen[1] >= patience:
+            self._seen = current, float("inf")
+            what = current.label or getattr(current.sql, "sql", None) or str(current.sql)
+            self.observer.holding(what[:200], None, readonly=False, seconds=now - seen[1], waiting=waiting)
 
     def _exhausted(self, item: Lease | Request, now: float) -> ConnectionPoolExhaustedError:
         waited = now - item.queued_at

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import anyio
 import pytest
 
 from database import logs, transactional
-from tests.contract.support import SLOW_SELECT, Engine, add, errors, eventually, held, names
+from tests.contract.support import SLOW_INSERT, SLOW_SELECT, Engine, add, errors, eventually, held, names
 
 STANDARD = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
 SECRET = "hunter2-the-secret"
@@ -338,6 +339,48 @@ async def test_who_held_the_writer(make_db: Any, caplog: pytest.LogCaptureFixtur
     assert (extras(during)["outcome"], extras(during)["waiting"]) == ("open", 1)
     assert extras(after)["outcome"] == "committed"
     assert extras(after)["duration"] >= extras(during)["duration"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["run", "offload", "statement"])
+async def test_which_unit_of_work_held_the_writer(make_db: Any, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """What keeps the writer without a transaction of its own, on the connection's thread, is named as well, once."""
+    db = await make_db(logging={"slow_transaction_ms": 20})
+    release = threading.Event()
+
+    def function_that_takes_long(_connection: Any = None) -> None:
+        release.wait(5)
+
+    @transactional(offload=True)
+    async def offloaded_that_takes_long() -> None:
+        await add(db, "a")
+        function_that_takes_long()
+
+    async def write_until_released() -> None:
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            await db.execute(SLOW_INSERT)
+
+    scopes: list[anyio.CancelScope] = []
+    calls: dict[str, Any] = {
+        "run": lambda: db.run(function_that_takes_long),
+        "offload": offloaded_that_takes_long,
+        "statement": write_until_released,
+    }
+    caplog.clear()
+    async with anyio.create_task_group() as group:
+        group.start_soon(calls[kind])
+        await eventually(lambda: db.stats().writer_in_use)
+        group.start_soon(add, db, "waits")
+        await eventually(lambda: slow_ones(caplog), "a warning while the writer is held")
+        release.set()
+        for scope in scopes:
+            scope.cancel()
+    (record,) = slow_ones(caplog)
+    named = {"run": "function_that_takes_long", "offload": "offloaded_that_takes_long", "statement": SLOW_INSERT[:200]}
+    assert named[kind] in record.getMessage()
+    assert (extras(record)["transaction"], extras(record)["waiting"]) == (None, 1)
+    assert extras(record)["duration"] >= 0.02
 
 
 @pytest.mark.anyio
