@@ -23,7 +23,7 @@ What is switched off costs nothing: a pool that is opened without `instrument()`
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -45,7 +45,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from database.driver.backend import Observer
     from database.driver.pool import Pool
-    from database.driver.wakeup import Waker
 
 __all__ = ["instrument", "sanitize", "summarize", "uninstrument"]
 
@@ -183,7 +182,9 @@ class _Instrumentation:
     def opened(self, pool: Pool) -> None:
         """See `logs.Instrumentation`."""
         if isinstance(pool.observer, _Observer):
-            pool.waker = cast("Waker", _Traced(pool.waker, pool.observer.tracing))
+            # A class for each pool: its requests need no further slot to find their way here.
+            parts = {"__slots__": (), "tracing": pool.observer.tracing}
+            pool.request = type("TracedRequest", (_Traced, pool.request), parts)
 
 
 class _Observer:
@@ -261,31 +262,19 @@ def _role(*, readonly: bool) -> str:
 
 
 class _Traced:
-    """Stands before a pool's waker: a span around each wait for an answer. Caller's task."""
+    """Goes in front of a loop's class of requests: a span around each wait for an answer. Caller's task."""
 
-    __slots__ = ("_tracing", "_waker")
+    __slots__ = ()
 
-    def __init__(self, waker: Waker, tracing: _Tracing) -> None:
-        self._waker = waker
-        self._tracing = tracing
+    tracing: _Tracing
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._waker, name)
-
-    async def wait(self, request: Request) -> Any:
-        """See `Waker`."""
-        return await self._within_span(self._waker.wait, request)
-
-    async def wait_through(self, request: Request) -> Any:
-        """See `Waker`."""
-        return await self._within_span(self._waker.wait_through, request)
-
-    async def _within_span(self, wait: Callable[[Request], Awaitable[Any]], request: Request) -> Any:
-        span = self._tracing.begin(request)
+    def __await__(self) -> Generator[Any, Any, Any]:
+        wait = cast("Generator[Any, Any, Any]", super().__await__())  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+        span = self.tracing.begin(cast("Request", self))
         if span is None:
-            return await wait(request)
+            return (yield from wait)
         try:
-            result = await wait(request)
+            result: Any = yield from wait
         except BaseException as error:
             span.end(error)
             raise

@@ -297,7 +297,7 @@ async def test_switched_off_there_is_nothing(telemetry: Telemetry, make_db: Any)
     await names(db)
     (pool,) = db.pools()
     assert type(pool.observer).__module__ == "database.logs"
-    assert type(pool.waker).__module__ == "database.driver.wakeup"
+    assert pool.request is type(pool.waker).request
     assert telemetry.spans() == []
     assert telemetry.points("db.client.connection.count") == []
 
