@@ -440,14 +440,14 @@ def test_misuse_is_explained(project: Project) -> None:
 
 
 def test_it_keeps_out_of_the_way(project: Project) -> None:
-    """A project with its own fixture `db` keeps it; one that does not use the plugin imports no engine and no YAML."""
+    """A project with its own fixture `db` keeps it; one that does not use the plugin imports nothing but it."""
     project.write(
         "test_it.py",
         """
         import sys, pytest
 
         def test_not_imported():
-            for name in ("database.sqlite3", "database.sandbox", "aiosql", "yaml", "_sqlite3"):
+            for name in ("database.handle", "database.sqlite3", "database.sandbox", "aiosql", "yaml", "_sqlite3"):
                 assert name not in sys.modules, name
 
         @pytest.fixture
