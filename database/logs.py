@@ -164,7 +164,8 @@ class LogObserver:
         level = logging.WARNING if slow else logging.INFO
         if not _query.isEnabledFor(level):
             return
-        waited = max(0.0, perf_counter() - seconds - request.queued_at) if request.queued_at else None
+        queued_at: float | None = getattr(request, "queued_at", None)  # within a transaction nothing is queued
+        waited = None if queued_at is None else max(0.0, perf_counter() - seconds - queued_at)
         statement = request.sql
         parsed = isinstance(statement, Statement)
         sql = statement.sql if parsed else str(request.label or statement)
