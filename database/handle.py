@@ -736,13 +736,14 @@ class Database:
     def park(self) -> Parked:
         """Puts this handle's pools and transactions aside, as if it had never been used; see `database.sandbox`."""
         parked = self._pools, self.current
-        self._pools = {}
+        self._pools, self._recent = {}, None
         self.current = ContextVar(f"database {self.name}", default=None)
         return parked
 
     def unpark(self, parked: Parked) -> None:
         """Takes up what `park` has put aside. What has been opened since must have been closed."""
         pools, self.current = parked
+        self._recent = None
         self._pools = {key: pool for key, pool in pools.items() if not pool.closing}
 
     def forget_pools(self) -> None:
