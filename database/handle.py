@@ -24,7 +24,7 @@ from database import engine as engines
 from database import logs, settings
 from database.batch import Batch
 from database.driver.lease import Lease
-from database.driver.pool import Pool, PoolStats
+from database.driver.pool import Pool, PoolStats, aside
 from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT
 from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
@@ -620,10 +620,9 @@ class Database:
     async def _await_callback(self, result: Awaitable[Any]) -> None:
         try:
             await result
-        except Exception:  # nobody waits for it who could be told
-            logging.getLogger("database.transaction").exception(
-                "database %s: an on_commit() function failed", self.name
-            )
+        except Exception as error:  # nobody waits for it who could be told
+            logger = logging.getLogger("database.transaction")
+            aside(partial(logger.error, "database %s: an on_commit() function failed", self.name, exc_info=error))
 
     def detached(self) -> AbstractContextManager[None]:
         """`with db.detached():` steps outside the current transaction: for tasks that outlive it."""

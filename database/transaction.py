@@ -25,12 +25,14 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
 from database.driver.lease import Lease
+from database.driver.pool import aside
 from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
 from database.driver.wakeup import Timer, current_task, task_name
 from database.errors import (
@@ -413,7 +415,7 @@ class Transaction:
         """Ends a manual level whose task has gone, without waiting for the outcome."""
         if self.ended:
             return
-        self.database.observer.abandoned(self.origin())
+        aside(partial(self.database.observer.abandoned, self.origin()))
         if self.parent is not None:
             self._close_level(keep=False)
             return

@@ -89,7 +89,10 @@ class Session(Protocol):
 
 
 class Observer(Protocol):
-    """Hears of statements and transactions, on the worker's thread. Must neither raise nor block for long."""
+    """Hears of statements and transactions, on a worker's thread, or on one of its own: never on the event loop's.
+
+    It must not raise, and while it blocks, the connection does.
+    """
 
     @property
     def slow_transaction(self) -> float | None:
@@ -113,7 +116,7 @@ class Observer(Protocol):
         ...
 
     def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
-        """A connection has been held for that long, and others wait for it. Reported once; loop thread.
+        """A connection has been held for that long, and others wait for it. Reported once.
 
         Args:
             holder: Who holds it, since where.

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import Thread, get_ident
 from time import perf_counter
 
 import anyio
@@ -44,7 +44,7 @@ from database.errors import (
     PoolClosedError,
 )
 
-__all__ = ["Pool", "PoolStats"]
+__all__ = ["Pool", "PoolStats", "aside"]
 
 JOIN_SECONDS = 5.0
 """How long the end of a loop or of the process waits for a worker that was told to stop."""
@@ -243,6 +243,8 @@ class Pool:
         self._timer = None
         now = perf_counter()
         next_check: float | None = None
+        errors: list[BaseException] = []
+        refused: list[Request] = []
         for queue in (self._line, self.reads.queue, self.writes.queue):
             while True:
                 try:
@@ -264,14 +266,22 @@ class Pool:
                     continue
                 self._timeouts += 1
                 error = self._exhausted(head, now)
-                self.observer.failure(error)
-                self._refuse(head, partial(_again, error))
+                errors.append(error)
+                refused.extend(self._refuse(head, partial(_again, error)))
+        if errors:
+            aside(partial(self._report_and_wake, errors, refused))
         if next_check is None:
             self._seen = None
         else:
             if self._patience is not None:
                 self._report_holders(now, self._patience)
             self._timer = self.waker.call_later(self._until_next_look(next_check), self._check_waiting)
+
+    def _report_and_wake(self, errors: list[BaseException], refused: list[Request]) -> None:
+        """Logs first and wakes second: who catches the error may count on its having been logged. Any thread."""
+        for error in errors:
+            self.observer.failure(error)
+        self.waker.post(refused)
 
     def _report_holders(self, now: float, patience: float) -> None:
         """Reports leases that have kept others waiting for too long."""
@@ -282,9 +292,7 @@ class Pool:
             waiting = len(self._line if lease.readonly else self.writes.queue)
             if waiting:
                 lease.reported = True
-                self.observer.holding(
-                    lease.holder(), lease.number, readonly=lease.readonly, seconds=now - granted, waiting=waiting
-                )
+                self._report(lease.holder(), lease.number, lease.readonly, now - granted, waiting)
         self._report_unit(now, patience)
 
     def _report_unit(self, now: float, patience: float) -> None:
@@ -298,7 +306,11 @@ class Pool:
         elif now - seen[1] >= patience:
             self._seen = current, float("inf")
             what = current.label or getattr(current.sql, "sql", None) or str(current.sql)
-            self.observer.holding(what[:200], None, readonly=False, seconds=now - seen[1], waiting=waiting)
+            self._report(what[:200], None, False, now - seen[1], waiting)
+
+    def _report(self, holder: str, number: int | None, readonly: bool, seconds: float, waiting: int) -> None:
+        holding = self.observer.holding
+        aside(lambda: holding(holder, number, readonly=readonly, seconds=seconds, waiting=waiting))
 
     def _exhausted(self, item: Lease | Request, now: float) -> ConnectionPoolExhaustedError:
         waited = now - item.queued_at
@@ -322,8 +334,8 @@ class Pool:
                 found.append(f"the statement {str(current.label or current.sql)[:80]!r}")
         return found
 
-    def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> None:
-        """Answers what was taken out of a queue. Loop thread; no worker has it."""
+    def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> list[Request]:
+        """Answers what was taken out of a queue; gives the requests to be woken. Loop thread; no worker has it."""
         if isinstance(item, Lease):
             self.transactions.discard(item)
             item.dropped = True
@@ -334,7 +346,7 @@ class Pool:
             requests = [item]
         for request in requests:
             request.error = error()
-        self.waker.wake(requests)
+        return requests
 
     def _refuse_all(self, error: Callable[[], BaseException], *, all_of_them: bool = True) -> None:
         """Refuses what waits; or only what no worker will come to any more: a served lane is emptied first."""
@@ -352,7 +364,7 @@ class Pool:
                 if isinstance(item, ReadLane):
                     item.claiming = False
                 else:
-                    self._refuse(item, error)
+                    self.waker.wake(self._refuse(item, error))
 
     # Looking
 
@@ -469,6 +481,14 @@ class Pool:
             lease.doom = PoolClosedError("this transaction belongs to the process that this one was forked from")
             lease.ended = True
         return [worker.session for worker in (self.writer, *self._readers) if worker.session is not None]
+
+
+def aside(function: Callable[[], None]) -> None:
+    """Runs what may have to wait (a log handler) on a thread of its own, for an event loop must not. Any thread."""
+    try:
+        Thread(target=function, name="database-log", daemon=True).start()
+    except RuntimeError:  # the interpreter is about to end
+        function()
 
 
 def _again(error: BaseException) -> BaseException:

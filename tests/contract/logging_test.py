@@ -409,3 +409,62 @@ async def test_slow_transactions_can_be_left_alone(make_db: Any, caplog: pytest.
         async with db.transaction():
             await db.fetch_value("SELECT 1")
     assert slow_ones(caplog) == []
+
+
+class Blocking(logging.Handler):
+    """A handler that waits for a network, say; remembers on which threads it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.seen: list[tuple[str, int]] = []
+
+    def handle(self, record: logging.LogRecord) -> bool:  # not `emit`: that is called with a lock held
+        self.seen.append((record.name, threading.get_ident()))
+        if record.name != "database.query":
+            self.go_on.wait(5)
+        return True
+
+    def count(self, name: str) -> int:
+        return [each for each, _ in self.seen].count(name)
+
+
+@pytest.mark.anyio
+async def test_no_handler_ever_runs_on_the_event_loop(make_db: Any) -> None:
+    """Statements, errors, exhaustion, holders, transactions left open, failed callbacks: whatever is logged, and however
+    long a handler takes, the event loop goes on.
+    """
+    db = await make_db(pool_timeout=0.1, logging={"slow_transaction_ms": 10, "slow_ms": 0})
+    handler = Blocking()
+
+    async def exhausted() -> None:
+        with pytest.raises(errors.ConnectionPoolExhaustedError):
+            await add(db, "exhausted")
+
+    async def leave_open() -> None:
+        await db.begin()
+        await add(db, "left open")
+
+    async def fail() -> None:
+        raise LookupError
+
+    try:
+        async with anyio.create_task_group() as group:
+            async with held(db):
+                logging.getLogger("database").addHandler(handler)
+                group.start_soon(exhausted)
+                await eventually(lambda: handler.count("database.transaction"), "the holder, while its handler waits")
+                await eventually(lambda: handler.count("database.pool"), "the exhaustion, while its handler waits")
+                handler.go_on.set()
+            group.start_soon(leave_open)
+        await eventually(lambda: handler.count("database.transaction") >= 3, "the transaction left open")
+        before = handler.count("database.transaction")
+        db.on_commit(fail)
+        await eventually(lambda: handler.count("database.transaction") > before, "the failed callback")
+        with pytest.raises(errors.QueryExecutionError):
+            await db.execute("SELEKT")
+    finally:
+        handler.go_on.set()
+        logging.getLogger("database").removeHandler(handler)
+    assert {"database.query", "database.pool", "database.transaction"} <= {name for name, _ in handler.seen}
+    assert threading.get_ident() not in {thread for _, thread in handler.seen}
