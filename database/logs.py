@@ -1,8 +1,8 @@
 """Logging: one record a statement, with standard `logging`, silent until somebody configures it.
 
 Loggers: `database.query` (statements), `database.pool` (connections, errors of the pool) and `database.transaction`.
-Records are made on the worker's thread, after the statement and before its answer is posted: a slow handler delays the
-database, but never the event loop.
+Records are made on the worker's thread, after the statement and before its answer is posted, or on a thread of their own:
+a slow handler delays the database, but never the event loop.
 
 Attributes of a `database.query` record, for formatters and shippers: `database` (the name), `sql`, `operation` (its
 verb, or None where functions and scripts run), `parameters` (redacted unless `logging.parameters` is `shown`), `rows`,
