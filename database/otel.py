@@ -301,7 +301,7 @@ class _Tracing:
 
     def _begin(self, request: Request, ago: float) -> _Span | None:
         label = request.label
-        if label in _SILENT or (label is None and request.extra == "stream"):
+        if label in _SILENT:
             return None
         name, described = _describe(request)
         described.update(self._common)

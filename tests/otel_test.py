@@ -266,6 +266,12 @@ async def test_pool_metrics(db: Any, telemetry: Telemetry, engine: Engine) -> No
 async def test_other_operations(db: Any, telemetry: Telemetry) -> None:
     """Scripts, functions, batches and streams are one span each, with names of few values."""
 
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError("objects of the user's are nobody's to compare")
+
+        __hash__ = None  # type: ignore[assignment]
+
     def work(connection: Any) -> None:
         connection.execute("INSERT INTO item (value) VALUES ('x')")
 
@@ -279,7 +285,7 @@ async def test_other_operations(db: Any, telemetry: Telemetry) -> None:
         assert len([row async for row in rows]) == 6
     with pytest.raises(LookupError):
         async with db.transaction():
-            await db.fetch_value("PRAGMA user_version")
+            await db.fetch_value("PRAGMA user_version", default=Odd())
             raise LookupError
     assert [span.name for span in telemetry.spans()] == [
         "script", "run test_other_operations.<locals>.work", "BATCH INSERT item", "BATCH INSERT item", "SELECT item",
