@@ -183,14 +183,14 @@ async def test_time_spent_waiting_for_the_writer(db: Any, telemetry: Telemetry) 
     pool, lock, execution = split(span)
     assert pool >= 0.05
     assert lock == 0
-    assert 0 < execution < 0.05
+    assert execution > 0
     assert pool + lock + execution <= (span.end_time - span.start_time) / 1e9 + 0.001
 
 
 @pytest.mark.parametrize("kind", ["autocommit", "transaction"])
 async def test_time_spent_waiting_for_a_lock(db: Any, telemetry: Telemetry, engine: Engine, kind: str) -> None:
     """What waits for another process's lock has waited for the lock."""
-    other = anyio.Event()
+    (found,) = db.pools()
 
     async def write() -> None:
         if kind == "transaction":
@@ -198,29 +198,28 @@ async def test_time_spent_waiting_for_a_lock(db: Any, telemetry: Telemetry, engi
                 await add(db, "waits")
         else:
             await add(db, "waits")
-        other.set()
 
     async with anyio.create_task_group() as group:
         with engine.locked():
             group.start_soon(write)
-            await anyio.sleep(0.06)  # not to synchronise: this is the time that is measured
+            await eventually(lambda: found.writer.locked > 0, "the first try has been refused")
     span = telemetry.span("INSERT jobs")
     pool, lock, execution = split(span)
-    assert lock >= 0.03
-    assert pool < 0.05
-    assert execution < 0.05 + 0.03  # SQLite's own busy handler waits for one slice before the driver counts
+    assert lock >= 0.015  # SQLite itself waits for 20 ms before it refuses
+    assert execution > 0
+    assert pool + lock + execution <= (span.end_time - span.start_time) / 1e9 + 0.001
 
 
 async def test_exhaustion(telemetry: Telemetry, make_db: Any) -> None:
     """A wait for a connection that ends in an error is a span of its own, all of it pool wait; it is counted."""
-    db = await make_db(pool_timeout=0.05)
+    db = await make_db(pool_timeout=0.4)
     async with held(db):
         telemetry.exporter.clear()
         with pytest.raises(errors.ConnectionPoolExhaustedError):
             await add(db, "a")
     span = telemetry.span("INSERT jobs")
     assert span.attributes["error.type"] == "database.errors.ConnectionPoolExhaustedError"
-    assert span.attributes["database.pool_wait"] >= 0.05
+    assert span.attributes["database.pool_wait"] >= 0.4
     (point,) = telemetry.points("db.client.connection.timeouts")
     assert point.value == 1
     assert point.attributes == {"db.client.connection.pool.name": "default"}

@@ -144,6 +144,7 @@ class Backend:
         is_busy: Whether an error means that somebody else holds a lock, and that trying again can help.
         is_broken: Whether the connection that raised this error is to be replaced.
         busy_timeout: Seconds to wait for another process's lock.
+        busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
     """
@@ -153,5 +154,6 @@ class Backend:
     is_busy: Callable[[BaseException], bool]
     is_broken: Callable[[BaseException], bool]
     busy_timeout: float
+    busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict

@@ -339,7 +339,7 @@ class Worker:
             # The same once more, and not `finally`: most statements succeed, and pay for every line.
             with self._guard:
                 self.current = None
-            self._failed(request, error)
+            self._failed(request, error, started)
         if threshold is not None:
             seconds = perf_counter() - started
             if seconds >= threshold:
@@ -397,13 +397,15 @@ class Worker:
         except BaseException as error:
             raise self.translate(error, None) from error
 
-    def _failed(self, request: Request, error: BaseException) -> None:
+    def _failed(self, request: Request, error: BaseException, started: float) -> None:
         # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
         again = request.kind == STATEMENT or request.kind == ALONE
         if again and self.backend.is_busy(error) and not request.cancelled:
             session = self.session
             assert session is not None
             before = self.locked
+            if started:  # somebody observes: the first try was waiting, too
+                self.locked += perf_counter() - started
             try:
                 request.result = self.patiently(
                     request, request.operation, session, request.sql, request.params, request.extra
@@ -451,30 +453,36 @@ class Worker:
         Raises:
             Interrupted: The request was cancelled meanwhile.
         """
-        began = perf_counter()
+        began = until = perf_counter()
         deadline = began + self.backend.busy_timeout
         try:
             while True:
+                until = perf_counter()
                 try:
                     return step(*arguments)
                 except BaseException as error:
-                    if not self.backend.is_busy(error) or perf_counter() >= deadline:
+                    until = perf_counter()
+                    if not self.backend.is_busy(error) or until >= deadline:
                         raise
                 self.flush()
                 if self._stopping or (request is not None and request.cancelled):
                     raise Interrupted
                 time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
         finally:
-            self.locked += perf_counter() - began
+            # Of the last try, what it may have waited by itself; the rest is work.
+            self.locked += until - began + min(perf_counter() - until, self.backend.busy_slice)
 
     def begin(self, request: Request, *, readonly: bool) -> Session:
         """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
         session = self.session or self.ready()
+        began = 0.0 if self.threshold is None else perf_counter()
         try:
             session.begin(readonly=readonly)
         except BaseException as error:
             if not self.backend.is_busy(error):
                 raise
+            if began:
+                self.locked += perf_counter() - began
             self.patiently(request, _begin, session, readonly)
         return session
 

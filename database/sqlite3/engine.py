@@ -18,7 +18,7 @@ from database.driver.backend import Backend, Role
 from database.engine import Engine
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis, memory
-from database.sqlite3.connection import SqliteSession, control_error, is_broken, is_busy, open_session
+from database.sqlite3.connection import BUSY_SLICE, SqliteSession, control_error, is_broken, is_busy, open_session
 
 __all__ = ["ENGINE"]
 
@@ -66,6 +66,7 @@ def _backend(settings: SqliteSettings) -> Backend:
         is_busy=is_busy,
         is_broken=is_broken,
         busy_timeout=settings.busy_timeout / 1000,
+        busy_slice=BUSY_SLICE,
         dispose=dispose,
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
     )

@@ -434,7 +434,7 @@ async def test_no_handler_ever_runs_on_the_event_loop(make_db: Any) -> None:
     """Statements, errors, exhaustion, holders, transactions left open, failed callbacks: whatever is logged, and however
     long a handler takes, the event loop goes on.
     """
-    db = await make_db(pool_timeout=0.1, logging={"slow_transaction_ms": 10, "slow_ms": 0})
+    db = await make_db(pool_timeout=0.5, logging={"slow_transaction_ms": 10, "slow_ms": 0})
     handler = Blocking()
 
     async def exhausted() -> None:
