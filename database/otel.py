@@ -421,7 +421,7 @@ def _describe(request: Request) -> tuple[str, Attributes]:
         attributes["db.operation.batch.size"] = len(items)
         return str(attributes["db.query.summary"]), attributes
     if request.kind == SCRIPT:
-        name = "backup" if (request.label or "").startswith("backup") else "script"
+        name = "backup" if str(request.label).startswith("backup") else "script"
     else:
         function = getattr(statement, "function", statement)
         kind = "offload" if function is not statement else "run"

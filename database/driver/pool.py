@@ -305,7 +305,7 @@ class Pool:
             self._seen = current, now
         elif now - seen[1] >= patience:
             self._seen = current, float("inf")
-            what = current.label or getattr(current.sql, "sql", None) or str(current.sql)
+            what = str(current.label or getattr(current.sql, "sql", None) or current.sql)
             self._report(what[:200], None, False, now - seen[1], waiting)
 
     def _report(self, holder: str, number: int | None, readonly: bool, seconds: float, waiting: int) -> None:
