@@ -16,6 +16,7 @@ from aiosql.adapters.sqlite3 import SQLite3Adapter
 from database import errors
 from database.driver.backend import Backend, Role
 from database.engine import Engine
+from database.migrations import Order
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis, memory
 from database.sqlite3.connection import BUSY_SLICE, SqliteSession, control_error, is_broken, is_busy, open_session
@@ -53,10 +54,12 @@ def _backend(settings: SqliteSettings) -> Backend:
         if role == "writer":
             try:
                 _initialise(session, settings)
+                if settings.auto_migrate and settings.migrations is not None:
+                    session.migrate(Order(settings.migrations))
             except BaseException as error:
                 session.close()
                 if isinstance(error, sqlite3.Error):
-                    raise errors.ConnectionFailedError(settings.path, f"init_sql failed: {error}") from error
+                    raise errors.ConnectionFailedError(settings.path, f"the schema cannot be made: {error}") from error
                 raise
         return session
 
@@ -81,7 +84,7 @@ def _size(path: str) -> int:
 
 def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
     """Runs `init_sql`, all of it in one transaction."""
-    if settings.init_sql == "":
+    if settings.init_sql == "" or (settings.init_sql is None and settings.migrations is not None):
         return
     if settings.init_sql is None:
         source = resources.files("database.sqlite3") / "sql" / "init.sql"
