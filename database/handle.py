@@ -170,9 +170,12 @@ class Database:
             chosen = cast("settings.Settings", self._settings)
             logs.set_up(chosen.logging)
             key = id(loop)
+            monitor = _monitor(chosen)
 
             def closed(pool: Pool) -> None:
                 settings.release(ticket)
+                if monitor is not None:
+                    monitor.withdraw(pool)
                 if self._pools.get(key) is pool:
                     del self._pools[key]
                 if self._recent is pool:
@@ -198,6 +201,8 @@ class Database:
             settings.release(ticket)
             raise
         self._pools[key] = pool
+        if monitor is not None:
+            monitor.offer(chosen.monitor, pool)
         return pool
 
     def _analyse(self, query: Query) -> Statement:
@@ -868,6 +873,15 @@ class TransactionContext:
         if scope is not None:
             scope.stop(error)
         return False
+
+
+def _monitor(chosen: settings.Settings) -> Any:
+    """The module that offers a pool's statistics; None where nobody wants them, and then it is not even imported."""
+    if getattr(chosen, "monitor", None) is None:
+        return None
+    from database import monitor  # noqa: PLC0415  - most processes are not watched
+
+    return monitor
 
 
 def _origin(what: str, depth: int) -> Origin:
