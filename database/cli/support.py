@@ -96,7 +96,10 @@ def fail(message: str, hint: str = "", status: Status = Status.FAILED) -> NoRetu
 @functools.cache
 def out() -> Console:
     """Where results go: stdout."""
-    return Console(highlight=False, emoji=False)
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 1000  # a file or a pipe has no edge to fold at
+    return console
 
 
 @functools.cache
@@ -274,11 +277,12 @@ class Target:
         """The engine's package and the database's settings as they were written."""
         return self.configuration().find(self.name)
 
-    def open(self, *, schema: bool = False, must_exist: bool = True) -> Database:
+    def open(self, *, schema: bool = False, must_exist: bool = True, **changes: Any) -> Database:
         """The database's handle, with a configuration that suits a command.
 
         Nothing is logged to the console, which is the command's, nothing is migrated, and unless `schema` is true no
-        init_sql is run: to look at a database must not change it.
+        init_sql is run: to look at a database must not change it. `changes` are settings that this command needs
+        otherwise than they are configured, where the engine has them.
         """
         configuration = self.configuration()
         engine, chosen = configuration.find(self.name)
@@ -296,7 +300,7 @@ class Target:
                     Status.USAGE,
                 )
         quiet = dataclasses.replace(chosen.logging, console=False)
-        changes: dict[str, Any] = {"logging": quiet, "monitor": None, "auto_migrate": False}
+        changes |= {"logging": quiet, "monitor": None, "auto_migrate": False}
         if not schema:
             changes["init_sql"] = ""
         known = {field.name for field in dataclasses.fields(chosen)}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -30,6 +30,30 @@ _TOTALS = (
     "wait_seconds_total",
     "acquired_total",
 )
+
+
+WIDE = 150
+"""Columns of the terminal from which all figures are shown."""
+
+_COLUMNS: tuple[tuple[str, Literal["left", "center", "right"], bool], ...] = (
+    ("pid", "right", True),
+    ("program", "left", False),
+    ("database", "left", True),
+    ("loop", "left", False),
+    ("read", "right", True),
+    ("write", "center", True),
+    ("wait", "right", True),
+    ("queue", "right", True),
+    ("stmt/s", "right", True),
+    ("commit/s", "right", True),
+    ("grouped/s", "right", False),
+    ("rollb/s", "right", False),
+    ("wait ms", "right", False),
+    ("timeouts", "right", False),
+    ("WAL", "right", True),
+    ("up", "right", False),
+)
+"""Heading, alignment, and whether a narrow terminal shows it, too."""
 
 
 def top(target: Target, name: str | None, *, folder: str | None, interval: float, once: bool, as_json: bool) -> None:
@@ -113,14 +137,10 @@ def _picture(processes: list[dict[str, Any]], history: _History, folder: str) ->
             head,
             Text("\nno process offers a pool here: none is running, or none has used its database yet", style="dim"),
         )
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for heading, justify in (
-        ("pid", "right"), ("program", "left"), ("database", "left"), ("loop", "left"), ("readers", "right"),
-        ("writer", "center"),
-        ("waiting", "right"), ("queued", "right"), ("stmt/s", "right"), ("commit/s", "right"), ("per commit", "right"),
-        ("rollb/s", "right"), ("wait ms", "right"), ("timeouts", "right"), ("WAL", "right"), ("up", "right"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    columns = [each for each in _COLUMNS if each[2] or out().width >= WIDE]
+    for heading, justify, _ in columns:
+        table.add_column(heading, justify=justify, no_wrap=True)
     notes: list[Text] = []
     for process in processes:
         pid = str(process["pid"])
@@ -128,7 +148,8 @@ def _picture(processes: list[dict[str, Any]], history: _History, folder: str) ->
             notes.append(Text(f"{pid}: {clean(process['error'])}", style="yellow"))
             continue
         for pool in process["pools"]:
-            _add_row(table, process, pool, history.rates(process, pool))
+            cells = _cells(process, pool, history.rates(process, pool))
+            table.add_row(*(cells[heading] for heading, _, _ in columns))
             for role, holders in pool["held_by"].items():
                 notes.extend(
                     Text.assemble((f"{pid} {clean(pool['database'])} {role}: ", "cyan"), clean(holder, lines=False))
@@ -138,29 +159,28 @@ def _picture(processes: list[dict[str, Any]], history: _History, folder: str) ->
     return Group(head, table, held, *notes)
 
 
-def _add_row(table: Table, process: dict[str, Any], pool: dict[str, Any], rates: dict[str, float]) -> None:
+def _cells(process: dict[str, Any], pool: dict[str, Any], rates: dict[str, float]) -> dict[str, Text | str]:
     stats = pool["stats"]
-    waiting, queued = stats.get("waiting", 0), stats.get("queued", 0)
-    commits = rates["commits_total"]
-    waits = rates["acquired_total"]
-    table.add_row(
-        str(process["pid"]),
-        Text(clean(process["program"], lines=False)),
-        Text(clean(pool["database"], lines=False), style="cyan"),
-        pool["loop"],
-        f"{stats.get('readers_in_use', 0)} of {stats.get('readers_open', 0)}/{stats.get('pool_size', 0)}",
-        Text("●", style="green") if stats.get("writer_in_use") else Text("○", style="dim"),
-        Text(str(waiting), style="yellow" if waiting else ""),
-        Text(str(queued), style="yellow" if queued > 100 else ""),
-        f"{rates['statements_total']:,.0f}",
-        f"{commits:,.0f}",
-        f"{rates['grouped_total'] / commits:.1f}" if commits and rates["grouped_total"] else "-",
-        f"{rates['rollbacks_total']:,.0f}",
-        f"{rates['wait_seconds_total'] / waits * 1000:.2f}" if waits else "-",
-        Text(str(stats.get("timeouts_total", 0)), style="red" if stats.get("timeouts_total") else ""),
-        size(pool["wal_bytes"]),
-        duration(process["time"] - pool["opened"]),
-    )
+    waiting, queued, timeouts = (stats.get(name, 0) for name in ("waiting", "queued", "timeouts_total"))
+    acquired = rates["acquired_total"]
+    return {
+        "pid": str(process["pid"]),
+        "program": Text(clean(process["program"], lines=False)),
+        "database": Text(clean(pool["database"], lines=False), style="cyan"),
+        "loop": pool["loop"],
+        "read": f"{stats.get('readers_in_use', 0)}/{stats.get('readers_open', 0)}/{stats.get('pool_size', 0)}",
+        "write": Text("●", style="green") if stats.get("writer_in_use") else Text("○", style="dim"),
+        "wait": Text(str(waiting), style="yellow" if waiting else ""),
+        "queue": Text(str(queued), style="yellow" if queued > 100 else ""),
+        "stmt/s": f"{rates['statements_total']:,.0f}",
+        "commit/s": f"{rates['commits_total']:,.0f}",
+        "grouped/s": f"{rates['grouped_total']:,.0f}",
+        "rollb/s": f"{rates['rollbacks_total']:,.0f}",
+        "wait ms": f"{rates['wait_seconds_total'] / acquired * 1000:.2f}" if acquired else "-",
+        "timeouts": Text(str(timeouts), style="red" if timeouts else ""),
+        "WAL": size(pool["wal_bytes"]),
+        "up": duration(process["time"] - pool["opened"]),
+    }
 
 
 @contextmanager

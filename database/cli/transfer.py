@@ -44,6 +44,9 @@ __all__ = ["Reading", "Writing", "export_query", "import_file"]
 CHUNK = 2000
 """Rows sent to the database at a time."""
 
+CACHE = 128 * 1024
+"""KiB of page cache for an import."""
+
 SAMPLE = 1000
 """Rows from which the types of a new table are guessed."""
 
@@ -238,7 +241,8 @@ def import_file(
 async def _import(
     target: Target, source: _Source, table: str, create: bool, verb: str, batch: int | None
 ) -> dict[str, int]:
-    db = target.open()
+    # Indexes are written to all over the place: with the usual 2 MB of cache, most rows would have pages written twice.
+    db = target.open(cache_size=-CACHE)
     with source.open() as records, _progress("import", source.total) as bar:
         task = bar.tasks[0].id
         into: _Inserter | None = None

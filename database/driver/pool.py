@@ -349,7 +349,7 @@ class Pool:
         for worker in workers:
             current = worker.current
             if current is not None and (readonly or not leases):
-                found.append(f"the statement {str(current.label or current.sql)[:80]!r}")
+                found.append(f"the statement {str(current.label or getattr(current.sql, 'sql', current.sql))[:80]!r}")
         return found
 
     def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> list[Request]:
