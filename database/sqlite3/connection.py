@@ -191,6 +191,10 @@ class SqliteSession:
             known = analysis.READ_PRAGMAS if second is None else analysis.ARGUMENT_PRAGMAS
             if first.lower() in known:
                 return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_UPDATE and first == "sqlite_master" and self.readonly:
+            # Asked when a table-valued pragma (`FROM pragma_table_info('jobs')`) is first used and SQLite declares its
+            # columns to itself. The file is open with `mode=ro`: a statement that means it is refused all the same.
+            return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
