@@ -332,54 +332,40 @@ async def _interactive(session: _Session) -> None:
     remark(
         f"SQLite {sqlite3.sqlite_version}, {where}{' (read-only)' if session.readonly else ''}; .help helps, Ctrl-D ends"
     )
-    with _interrupts() as interruptible:
-        while True:
-            star = "*" if session.db.in_transaction else ""
-            try:
-                text = await prompt(f"{session.db.name}{star}> ")
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
-                return
-            try:
-                with interruptible() as scope:
-                    await session.feed(text)
-                if scope.cancelled_caught:
-                    err().print("interrupted", style="red")
-            except _Quit:
-                return
-            except (Failure, errors.DatabaseError) as error:
-                err().print(Text(error_block(error)), soft_wrap=True, style="red")
+    while True:
+        star = "*" if session.db.in_transaction else ""
+        try:
+            text = await prompt(f"{session.db.name}{star}> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        try:
+            with _interruptible() as scope:
+                await session.feed(text)
+            if scope.cancelled_caught:
+                err().print("interrupted", style="red")
+        except _Quit:
+            return
+        except (Failure, errors.DatabaseError) as error:
+            err().print(Text(error_block(error)), soft_wrap=True, style="red")
 
 
 @contextmanager
-def _interrupts() -> Generator[Callable[[], Any]]:
-    """Gives a scope around a statement that Ctrl-C cancels, instead of the program."""
-    scopes: list[anyio.CancelScope] = []
-
-    def interrupt() -> None:
-        for scope in scopes:
-            scope.cancel()
-
-    @contextmanager
-    def interruptible() -> Generator[anyio.CancelScope]:
-        with anyio.CancelScope() as scope:
-            scopes.append(scope)
-            try:
-                yield scope
-            finally:
-                scopes.remove(scope)
-
+def _interruptible() -> Generator[anyio.CancelScope]:
+    """A scope around what runs, which Ctrl-C cancels instead of the program."""
+    # For each input anew: the prompt has a handler of its own, and leaves none behind.
     loop = asyncio.get_running_loop()
-    try:
-        loop.add_signal_handler(signal.SIGINT, interrupt)
-    except NotImplementedError:  # Windows: there it ends the program
-        yield interruptible
-        return
-    try:
-        yield interruptible
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
+    with anyio.CancelScope() as scope:
+        try:
+            loop.add_signal_handler(signal.SIGINT, scope.cancel)
+        except NotImplementedError:  # Windows: there it ends the program
+            yield scope
+            return
+        try:
+            yield scope
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
 
 
 def _prompt(session: _Session) -> Callable[[str], Any]:
