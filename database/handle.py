@@ -749,8 +749,7 @@ class Database:
         return MigrationStatus(applied, pending(load(path), applied, path))
 
     def _migrations_folder(self, folder: str | os.PathLike[str] | None) -> str:
-        if self._engine is None:
-            self._resolve()
+        self._resolve()  # the configuration may be another one since the last pool was closed
         chosen = getattr(self._settings, "migrations", None) if folder is None else os.fspath(folder)
         if not chosen:
             raise ConfigurationError(

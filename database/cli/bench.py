@@ -56,6 +56,8 @@ class Contender:
     """What has to be installed."""
     concurrent: ClassVar[bool] = True
     """Whether several tasks mean anything to it."""
+    methods: ClassVar[tuple[str, ...]] = ("point", "insert", "transact", "many", "rows")
+    """What it does in a way of its own."""
 
     def __init__(self, path: str, synchronous: str) -> None:
         self.path = path
@@ -161,6 +163,7 @@ class Offload(Ours):
     """This package, a transaction function sent whole to the database's thread."""
 
     name = "this package, offload"
+    methods = ("transact",)
 
     async def open(self) -> None:
         await super().open()
@@ -453,7 +456,9 @@ def _measure(
 ) -> dict[str, dict[str, float]]:
     template = work / "template.db"
     _seed(template)
-    found: dict[str, dict[str, list[float]]] = {each.name: {c.name: [] for c in contenders} for each in workloads}
+    found: dict[str, dict[str, list[float]]] = {
+        each.name: {kind.name: [] for kind in contenders if each.method in kind.methods} for each in workloads
+    }
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -466,6 +471,9 @@ def _measure(
             turn = number % len(contenders)
             for workload in workloads:
                 for kind in contenders[turn:] + contenders[:turn]:
+                    if workload.method not in kind.methods:
+                        bar.advance(task)
+                        continue
                     bar.update(task, description=f"{workload.name}: {kind.name}")
                     path = work / f"{workload.name}.db"
                     shutil.copyfile(template, path)
@@ -527,15 +535,20 @@ def _show(
     for kind in contenders:
         table.add_column(kind.name, justify="right", style="bold cyan" if kind is Ours else "")
     for workload in workloads:
+        found = rates[workload.name]
         table.add_row(
-            f"{workload.title} ({workload.unit})", *(f"{rates[workload.name][kind.name]:,.0f}" for kind in contenders)
+            f"{workload.title} ({workload.unit})",
+            *(f"{found[kind.name]:,.0f}" if kind.name in found else "" for kind in contenders),
         )
     out().print(table)
     width = max(len(kind.name) for kind in contenders)
     for workload in workloads:
-        best = max(rates[workload.name].values())
-        out().print(Text(f"{workload.title}, {workload.unit} per second", style="bold"))
+        best = max(rates[workload.name].values(), default=0)
+        if best:
+            out().print(Text(f"{workload.title}, {workload.unit} per second", style="bold"))
         for kind in contenders:
+            if kind.name not in rates[workload.name]:
+                continue
             rate = rates[workload.name][kind.name]
             style = "cyan" if issubclass(kind, Ours) else "yellow" if kind is Raw else "bright_black"
             line = Text.assemble(f"  {kind.name:<{width}} ", (_bar(rate / best), style), f" {rate:,.0f}")

@@ -10,7 +10,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,13 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
         return
     yield _file(path)
     yield from _place(path)
+    tidy = _Tidied(path)
     try:
         session = open_session(settings, str(path), "reader", stopped)
     except errors.ConnectionFailedError as error:
         yield from _unopened(settings, path, error)
         return
-    with closing(session):
+    with tidy, closing(session):
         raw = session.raw
         yield _pragmas(settings)
         try:
@@ -107,6 +108,28 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
             yield Finding(
                 "integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell"
             )
+
+
+class _Tidied:
+    """Removes the `-wal` and `-shm` that reading makes beside a database which nobody else has open.
+
+    A read-only connection cannot remove them again; one that may write does, at its close, if it is the last. It is
+    opened only where there was no WAL before and the new one is empty, so there is nothing that it could write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._wal = Path(f"{path}-wal")
+        self._before = self._wal.exists()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        with suppress(OSError, sqlite3.Error):
+            if not self._before and self._wal.stat().st_size == 0:
+                with closing(sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=rw", uri=True, timeout=0)) as raw:
+                    raw.execute("SELECT count(*) FROM sqlite_schema").fetchone()
 
 
 def _version(settings: SqliteSettings) -> Iterator[Finding]:
@@ -290,7 +313,7 @@ def measure(settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool
         stopped: Whether to give up.
     """
     path = Path(settings.path)
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as raw:
+    with _Tidied(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as raw:
         raw.set_progress_handler(stopped, 10_000)
         sizes = _sizes(raw)
         objects = raw.execute(
