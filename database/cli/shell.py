@@ -78,6 +78,8 @@ async def _main(target: Target, readonly: bool, commands: list[str], mode: str) 
             await _interactive(session)
         else:
             await session.feed(sys.stdin.read())
+    except _Quit:
+        pass
     finally:
         if db.in_transaction:
             with anyio.CancelScope(shield=True), suppress(errors.DatabaseError):

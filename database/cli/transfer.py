@@ -5,7 +5,8 @@ How values travel
     NULL        what --null says (nothing)   null
     INTEGER     digits                       a number
     REAL        the shortest digits that     a number; infinity is 1e999
-                give the same value
+                give the same value;
+                infinity is 9e999
     TEXT        the text                     a string
     BLOB        \x and hexadecimal digits    {"$base64": "…"}
 
@@ -25,9 +26,10 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +87,33 @@ class Column:
     generated: bool
 
     @property
-    def holds_blobs(self) -> bool:
-        """Whether its declared type gives it BLOB affinity (sqlite.org/datatype3.html#determination_of_column_affinity)."""
+    def convert(self) -> Callable[[str], Any] | None:
+        """What is done to CSV's text before SQLite gets it (sqlite.org/datatype3.html#determination_of_column_affinity)."""
         kind = self.type.upper()
-        return "BLOB" in kind and not any(word in kind for word in ("INT", "CHAR", "CLOB", "TEXT"))
+        if "INT" in kind:
+            return _real
+        if not kind or kind == "ANY" or any(word in kind for word in ("CHAR", "CLOB", "TEXT")):
+            return None
+        return _blob if "BLOB" in kind else _real
+
+
+_REAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def _real(text: str) -> Any:
+    """A float, read exactly: SQLite's own conversion is off by a bit where exponents are large."""
+    if ("." in text or "e" in text or "E" in text) and _REAL.fullmatch(text):
+        return float(text)
+    return text
+
+
+def _blob(text: str) -> Any:
+    if text.startswith("\\x"):
+        try:
+            return bytes.fromhex(text[2:])
+        except ValueError:
+            pass  # text that only looks like it
+    return text
 
 
 def _format(name: str, given: str | None, otherwise: str | None = None) -> str:
@@ -140,6 +165,8 @@ class _Source:
         try:
             text = io.TextIOWrapper(cast("IO[bytes]", self._raw), self.reading.encoding, newline="")
         except LookupError:
+            if self.reading.file != "-":
+                self._raw.close()
             fail(f"--encoding {self.reading.encoding!r} is unknown", status=Status.USAGE)
         try:
             yield self._records(text)
@@ -253,7 +280,7 @@ async def _import(
                 async with db.transaction():
                     if into is None:
                         sample = await _create_table(db, table, records) if create else []
-                        into = _Inserter(db, source.name, table, await _columns(db, table), verb)
+                        into = _Inserter(db, source, table, await _columns(db, table), verb)
                         records = itertools.chain(sample, records)  # noqa: PLW2901
                     left = sys.maxsize if batch is None else batch
                     while left and (chunk := list(itertools.islice(records, min(CHUNK, left)))):
@@ -284,18 +311,24 @@ async def _columns(db: Database, table: str) -> dict[str, Column]:
     return {name.lower(): Column(name, kind, hidden in (2, 3)) for name, kind, hidden in (tuple(row) for row in rows)}
 
 
+Converters = list[tuple[int, Callable[[str], Any]]]
+"""What to do to the value at an index, where it is text."""
+
+
 class _Inserter:
     """Sends records to a table; those with the same columns together."""
 
-    def __init__(self, db: Database, source: str, table: str, columns: dict[str, Column], verb: str) -> None:
+    def __init__(self, db: Database, source: _Source, table: str, columns: dict[str, Column], verb: str) -> None:
         self.db = db
-        self.source = source
+        self.source = source.name
+        self.plain = source.format == "csv"
+        """Whether all values are text; JSON has types of its own."""
         self.table = table
         self.columns = columns
         self.verb = verb
         self.read = 0
         self.stored = 0
-        self._known: dict[tuple[str, ...], tuple[str, list[int]]] = {}
+        self._known: dict[tuple[str, ...], tuple[str, Converters]] = {}
         self._line = 0
 
     async def insert(self, records: list[Record]) -> None:
@@ -305,30 +338,28 @@ class _Inserter:
             Failure: One cannot be stored; says which line.
         """
         for names, group in itertools.groupby(records, key=lambda record: record[1]):
-            sql, blobs = self._known.get(names) or self._statement(names, records[0][0])
+            sql, converters = self._known.get(names) or self._statement(names, records[0][0])
             try:
-                result = await self.db.execute_many(sql, self._parameters(group, blobs))
+                result = await self.db.execute_many(sql, self._parameters(group, converters))
             except errors.QueryExecutionError as error:
                 code = f" [{error.code_name}]" if error.code_name else ""
                 raise Failure(f"{self.source}:{self._line}: {error.args[0]}{code}") from error
             self.stored += result.rowcount
         self.read += len(records)
 
-    def _parameters(self, group: Iterable[Record], blobs: list[int]) -> Iterator[Sequence[Any]]:
+    def _parameters(self, group: Iterable[Record], converters: Converters) -> Iterator[Sequence[Any]]:
         # Consumed on the database's thread, one by one, so that `_line` is the one that failed.
         for line, _, values in group:
             self._line = line
-            if blobs:
+            if converters:
                 values = list(values)  # noqa: PLW2901
-                for index in blobs:
-                    if isinstance(values[index], str) and values[index].startswith("\\x"):
-                        try:
-                            values[index] = bytes.fromhex(values[index][2:])
-                        except ValueError:
-                            pass  # text that only looks like it
+                for index, convert in converters:
+                    value = values[index]
+                    if type(value) is str:
+                        values[index] = convert(value)
             yield values
 
-    def _statement(self, names: tuple[str, ...], line: int) -> tuple[str, list[int]]:
+    def _statement(self, names: tuple[str, ...], line: int) -> tuple[str, Converters]:
         found: list[Column] = []
         for name in names:
             column = self.columns.get(name.strip().lower())
@@ -348,7 +379,10 @@ class _Inserter:
         else:
             what = "DEFAULT VALUES"
         sql = f"{self.verb} INTO {quote(self.table)} {what}"
-        self._known[names] = sql, [index for index, column in enumerate(found) if column.holds_blobs]
+        converters: Converters = []
+        if self.plain:
+            converters = [(index, column.convert) for index, column in enumerate(found) if column.convert is not None]
+        self._known[names] = sql, converters
         return self._known[names]
 
 
@@ -492,14 +526,28 @@ async def _header(db: Database, query: str, params: dict[str, Any], file: IO[str
     _csv_writer(file, await db.run(names, readonly=True), null, delimiter)
 
 
+class _Lines:
+    """What a `csv.writer` writes to, which quotes the characters of its line end: it gets both, the file only one."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._write = file.write
+
+    def write(self, line: str) -> int:
+        return self._write(line[:-2] + "\n")
+
+
 def _csv_writer(file: IO[str], names: list[str], null: str, delimiter: str) -> Any:
-    writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+    writer = csv.writer(_Lines(file), delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(names)
 
     def show(value: Any) -> Any:
         if value is None:
             return null
-        return f"\\x{value.hex()}" if type(value) is bytes else value
+        if type(value) is bytes:
+            return f"\\x{value.hex()}"
+        if value in (math.inf, -math.inf):
+            return "9e999" if value > 0 else "-9e999"  # which SQLite reads as infinity; `inf` would be text
+        return value
 
     def write(rows: list[Any]) -> None:
         writer.writerows([show(value) for value in row] for row in rows)
