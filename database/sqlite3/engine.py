@@ -16,7 +16,6 @@ from aiosql.adapters.sqlite3 import SQLite3Adapter
 from database import errors
 from database.driver.backend import Backend, Role
 from database.engine import Engine
-from database.migrations import Order
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis, memory
 from database.sqlite3.connection import BUSY_SLICE, SqliteSession, control_error, is_broken, is_busy, open_session
@@ -55,6 +54,8 @@ def _backend(settings: SqliteSettings) -> Backend:
             try:
                 _initialise(session, settings)
                 if settings.auto_migrate and settings.migrations is not None:
+                    from database.migrations import Order  # noqa: PLC0415  - most programs do without
+
                     session.migrate(Order(settings.migrations))
             except BaseException as error:
                 session.close()

@@ -126,20 +126,28 @@ def test_commands(typed: Any, cli: Cli, shop: Path, tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A shell at a pseudo-terminal, as somebody sits at it."""
+    """A command at a pseudo-terminal, as somebody sits at it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *arguments: str) -> None:
         import pty
 
         self.descriptor, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(directory / "state")}
-        command = [sys.executable, "-W", "error", "-m", "database", "shell"]
+        command = [sys.executable, "-W", "error", "-m", "database", *arguments]
         self.process = subprocess.Popen(
             command, cwd=directory, env=environment, stdin=other, stdout=other, stderr=other, start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(other)
         self.seen = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.descriptor)
 
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
@@ -165,8 +173,7 @@ def test_at_a_terminal(shop: Path, tmp_path: Path) -> None:
     """A statement over two lines, a transaction's star in the prompt, Ctrl-C that stops a statement and nothing else, an
     error that does not end it, Ctrl-D that does; the history is for its owner's eyes.
     """
-    terminal = Terminal(tmp_path)
-    try:
+    with Terminal(tmp_path, "shell") as terminal:
         assert terminal.see("default>"), terminal.seen
         terminal.type("SELECT name\r")
         terminal.type("FROM customer;\r")
@@ -185,10 +192,6 @@ def test_at_a_terminal(shop: Path, tmp_path: Path) -> None:
         assert terminal.see("default>"), terminal.seen
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
-    finally:
-        terminal.process.kill()
-        terminal.process.wait()
-        os.close(terminal.descriptor)
     history = tmp_path / "state" / "jobu-database" / "shell-history"
     assert "+FROM customer;" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
