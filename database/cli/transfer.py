@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import csv
 import difflib
 import io
@@ -153,6 +154,10 @@ class _Source:
 
     @contextmanager
     def open(self) -> Generator[Iterator[Record]]:
+        try:
+            codecs.lookup(self.reading.encoding)
+        except LookupError:
+            fail(f"--encoding {self.reading.encoding!r} is unknown", status=Status.USAGE)
         if self.reading.file == "-":
             self._raw = sys.stdin.buffer
         else:
@@ -162,12 +167,7 @@ class _Source:
             except OSError as error:
                 fail(f"{self.name}: {error.strerror}", status=Status.USAGE)
             self.total = path.stat().st_size
-        try:
-            text = io.TextIOWrapper(cast("IO[bytes]", self._raw), self.reading.encoding, newline="")
-        except LookupError:
-            if self.reading.file != "-":
-                self._raw.close()
-            fail(f"--encoding {self.reading.encoding!r} is unknown", status=Status.USAGE)
+        text = io.TextIOWrapper(self._raw, self.reading.encoding, newline="")
         try:
             yield self._records(text)
         finally:
