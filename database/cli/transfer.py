@@ -167,7 +167,7 @@ class _Source:
             except OSError as error:
                 fail(f"{self.name}: {error.strerror}", status=Status.USAGE)
             self.total = path.stat().st_size
-        text = io.TextIOWrapper(self._raw, self.reading.encoding, newline="")
+        text = io.TextIOWrapper(cast("Any", self._raw), self.reading.encoding, newline="")
         try:
             yield self._records(text)
         finally:
