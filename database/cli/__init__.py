@@ -29,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         from database.cli import app  # noqa: PLC0415  - the extra may be missing
+
+        return app.run(arguments)
+    except KeyboardInterrupt:  # before the command began, or after its end
+        print("interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _EXTRA:
             raise
@@ -38,4 +43,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return app.run(arguments)

@@ -60,7 +60,8 @@ async def copy(db: Database, file: Path, *, force: bool) -> None:
 
 
 def _verify(file: Path, stopped: Callable[[], Any]) -> None:
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as raw:
+    # Immutable, so that no -wal is made beside the copy, which nobody else has open.
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as raw:
         raw.set_progress_handler(stopped, 10_000)
         try:
             found = [str(row[0]) for row in raw.execute("PRAGMA quick_check(10)")]

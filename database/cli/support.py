@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -209,7 +209,14 @@ def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:
             with anyio.CancelScope(shield=True):
                 await close_all()
 
-    return anyio.run(main)
+    try:
+        return anyio.run(main)
+    except BaseExceptionGroup as group:
+        # Of tasks that failed together, the first to fail is the one to speak of: the others were cancelled for it.
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = cast("BaseException", error.exceptions[0])
+        raise error from None
 
 
 async def in_thread(function: Callable[[Callable[[], bool]], T]) -> T:

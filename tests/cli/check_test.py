@@ -76,6 +76,14 @@ def test_no_database(cli: Cli, shop: Path) -> None:
     assert found(cli("check", "--json"), "file") == [("failed", "x.db: it is not a file")]
 
 
+def test_stats_of_no_database(cli: Cli, shop: Path) -> None:
+    """Figures of what is no database are one block on stderr, and status 1."""
+    shop.write_bytes(b"not a database" * 100)
+    outcome = cli("stats")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: x.db: file is not a database\n  `python -m database check`")
+
+
 def test_settings_that_risk_the_data(cli: Cli, configure: Callable[..., Path], shop: Path) -> None:
     """Settings with which a power failure damages the database are warned about."""
     configure(synchronous="OFF")

@@ -100,6 +100,7 @@ def test_backup(cli: Cli, shop: Path, tmp_path: Path) -> None:
     outcome = cli("backup", "copy.db", "--verify")
     assert (outcome.status, outcome.err) == (0, "")
     assert ", verified" in outcome.out
+    assert not list(tmp_path.glob("copy.db-*"))
     assert rows(tmp_path / "copy.db", "SELECT name FROM customer ORDER BY id") == [("Ada",), ("Bo",)]
     outcome = cli("backup", "copy.db")
     assert (outcome.status, outcome.out) == (2, "")
@@ -110,3 +111,17 @@ def test_backup(cli: Cli, shop: Path, tmp_path: Path) -> None:
     assert Path(made["path"]).name.startswith("default-20")
     assert rows(Path(made["path"]), "SELECT count(*) FROM customer") == [(2,)]
     assert "no such folder" in cli("backup", "nowhere/x.db").err
+
+
+def test_verify_finds_damage(cli: Cli, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is damaged is not called verified: it says what is wrong, and the status is 1."""
+    from database.handle import Database
+
+    async def copy(_db: Database, path: Path, *, progress: Any) -> None:
+        progress(0, 0, 1)
+        Path(path).write_bytes(shop.read_bytes()[:4096] + b"x" * 8192)
+
+    monkeypatch.setattr(Database, "backup", copy)
+    outcome = cli("backup", "copy.db", "--verify")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: copy.db is damaged: ")
