@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,9 +184,8 @@ class Aiosqlite(Contender):
     package = "aiosqlite"
 
     async def open(self) -> None:
-        import aiosqlite  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  - may be missing
-
-        self.db: Any = await aiosqlite.connect(self.path, isolation_level=None)  # pyright: ignore
+        aiosqlite: Any = import_module("aiosqlite")
+        self.db: Any = await aiosqlite.connect(self.path, isolation_level=None)
         await self.db.execute(f"PRAGMA synchronous = {self.synchronous}")
         self.lock = asyncio.Lock()
 
@@ -223,10 +223,8 @@ class SqlAlchemy(Contender):
     package = "sqlalchemy"
 
     async def open(self) -> None:
-        from sqlalchemy import event, text  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  # pyright: ignore
-        from sqlalchemy.ext.asyncio import create_async_engine  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  # pyright: ignore
-
-        engine: Any = create_async_engine(  # pyright: ignore
+        sqlalchemy: Any = import_module("sqlalchemy")
+        engine: Any = import_module("sqlalchemy.ext.asyncio").create_async_engine(
             f"sqlite+aiosqlite:///{self.path}",
             connect_args={"timeout": 30},
             pool_size=5,
@@ -239,16 +237,14 @@ class SqlAlchemy(Contender):
             connection.execute(f"PRAGMA synchronous = {self.synchronous}").close()
 
         def begun(connection: Any) -> None:
-            connection.exec_driver_sql(
-                "BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN"
-            )
+            if connection.get_execution_options().get("writes"):  # a single SELECT is its own transaction
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-        event.listen(engine.sync_engine, "connect", connected)  # pyright: ignore
-        event.listen(engine.sync_engine, "begin", begun)  # pyright: ignore
+        sqlalchemy.event.listen(engine.sync_engine, "connect", connected)
+        sqlalchemy.event.listen(engine.sync_engine, "begin", begun)
         self.engine = engine
-        self.writer = engine.execution_options(writes=True)
-        named = {sql: text(sql.replace("?", ":key")) for sql in (_POINT, _INSERT, _UPDATE, _ALL)}  # pyright: ignore
-        self.sql: dict[str, Any] = named
+        self.writer: Any = engine.execution_options(writes=True)
+        self.sql = {sql: sqlalchemy.text(sql.replace("?", ":key")) for sql in (_POINT, _INSERT, _UPDATE, _ALL)}
         self.lock = asyncio.Lock()  # else its connections would meet each other's lock in SQLite, and wait by sleeping
 
     async def close(self) -> None:
