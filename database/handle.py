@@ -728,9 +728,8 @@ class Database:
                 "migrate() opens transactions of its own, and was called inside one; call it outside"
             )
         order = Order(path, dry_run, to, baseline, wait, progress)
-        return cast(
-            "MigrationReport", await self._send_unit(SCRIPT, self._operations.migrate, order, None, label="migrate()")
-        )
+        operation = self._migrating("migrate")
+        return cast("MigrationReport", await self._send_unit(SCRIPT, operation, order, None, label="migrate()"))
 
     async def migration_status(self, folder: str | os.PathLike[str] | None = None) -> MigrationStatus:
         """Which migrations the database has had, and which are pending; changes nothing.
@@ -744,9 +743,15 @@ class Database:
         from database.migrations import MigrationStatus, load, pending  # noqa: PLC0415  - as above
 
         path = self._migrations_folder(folder)
-        operation = self._operations.applied_migrations
+        operation = self._migrating("applied_migrations")
         applied = await self._send_unit(SCRIPT, operation, None, None, label="migration_status()", readonly=True)
         return MigrationStatus(applied, pending(load(path), applied, path))
+
+    def _migrating(self, operation: str) -> Any:
+        found = getattr(self._operations, operation, None)
+        if found is None:
+            raise ConfigurationError(f"database {self.name!r}: the engine {self.engine.name} has no migrations")
+        return found
 
     def _migrations_folder(self, folder: str | os.PathLike[str] | None) -> str:
         self._resolve()  # the configuration may be another one since the last pool was closed

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
+import anyio.lowlevel
 import pytest
 
 from database import errors
 from database.migrations import load
+from database.sqlite3.connection import is_broken
+from database.sqlite3.migrate import _enforce_again
+from tests.contract.support import SLOW_INSERT, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -224,6 +229,46 @@ async def test_cancelled_while_it_waits(db: Any, engine: Any, folder: Path) -> N
             await db.migrate(folder, wait=60)
         assert scope.cancelled_caught
     assert len((await db.migrate(folder)).applied) == 2
+
+
+async def test_cancelled_while_a_migration_runs(db: Any, folder: Path) -> None:
+    """A migration that is cancelled is rolled back, those before it stand, and foreign keys are enforced again."""
+    (folder / "0003_slow.sql").write_text(
+        f"INSERT INTO team (name) VALUES ('lost');\n{SLOW_INSERT.replace('item', 'slow')}"
+    )
+    (folder / "0002_owner.sql").write_text("CREATE TABLE slow (value);")
+    seen = anyio.Event()
+    token = anyio.lowlevel.current_token()
+
+    def progress(migration: Any, _seconds: float) -> None:
+        if migration.number == 2:
+            anyio.from_thread.run_sync(seen.set, token=token)
+
+    async with anyio.create_task_group() as tasks:
+
+        async def cancel() -> None:
+            await seen.wait()
+            await eventually(lambda: db.stats().writer_in_use)
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(cancel)
+        await db.migrate(folder, progress=progress)
+    assert tasks.cancel_scope.cancelled_caught
+    assert len((await db.migration_status(folder)).applied) == 2
+    assert await db.fetch_value("SELECT count(*) FROM team") == 1
+    assert await db.run(lambda raw: raw.execute("PRAGMA foreign_keys").fetchone()[0]) == 1
+
+
+async def test_foreign_keys_that_cannot_be_enforced_again() -> None:
+    """A connection that lost its foreign keys raises the error for which the driver gives it up."""
+
+    class Deaf:
+        def execute(self, _sql: str) -> Any:
+            raise sqlite3.OperationalError("interrupted")
+
+    with pytest.raises(sqlite3.InternalError) as caught:
+        _enforce_again(Deaf())  # type: ignore[arg-type]
+    assert is_broken(caught.value)
 
 
 PROCESS = """

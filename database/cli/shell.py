@@ -67,7 +67,7 @@ def shell(target: Target, *, readonly: bool, commands: list[str], mode: str) -> 
 
 
 async def _main(target: Target, readonly: bool, commands: list[str], mode: str) -> None:
-    db = target.open()
+    db = target.open(only="sqlite3")
     await db.open()
     session = _Session(db, readonly=readonly, mode=mode)
     try:

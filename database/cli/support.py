@@ -284,15 +284,21 @@ class Target:
         """The engine's package and the database's settings as they were written."""
         return self.configuration().find(self.name)
 
-    def open(self, *, schema: bool = False, must_exist: bool = True, **changes: Any) -> Database:
+    def open(
+        self, *, schema: bool = False, must_exist: bool = True, only: str | None = None, **changes: Any
+    ) -> Database:
         """The database's handle, with a configuration that suits a command.
 
         Nothing is logged to the console, which is the command's, nothing is migrated, and unless `schema` is true no
         init_sql is run: to look at a database must not change it. `changes` are settings that this command needs
-        otherwise than they are configured, where the engine has them.
+        otherwise than they are configured, where the engine has them; `only` is the one engine that it knows.
         """
         configuration = self.configuration()
         engine, chosen = configuration.find(self.name)
+        if only not in (None, engine):
+            fail(
+                f"database {self.name!r} is of the engine {engine}; this command knows {only} only", status=Status.USAGE
+            )
         path = getattr(chosen, "path", None)
         if must_exist and path is not None:
             if path == MEMORY:

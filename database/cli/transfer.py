@@ -269,7 +269,7 @@ async def _import(
     target: Target, source: _Source, table: str, create: bool, verb: str, batch: int | None
 ) -> dict[str, int]:
     # Indexes are written to all over the place: with the usual 2 MB of cache, most rows would have pages written twice.
-    db = target.open(cache_size=-CACHE)
+    db = target.open(only="sqlite3", cache_size=-CACHE)
     with source.open() as records, _progress("import", source.total) as bar:
         task = bar.tasks[0].id
         into: _Inserter | None = None
@@ -476,7 +476,7 @@ def _number(text: str) -> Any:
 async def _export(
     target: Target, query: str, params: dict[str, Any], writing: Writing, kind: str, delimiter: str
 ) -> int:
-    db = target.open()
+    db = target.open(only="sqlite3")
     total: int | None = None
     table = await db.fetch_value(
         "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE", (query,)

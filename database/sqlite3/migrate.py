@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sqlite3
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from database.errors import DatabaseError, MigrationError
@@ -74,9 +76,24 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
             return _try(session, migrations, order, enforced=enforced)
         return _apply(session, migrations, order, enforced=enforced)
     finally:
-        session.rollback()
-        if enforced:
+        try:
+            session.rollback()
+        finally:
+            if enforced:
+                _enforce_again(raw)
+
+
+def _enforce_again(raw: sqlite3.Connection) -> None:
+    """Enforces foreign keys again; a connection on which that fails must not be used any more."""
+    # Whoever cancels interrupts whatever runs at that moment, and that may be this.
+    for _ in range(3):
+        with suppress(sqlite3.OperationalError):
             raw.execute("PRAGMA foreign_keys = ON")
+            if raw.execute("PRAGMA foreign_keys").fetchone()[0]:
+                return
+    error = sqlite3.InternalError("foreign keys cannot be enforced again")
+    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up
+    raise error
 
 
 def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], order: Order) -> tuple[Migration, ...]:

@@ -195,6 +195,15 @@ def test_import_generated_columns(cli: Cli, shop: Path, people: Any) -> None:
     assert cli("import", "people.csv", "g").status == 0
 
 
+def test_import_leaves_out_what_a_line_leaves_out(cli: Cli, shop: Path, people: Any) -> None:
+    """A key that a line of JSONL leaves out gets its column's default, null is NULL, and an empty object all defaults."""
+    with closing(sqlite3.connect(shop)) as db:
+        db.execute("CREATE TABLE d (a DEFAULT 7, b)")
+    people('{"b": 1}\n{"a": null, "b": true}\n\n{}\n{"b": {"x": [1]}, "a": "\\\\x00"}\n', "people.jsonl")
+    assert cli("import", "people.jsonl", "d").status == 0
+    assert rows(shop, "SELECT a, b FROM d") == [(7, 1), (None, 1), (7, None), ("\\x00", '{"x": [1]}')]
+
+
 def test_import_creates_a_table(cli: Cli, shop: Path, people: Any) -> None:
     """Types are guessed so that no value is changed by them; if a row fails, there is no table either."""
     people("id,zip,rate,mixed,none,big\n1,01234,0.5,1,,99999999999999999999\n2,12345,2,x,,1\n")
