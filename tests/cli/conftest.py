@@ -21,7 +21,6 @@ import pytest
 from database import settings
 from database.cli import main
 
-
 if find_spec("typer") is None:  # the extra `cli` is not installed
     collect_ignore_glob = ["*_test.py"]
 
