@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -20,6 +21,7 @@ import anyio.to_thread
 import pytest
 
 from database import monitor
+from database.driver.pool import PoolStats
 from tests.contract.support import eventually
 
 pytestmark = [
@@ -119,6 +121,31 @@ async def test_a_folder_that_cannot_be_made(make_db: Any, folder: Path, caplog: 
     monitor.offer(str(folder / "below"), pool := object())  # type: ignore[arg-type]
     await eventually(lambda: "no socket can be offered" in caplog.text, "a warning")
     monitor.withdraw(pool)  # type: ignore[arg-type]
+
+
+def test_what_changes_while_it_is_looked_at() -> None:
+    """Collections belong to another thread: one that changes under the walk is walked again, and not for ever."""
+
+    class Pool:
+        name, waker = "default", SimpleNamespace(backend="asyncio")
+        backend = SimpleNamespace(description="nowhere.db")
+
+        def __init__(self, failures: int) -> None:
+            self.failures = failures
+
+        def stats(self) -> PoolStats:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise RuntimeError("deque mutated during iteration")
+            return PoolStats(waiting=3)
+
+        def holders(self, *, readonly: bool) -> list[str]:
+            return []
+
+    (pool,) = monitor.snapshot({Pool(5): 1.0})["pools"]  # type: ignore[dict-item]
+    assert pool["stats"]["waiting"] == 3
+    (pool,) = monitor.snapshot({Pool(10**9): 1.0})["pools"]  # type: ignore[dict-item]
+    assert pool["stats"] == {}
 
 
 KILLED = """
