@@ -215,9 +215,9 @@ class _Session:
 
     async def _schema(self, name: str = "%") -> None:
         rows = await self.db.fetch_all(
-            "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND (tbl_name LIKE ?1 OR name LIKE ?1)"
+            "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND (tbl_name LIKE ? OR name LIKE ?)"
             " ORDER BY tbl_name, type DESC",
-            (name,),
+            (name, name),
         )
         for row in rows:
             out().print(clean(f"{row[0]};"), markup=False, soft_wrap=True)
