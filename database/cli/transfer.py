@@ -329,7 +329,6 @@ class _Inserter:
         self.read = 0
         self.stored = 0
         self._known: dict[tuple[str, ...], tuple[str, Converters]] = {}
-        self._line = 0
 
     async def insert(self, records: list[Record]) -> None:
         """Sends some records, in their order.
@@ -339,25 +338,37 @@ class _Inserter:
         """
         for names, group in itertools.groupby(records, key=lambda record: record[1]):
             sql, converters = self._known.get(names) or self._statement(names, records[0][0])
+            rows = list(group)
             try:
-                result = await self.db.execute_many(sql, self._parameters(group, converters))
-            except errors.QueryExecutionError as error:
-                code = f" [{error.code_name}]" if error.code_name else ""
-                raise Failure(f"{self.source}:{self._line}: {error.args[0]}{code}") from error
+                async with self.db.transaction():  # a savepoint: what failed can be tried again, row by row
+                    result = await self.db.execute_many(
+                        sql, (values for _, values in self._parameters(rows, converters))
+                    )
+            except errors.QueryExecutionError:
+                await self._find_culprit(sql, rows, converters)
+                raise
             self.stored += result.rowcount
         self.read += len(records)
 
-    def _parameters(self, group: Iterable[Record], converters: Converters) -> Iterator[Sequence[Any]]:
-        # Consumed on the database's thread, one by one, so that `_line` is the one that failed.
+    async def _find_culprit(self, sql: str, rows: list[Record], converters: Converters) -> None:
+        """Sends rows one by one until the one fails that made all fail; the caller's transaction is lost anyway."""
+        for line, values in self._parameters(rows, converters):
+            try:
+                await self.db.execute(sql, values)
+            except errors.QueryExecutionError as error:
+                code = f" [{error.code_name}]" if error.code_name else ""
+                raise Failure(f"{self.source}:{line}: {error.args[0]}{code}") from error
+
+    @staticmethod
+    def _parameters(group: Iterable[Record], converters: Converters) -> Iterator[tuple[int, Sequence[Any]]]:
         for line, _, values in group:
-            self._line = line
             if converters:
                 values = list(values)  # noqa: PLW2901
                 for index, convert in converters:
                     value = values[index]
                     if type(value) is str:
                         values[index] = convert(value)
-            yield values
+            yield line, values
 
     def _statement(self, names: tuple[str, ...], line: int) -> tuple[str, Converters]:
         found: list[Column] = []
