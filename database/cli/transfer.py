@@ -347,7 +347,6 @@ class _Inserter:
             except errors.QueryExecutionError:
                 await self._find_culprit(sql, rows, converters)
                 raise
-            self.stored += result.rowcount
         self.read += len(records)
 
     async def _find_culprit(self, sql: str, rows: list[Record], converters: Converters) -> None:
