@@ -341,9 +341,8 @@ class _Inserter:
             rows = list(group)
             try:
                 async with self.db.transaction():  # a savepoint: what failed can be tried again, row by row
-                    result = await self.db.execute_many(
-                        sql, (values for _, values in self._parameters(rows, converters))
-                    )
+                    parameters = (values for _, values in self._parameters(rows, converters))
+                    self.stored += (await self.db.execute_many(sql, parameters)).rowcount
             except errors.QueryExecutionError:
                 await self._find_culprit(sql, rows, converters)
                 raise
