@@ -357,5 +357,17 @@ def bench(
     bench(Target(config, db), folder=folder, seconds=seconds, rounds=rounds, only=only or [], as_json=json)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+@guarded
+def stubs(context: typer.Context) -> None:
+    """Writes typed stubs for a folder of query files; `stubs --help` tells the rest."""
+    from database.stubs import main  # noqa: PLC0415
+
+    raise typer.Exit(main(context.args))
+
+
 # pyright sees no use of what only typer calls.
-_ = cast("object", (check, stats, top, init, migrate, backup, import_, export, shell, bench))
+_ = cast("object", (check, stats, top, init, migrate, backup, import_, export, shell, bench, stubs))

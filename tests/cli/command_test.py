@@ -129,6 +129,16 @@ def test_a_reader_that_has_gone(process: Any, shop: Path) -> None:
     assert export.wait(20) == 141
 
 
+def test_stubs(cli: Cli, tmp_path: Path) -> None:
+    """`stubs` hands its arguments on, and its status back."""
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / "a.sql").write_text("-- name: one$\nSELECT 1;\n")
+    assert cli("stubs", "sql", "--check").status == 1
+    assert cli("stubs", "sql", "-o", "q.pyi").status == 0
+    assert "one" in (tmp_path / "q.pyi").read_text()
+    assert cli("stubs", "--help").out.startswith("usage: python -m database.stubs")
+
+
 def test_entry_point() -> None:
     """The tool is installed under a name of its own."""
     found = [each for each in entry_points(group="console_scripts") if each.name == "jobu-database"]
