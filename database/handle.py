@@ -789,6 +789,8 @@ class TransactionContext:
         try:
             await leave(self._entered, self._token, error)
         except BaseException as failure:
+            if failure.__context__ is None and failure is not error:
+                failure.__context__ = error  # a cancelled rollback knows nothing of what was cancelled first
             if scope is not None:
                 scope.stop(failure)
             raise
