@@ -228,8 +228,8 @@ class Database:
         if statement.kind == CONTROL:
             return cast("DatabaseError", self.engine.control_error(statement.verb))
         return QueryExecutionError(
-            f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute(),"
-            f"{' or add a RETURNING clause' if statement.kind == WRITE else ''} nothing was executed",
+            f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute()"
+            f"{', or add a RETURNING clause' if statement.kind == WRITE else ''}; nothing was executed",
             sql=statement.sql,
         )
 
