@@ -36,10 +36,12 @@ from database.sqlite3 import load_queries
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)``` *$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)``` *$", re.M | re.S
+)
 LANGUAGES = {"python", "sh", "sql", "yaml", "toml", "json", "text", "mermaid"}
 
-SNIPPET = '''\
+SNIPPET = """\
 import ast, pathlib, sys
 import anyio
 from database import errors
@@ -57,7 +59,7 @@ async def main():
 
 
 anyio.run(main, backend=sys.argv[1])
-'''
+"""
 
 
 @dataclass(frozen=True)
