@@ -150,11 +150,16 @@ def test_python(block: Block, backend: str, tmp_path: Path) -> None:
         assert re.fullmatch(pattern, done.stdout.strip(), re.S), done.stdout
 
 
-@pytest.mark.parametrize("block", blocks_in("yaml"), ids=str)
-def test_yaml(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block of settings is accepted as the configuration, unless its title says `broken`; any other is YAML."""
-    data = yaml.safe_load(block.text)
-    if "database" not in data:
+@pytest.mark.parametrize("block", blocks_in("yaml", "json", "toml"), ids=str)
+def test_data(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of settings is accepted as the configuration, unless its title says `broken`; any other can be read."""
+    if block.language == "toml":
+        data = tomllib.loads(block.text)
+    elif block.language == "json":
+        data = json.loads(block.text)
+    else:
+        data = yaml.safe_load(block.text)
+    if block.language != "yaml" or "database" not in data:
         return
     monkeypatch.chdir(tmp_path)
     write_files(block, tmp_path)
@@ -211,18 +216,6 @@ def test_sh(block: Block) -> None:
                 assert group in project["dependency-groups"], line
             if flag in ("python", "python3") and group.endswith(".py"):
                 assert group in titles or (ROOT / group).is_file(), line
-
-
-@pytest.mark.parametrize("block", blocks_in("json", "toml"), ids=str)
-def test_data(block: Block) -> None:
-    """JSON and TOML can be read; of JSON, each line by itself where there are several documents."""
-    if block.language == "toml":
-        tomllib.loads(block.text)
-    else:
-        try:
-            json.loads(block.text)
-        except ValueError:
-            [json.loads(line) for line in block.text.splitlines()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
