@@ -7,6 +7,8 @@ How blocks are run, by what they look like:
   packaged tables and two jobs, a second database `audit`, and the package's names imported.
 - A block with `title="name.ext"` is that file. It is there for the blocks below it on the page, and is run itself if
   it is Python; `test_*.py` is run by pytest.
+- A ```` ```py ```` block is Python that is only shown: it is compiled. A ```` ```console ```` block is a session: the lines
+  that begin with `$ ` are commands.
 - A ```` ```text title="Output" ```` block is what the Python block above it prints; `…` stands for anything.
 """
 
@@ -39,7 +41,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)``` *$", re.M | re.S
 )
-LANGUAGES = {"python", "sh", "sql", "yaml", "toml", "json", "text", "mermaid"}
+LANGUAGES = {"python", "py", "sh", "console", "sql", "yaml", "toml", "json", "text", "mermaid"}
 
 SNIPPET = """\
 import ast, pathlib, sys
@@ -196,15 +198,24 @@ def test_sql(block: Block, tmp_path: Path) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("block", blocks_in("sh"), ids=str)
+def test_shown_python_compiles() -> None:
+    """Python that is not run is Python all the same."""
+    for block in blocks_in("py"):
+        compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("block", blocks_in("sh", "console"), ids=str)
 def test_sh(block: Block) -> None:
     """Commands can be parsed; the targets, extras, groups and scripts that they name exist."""
-    checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+    text = block.text
+    if block.language == "console":
+        text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, "")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     makefile = (ROOT / "Makefile").read_text("utf-8")
     titles = {each.title for each in BLOCKS[block.page]}
-    for line in block.text.splitlines():
+    for line in text.splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", makefile, re.M), line
