@@ -63,7 +63,6 @@ file: it is the npm package @mermaid-js/tiny 11.17.2, unchanged. */
     for (const block of document.querySelectorAll("pre.diagram")) {
       const place = document.createElement("div");
       place.className = "diagram";
-      place.setAttribute("role", "img");
       sources.set(place, block.textContent);
       block.replaceWith(place);
     }
