@@ -715,7 +715,8 @@ def _doing(error: BaseException | None) -> str:
         traceback = error.__traceback__
         while traceback is not None:
             code = traceback.tb_frame.f_code
-            request = traceback.tb_frame.f_locals.get("request")
+            found = traceback.tb_frame.f_locals
+            request = found.get("request", found.get("self"))  # a request is what is awaited
             if isinstance(request, Request):
                 if request.kind != ROLLBACK:
                     what = str(request.label or getattr(request.sql, "sql", request.sql))
