@@ -27,7 +27,7 @@ PHONE, DESKTOP = (360, 740), (1280, 900)
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-default-apps --hide-scrollbars --force-color-profile=srgb
-    --allow-file-access-from-files=false --host-resolver-rules=MAP * ~NOTFOUND
+    --host-resolver-rules=MAP * ~NOTFOUND
 """
 
 
