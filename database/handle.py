@@ -240,8 +240,8 @@ class Database:
         if statement.kind == CONTROL:
             return cast("DatabaseError", self.engine.control_error(statement.verb))
         return QueryExecutionError(
-            f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute(),"
-            f"{' or add a RETURNING clause' if statement.kind == WRITE else ''} nothing was executed",
+            f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute()"
+            f"{', or add a RETURNING clause' if statement.kind == WRITE else ''}; nothing was executed",
             sql=statement.sql,
         )
 
@@ -871,6 +871,8 @@ class TransactionContext:
         try:
             await leave(self._entered, self._token, error)
         except BaseException as failure:
+            if failure.__context__ is None and failure is not error:
+                failure.__context__ = error  # a cancelled rollback knows nothing of what was cancelled first
             if scope is not None:
                 scope.stop(failure)
             raise

@@ -705,23 +705,29 @@ class TimeLimit:
 
 
 def _doing(error: BaseException | None) -> str:
-    """Where a cancellation struck, told from the innermost frames of its traceback."""
-    traceback = None if error is None else error.__traceback__
-    doing = "outside the database"
+    """Where a cancellation struck, told from the innermost frames of its traceback.
+
+    The rollback that it led to is cancelled as well; what was going on before that is in the error's context.
+    """
     place = "the function itself"
-    while traceback is not None:
-        request = traceback.tb_frame.f_locals.get("request")
-        if isinstance(request, Request):
-            what = str(request.label or getattr(request.sql, "sql", request.sql))
-            home = request.home
-            waiting = isinstance(home, Lease) and home.worker is None
-            doing = f"{'waiting for a connection to execute' if waiting else 'executing'}: {what[:200]}"
-        code = traceback.tb_frame.f_code
-        outside = f"{code.co_qualname} ({code.co_filename}:{traceback.tb_lineno})"
-        if doing == "outside the database":
-            place = outside
-        traceback = traceback.tb_next
-    return doing if doing != "outside the database" else f"outside the database, in {place}" if error else doing
+    while error is not None:
+        rolling_back = False
+        traceback = error.__traceback__
+        while traceback is not None:
+            code = traceback.tb_frame.f_code
+            found = traceback.tb_frame.f_locals
+            request = found.get("request", found.get("self"))  # a request is what is awaited
+            if isinstance(request, Request):
+                if request.kind != ROLLBACK:
+                    what = str(request.label or getattr(request.sql, "sql", request.sql))
+                    home = request.home
+                    waiting = isinstance(home, Lease) and home.worker is None
+                    return f"{'waiting for a connection to execute' if waiting else 'executing'}: {what[:200]}"
+                rolling_back = True
+            place = f"{code.co_qualname} ({code.co_filename}:{traceback.tb_lineno})"
+            traceback = traceback.tb_next
+        error = error.__context__ if rolling_back else None
+    return f"outside the database, in {place}"
 
 
 @contextmanager

@@ -1,33 +1,266 @@
-"""Every Python block of the documentation runs, under asyncio and trio."""
+"""The documentation is true: its Python runs, its outputs are printed, its settings, queries and commands are real.
+
+How blocks are run, by what they look like:
+
+- A ```` ```python ```` block is a whole program, run under asyncio and trio.
+- One that awaits at its top level is the inside of an `async def`: it finds `db` on a new database that has the
+  packaged tables and two jobs, a second database `audit`, and the package's names imported.
+- A block with `title="name.ext"` is that file. It is there for the blocks below it on the page, and is run itself if
+  it is Python; `test_*.py` is run by pytest.
+- A ```` ```py ```` block is Python that is only shown: it is compiled. A ```` ```console ```` block is a session: the lines
+  that begin with `$ ` are commands.
+- A ```` ```text title="Output" ```` block is what the Python block above it prints; `…` stands for anything.
+"""
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import re
+import shlex
+import sqlite3
 import subprocess
 import sys
+import tempfile
+import textwrap
+import tomllib
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-BLOCKS = [
-    pytest.param(block, id=f"{page.relative_to(DOCS)}-{number}")
-    for page in sorted(DOCS.rglob("*.md"))
-    for number, block in enumerate(re.findall(r"```python[^\n]*\n(.*?)```", page.read_text("utf-8"), re.DOTALL), 1)
-]
+from database import settings
+from database.errors import ConfigurationError
+from database.sqlite3 import load_queries
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)``` *$", re.M | re.S
+)
+LANGUAGES = {"python", "py", "sh", "console", "sql", "yaml", "toml", "json", "text", "mermaid"}
+
+SNIPPET = """\
+import ast, pathlib, sys
+import anyio
+from database import errors
+from database.sqlite3 import close_all, configure, get_db, load_queries, transactional, transactional_readonly
+
+JOBS = [("report", "0 6 * * *", "send"), ("backup", "@daily", "copy")]
+configure({"database": {"sqlite": {"path": "jobu.db", "databases": {"audit": {"path": "audit.db"}}}}})
+db = get_db()
+
+
+async def main():
+    await db.execute_many("INSERT INTO jobs (name, cron_expr, handler) VALUES (?, ?, ?)", JOBS)
+    code = compile(pathlib.Path("snippet.txt").read_text("utf-8"), "app.py", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    await eval(code, globals())
+
+
+anyio.run(main, backend=sys.argv[1])
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    number: int
+    language: str
+    title: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(DOCS) if DOCS in self.page.parents else self.page.name}-{self.number}"
+
+
+def read_blocks(page: Path) -> list[Block]:
+    blocks = []
+    for number, match in enumerate(FENCE.finditer(page.read_text("utf-8")), 1):
+        title = re.search(r'title="([^"]*)"', match["options"])
+        text = textwrap.dedent(match["text"])
+        blocks.append(Block(page, number, match["language"], title[1] if title else "", text))
+    return blocks
+
+
+BLOCKS = {page: read_blocks(page) for page in PAGES}
+
+
+def blocks_in(*languages: str) -> list[Block]:
+    return [block for page in PAGES for block in BLOCKS[page] if block.language in languages]
+
+
+def write_files(block: Block, folder: Path) -> None:
+    """Writes the files that the page has shown up to here."""
+    for each in BLOCKS[block.page][: block.number]:
+        if each.title and each.title != "Output":
+            file = folder / each.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(each.text, "utf-8")
+
+
+def awaits_at_top(block: Block) -> bool:
+    try:
+        compile(block.text, str(block), "exec")
+    except SyntaxError:
+        compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        return True
+    return False
+
+
+def on_backend(code: str, backend: str) -> str:
+    code = re.sub(r"anyio\.run\(((?:(?!backend)[^()])*)\)", rf'anyio.run(\1, backend="{backend}")', code)
+    return code.replace("TestClient(app)", f'TestClient(app, backend="{backend}")')
+
+
+def expected_output(block: Block) -> str | None:
+    after = BLOCKS[block.page][block.number :][:1]
+    return after[0].text if after and after[0].title == "Output" else None
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block(block: str, backend: str, tmp_path: Path) -> None:
-    """A block is a whole program, and ends without an error or a warning."""
-    code = block.replace("anyio.run(main)", f"anyio.run(main, backend={backend!r})")
+@pytest.mark.parametrize("block", blocks_in("python"), ids=str)
+def test_python(block: Block, backend: str, tmp_path: Path) -> None:
+    """A block runs to its end without an error or a warning, and prints what the page says."""
+    write_files(block, tmp_path)
+    for file in tmp_path.rglob("*.py"):
+        file.write_text(on_backend(file.read_text("utf-8"), backend), "utf-8")
+    if block.title.startswith("test_"):
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", block.title]
+    elif block.title:
+        command = [block.title]
+    elif awaits_at_top(block):
+        (tmp_path / "snippet.txt").write_text(block.text, "utf-8")
+        command = ["-c", SNIPPET, backend]
+    else:
+        command = ["-c", on_backend(block.text, backend)]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", *command],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    expected = expected_output(block)
+    if expected is not None:
+        pattern = re.escape(expected.strip()).replace("…", ".*")
+        assert re.fullmatch(pattern, done.stdout.strip(), re.S), done.stdout
+
+
+@pytest.mark.parametrize("block", blocks_in("yaml", "json", "toml"), ids=str)
+def test_data(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of settings is accepted as the configuration, unless its title says `broken`; any other can be read."""
+    if block.language == "toml":
+        data = tomllib.loads(block.text)
+    elif block.language == "json":
+        data = json.loads(block.text)
+    else:
+        data = yaml.safe_load(block.text)
+    if block.language != "yaml" or "database" not in data:
+        return
+    with tempfile.TemporaryDirectory() as name:  # not tmp_path: some settings take short paths only
+        folder = Path(name)
+        monkeypatch.chdir(folder)
+        write_files(block, folder)
+        for path in re.findall(r"[ \"](\./[\w./-]+)", block.text):  # what the settings name, if it must exist
+            place = folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.suffix == ".sql":
+                place.touch()
+            elif not place.suffix:
+                place.mkdir(exist_ok=True)
+        (folder / "settings.yaml").write_text(block.text, "utf-8")
+        accept(block)
+
+
+def accept(block: Block) -> None:
+    """Reads a block of settings, which lies in the working directory."""
+    file = "settings.yaml"
+    if "broken" in block.title:
+        with pytest.raises(ConfigurationError):
+            settings.configure(file)
+        return
+    settings.configure(file)
+    try:
+        assert settings.current().engines
+    finally:
+        settings.configure(None)
+
+
+@pytest.mark.parametrize("block", blocks_in("sql"), ids=str)
+def test_sql(block: Block, tmp_path: Path) -> None:
+    """Statements run, and queries are queries: SQLite prepares each, on the page's own schema or the packaged one."""
+    write_files(block, tmp_path)
+    if block.page.name.startswith(("postgresql", "moving-to-postgresql")):
+        pytest.skip("another dialect")
+    schemas = [file.read_text("utf-8") for file in tmp_path.rglob("schema.sql")]
+    connection = sqlite3.connect(":memory:")
+    connection.executescript("".join(schemas) or (ROOT / "database/sqlite3/sql/init.sql").read_text("utf-8"))
+    if "-- name:" not in block.text:
+        connection.executescript(block.text)
+    else:
+        file = tmp_path / "queries-of-block.sql"
+        file.write_text(block.text, "utf-8")
+        queries = load_queries(file)
+        for name in queries.available_queries:
+            connection.execute(f"EXPLAIN {getattr(queries, name).sql}", defaultdict(int))
+    connection.close()
+
+
+def test_shown_python_compiles() -> None:
+    """Python that is not run is Python all the same."""
+    for block in blocks_in("py"):
+        compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("block", blocks_in("sh", "console"), ids=str)
+def test_sh(block: Block) -> None:
+    """Commands can be parsed; the targets, extras, groups and scripts that they name exist."""
+    text = block.text
+    if block.language == "console":
+        text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    titles = {each.title for each in BLOCKS[block.page]}
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", makefile, re.M), line
+        for word in words:
+            if extras := re.fullmatch(r"(?:\.|\./[\w-]+|jobu-database)\[([\w,-]+)\]", word):
+                assert set(extras[1].split(",")) <= set(project["project"]["optional-dependencies"]), line
+        for flag, group in zip(words, words[1:], strict=False):
+            if flag == "--group":
+                assert group in project["dependency-groups"], line
+            if flag in ("python", "python3") and group.endswith(".py"):
+                assert group in titles or (ROOT / group).is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_checked(page: Path) -> None:
+    """Each block says what it is, in a language that is checked; an odd fence would be skipped in silence."""
+    assert {block.language for block in BLOCKS[page]} <= LANGUAGES
+    assert page.read_text("utf-8").count("```") == 2 * len(BLOCKS[page])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name.endswith(".ko.md")], ids=lambda page: page.name)
+def test_translations_keep_pace(page: Path) -> None:
+    """A translated page has the original's headings and blocks, one for one."""
+    original = page.with_name(page.name.replace(".ko.md", ".md"))
+
+    def shape(page: Path) -> list[tuple[str, str]]:
+        return [(block.language, block.title) for block in BLOCKS[page]]
+
+    def headings(page: Path) -> list[str]:
+        return re.findall(r"^(#+) ", FENCE.sub("", page.read_text("utf-8")), re.M)
+
+    assert shape(page) == shape(original)
+    assert headings(page) == headings(original)

@@ -50,6 +50,8 @@ FEW = 64
 _READ_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 )
+_WRITE_ACTIONS = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
+_SCHEMA_TABLES = frozenset({"sqlite_master", "sqlite_schema"})
 _CONTROL_ACTIONS = frozenset({sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT})
 
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -94,6 +96,7 @@ class SqliteSession:
         "_locked",
         "_progress",
         "_restricted",
+        "_schema_writable",
         "_streams",
         "raw",
         "readonly",
@@ -108,6 +111,8 @@ class SqliteSession:
         self._admitting = False
         """Whether BEGIN, COMMIT and the like may be prepared: while this class itself sends them."""
         self._restricted = readonly
+        self._schema_writable = False
+        """Whether somebody may have switched on `writable_schema`."""
         self._streams: dict[int, sqlite3.Cursor] = {}
         self._failing: tuple[Statement, Any] | None = None
         """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
@@ -181,20 +186,26 @@ class SqliteSession:
         self.raw.set_authorizer(self._authorize)
 
     def _authorize(
-        self, action: int, first: str | None, second: str | None, _schema: str | None, _by: str | None
+        self, action: int, first: str | None, second: str | None, schema: str | None, _by: str | None
     ) -> int:
         if action in _CONTROL_ACTIONS:
             return sqlite3.SQLITE_OK if self._admitting else sqlite3.SQLITE_DENY
         if not self._restricted or action in _READ_ACTIONS:
+            if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
+                self._schema_writable = True
             return sqlite3.SQLITE_OK
+        # Virtual tables and table-valued functions (FTS5, json_each, pragma_table_info) ask for writes that they never
+        # do when they are first used: all of them to update the schema table, where they declare their columns, R*Tree
+        # to change its own tables. A reader's file cannot be written, whatever is admitted here.
+        if action in _WRITE_ACTIONS:
+            if self.readonly:
+                return sqlite3.SQLITE_OK if schema == "main" else sqlite3.SQLITE_DENY
+            if action == sqlite3.SQLITE_UPDATE and first in _SCHEMA_TABLES and not self._schema_writable:
+                return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_PRAGMA and first is not None:
             known = analysis.READ_PRAGMAS if second is None else analysis.ARGUMENT_PRAGMAS
             if first.lower() in known:
                 return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_UPDATE and first == "sqlite_master" and self.readonly:
-            # Asked when a table-valued pragma (`FROM pragma_table_info('jobs')`) is first used and SQLite declares its
-            # columns to itself. The file is open with `mode=ro`: a statement that means it is refused all the same.
-            return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.

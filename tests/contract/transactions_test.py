@@ -1424,7 +1424,12 @@ async def test_what_is_committed_is_not_run_again(db: Any, engine: Engine) -> No
 @pytest.mark.parametrize("doing", ["sleeping", "statement", "waiting"])
 @pytest.mark.parametrize("form", ["decorator", "context manager"])
 async def test_timeout(db: Any, engine: Engine, doing: str, form: str) -> None:
-    """`timeout` bounds the whole transaction, whatever it is doing, and undoes it."""
+    """`timeout` bounds the whole transaction, whatever it is doing, undoes it, and says what it was doing."""
+    said = {
+        "sleeping": "it was outside the database, in ",
+        "statement": f"it was executing: {SLOW_SELECT[:50]}",
+        "waiting": "it was waiting for a connection to execute: INSERT",
+    }
 
     async def work() -> None:
         if doing == "waiting":
@@ -1446,6 +1451,7 @@ async def test_timeout(db: Any, engine: Engine, doing: str, form: str) -> None:
             await call()
         assert isinstance(caught.value, TimeoutError)
         assert "0.1" in str(caught.value)
+        assert said[doing] in str(caught.value)
 
     if doing == "waiting":
         async with held(db):
