@@ -87,6 +87,10 @@ class Session(Protocol):
         """Closes the connection. The writer is closed last."""
         ...
 
+    def disown(self) -> None:
+        """In a forked child: the connection is the parent's, and in use there. It is never touched again."""
+        ...
+
 
 class Observer(Protocol):
     """Hears of statements and transactions, on the worker's thread. Must neither raise nor block for long."""

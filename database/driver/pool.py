@@ -416,6 +416,14 @@ class Pool:
         if ended:  # else the straggler may still post: better a descriptor too many than one that is somebody else's
             self.waker.dispose()
 
+    def readers(self) -> list[Worker]:
+        """The workers that read. Any thread."""
+        return list(self._readers)
+
+    def attends(self, worker: Worker) -> bool:
+        """Whether the worker attends to a transaction or a stream, and so to nothing else. Any thread."""
+        return any(lease.worker is worker and not lease.ended for lease in tuple(self.transactions))
+
     def disown(self) -> list[Session]:
         """In a forked child: this pool is the parent's. Gives the sessions that must never be touched."""
         self.closing = self.closed = True

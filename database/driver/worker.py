@@ -434,6 +434,11 @@ class Worker:
         """Gives the connection up: the next request opens another."""
         self._close()
 
+    def retreat(self) -> None:
+        """Closes the connection before a fork; the next request opens another, which does not count as replaced."""
+        self._close()
+        self._opened = False
+
     def patiently(self, request: Request | None, step: Any, *arguments: Any) -> Any:
         """Runs a step again and again while somebody else holds a lock, until `busy_timeout` is used up.
 

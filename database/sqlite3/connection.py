@@ -17,6 +17,7 @@ SQLite prepare all statements again; a connection that closes last checkpoints a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sqlite3
 import time
@@ -71,6 +72,10 @@ _write_locks: dict[str, Lock] = {}
 """The right to write to a file, within this process: each event loop's pool has a writer of its own."""
 
 
+_inherited: set[tuple[int, int]] = set()
+"""Files that the parent had open, in the middle of something, when this process was forked: device and inode."""
+
+
 def _renew_locks() -> None:
     _write_locks.clear()  # after a fork: whoever held one is in the parent
 
@@ -86,6 +91,7 @@ class SqliteSession:
         "_admitting",
         "_cursor",
         "_failing",
+        "_identity",
         "_lock",
         "_locked",
         "_progress",
@@ -95,9 +101,18 @@ class SqliteSession:
         "readonly",
     )
 
-    def __init__(self, raw: sqlite3.Connection, lock: Lock, progress: Callable[[], bool], *, readonly: bool) -> None:
+    def __init__(
+        self,
+        raw: sqlite3.Connection,
+        lock: Lock,
+        progress: Callable[[], bool],
+        *,
+        readonly: bool,
+        identity: tuple[int, int] = (0, 0),
+    ) -> None:
         self.raw = raw
         self.readonly = readonly
+        self._identity = identity
         self._lock = lock
         self._locked = False
         self._progress = progress
@@ -427,6 +442,12 @@ class SqliteSession:
             if held:
                 self.unlock()
 
+    def disown(self) -> None:
+        """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
+        # An extra reference, never given back: not even the child's own exit may finalize the connection.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
+        _inherited.add(self._identity)
+
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
         if self._failing is not None:
@@ -529,6 +550,9 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
         if not readonly:
             file.parent.mkdir(parents=True, exist_ok=True)
             _create(file, exist_ok=True)
+        identity = _identity(file)
+        if identity in _inherited:
+            raise errors.ConnectionFailedError(str(path), _FORKED)
         raw = sqlite3.connect(
             _uri(file, "ro" if readonly else "rw"),
             uri=True,
@@ -547,7 +571,7 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
             raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
         raise
     lock = _write_locks.setdefault(os.path.realpath(file), Lock())
-    return SqliteSession(raw, lock, progress, readonly=readonly)
+    return SqliteSession(raw, lock, progress, readonly=readonly, identity=identity)
 
 
 def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, readonly: bool) -> None:
@@ -591,6 +615,18 @@ def _expect(path: str, name: str, found: object, wanted: object) -> None:
 
 def _uri(path: Path, mode: str) -> str:
     return f"{path.absolute().as_uri()}?mode={mode}"
+
+
+_FORKED = (
+    "this process was forked while its parent had a transaction or a statement running on this database. SQLite keeps"
+    " its locks per process, so using the file here could lose data. Fork when the database is at rest, or start the"
+    " process by multiprocessing's 'spawn' or 'forkserver'"
+)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _create(path: Path, *, exist_ok: bool = False) -> None:
