@@ -284,24 +284,25 @@ class Transaction:
         worker, session = self.worker, self.session
         assert worker is not None
         assert session is not None
-        if self.controls:
-            controls, self.controls = self.controls, []
-            for method, argument in controls:
-                worker.step(session, method, argument)
-        atomic = request.kind == UNIT or request.kind == MANY
-        if atomic:
-            worker.step(session, "savepoint", 0)
         try:
-            result = worker.run_inline(request)
-        except BaseException as error:
-            if not session.in_transaction:
-                self.doom = f"the transaction has been rolled back after an error: {error}"
-            elif atomic:
-                worker.step(session, "undo", 0)
-            raise
-        if atomic:
+            for method, argument in self.controls:
+                worker.step(session, method, argument)
+            self.controls.clear()
+            if request.kind != UNIT and request.kind != MANY:
+                return worker.run_inline(request)
+            worker.step(session, "savepoint", 0)
+            try:
+                result = worker.run_inline(request)
+            except BaseException:
+                if worker.session is session and session.in_transaction:
+                    worker.step(session, "undo", 0)
+                raise
             worker.step(session, "release", 0)
-        return result
+            return result
+        except BaseException as error:
+            if worker.session is not session or not session.in_transaction:
+                self.doom = f"the transaction has been rolled back after an error: {error}"
+            raise
 
     # Ending
 
@@ -426,8 +427,16 @@ class Transaction:
         worker = self.worker
         assert worker is not None
         self.controls.clear()
-        assert self.session is not None
-        worker.renew(self.session, keep=keep, readonly=self.readonly)
+        session = self.session
+        assert session is not None
+        if worker.session is not session or (worker.grouping and not session.in_transaction):
+            self.doom = "the database has ended the transaction after an error; the function can only be left"
+            raise self.refusal()
+        try:
+            worker.renew(session, keep=keep, readonly=self.readonly)
+        except BaseException as error:
+            self.doom = f"the transaction has been rolled back after an error: {error}"
+            raise
 
     def _renew_savepoint(self, *, keep: bool) -> None:
         controls = self.root.controls

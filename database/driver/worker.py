@@ -467,6 +467,7 @@ class Worker:
             session.begin(readonly=readonly)
         except BaseException as error:
             if not self.backend.is_busy(error):
+                self.rollback()  # should it have begun all the same, the next statement would not be committed
                 raise
             self.patiently(request, _begin, session, readonly)
         return session
@@ -509,8 +510,9 @@ class Worker:
         self.grouping = False
         if request.cancelled and request.error is None:
             request.error = Interrupted()
-        session = self.session
-        if session is None or not session.in_transaction:
+        if self.session is not session or not session.in_transaction:
+            if request.error is None:  # a function that took no notice of it
+                request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
             return
         try:
             if request.error is None:

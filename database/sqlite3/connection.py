@@ -131,8 +131,11 @@ class SqliteSession:
 
     @property
     def in_transaction(self) -> bool:
-        """See `Session`."""
-        return self.raw.in_transaction
+        """See `Session`. A connection that was given up has none."""
+        try:
+            return self.raw.in_transaction
+        except sqlite3.ProgrammingError:
+            return False
 
     def try_lock(self, seconds: float) -> bool:
         """See `Session`."""
