@@ -58,6 +58,10 @@ Callback = Callable[[], Any]
 
 _numbers = itertools.count(1)
 
+INLINE = 1_000_000
+"""The savepoint around several statements that an offloaded function sends as one: apart from the one (0) around the
+function, which is to undo all of it whatever became of this one."""
+
 
 class Origin:
     """Where a transaction was begun, described only when somebody asks."""
@@ -284,25 +288,30 @@ class Transaction:
         worker, session = self.worker, self.session
         assert worker is not None
         assert session is not None
+        atomic = request.kind == UNIT or request.kind == MANY
+        self._steps(*self.controls, *([("savepoint", INLINE)] if atomic else ()))
+        self.controls.clear()
         try:
-            for method, argument in self.controls:
-                worker.step(session, method, argument)
-            self.controls.clear()
-            if request.kind != UNIT and request.kind != MANY:
-                return worker.run_inline(request)
-            worker.step(session, "savepoint", 0)
-            try:
-                result = worker.run_inline(request)
-            except BaseException:
-                if worker.session is session and session.in_transaction:
-                    worker.step(session, "undo", 0)
-                raise
-            worker.step(session, "release", 0)
-            return result
+            result = worker.run_inline(request)
         except BaseException as error:
             if worker.session is not session or not session.in_transaction:
                 self.doom = f"the transaction has been rolled back after an error: {error}"
+            elif atomic:
+                self._steps(("undo", INLINE))
             raise
+        if atomic:
+            self._steps(("release", INLINE))
+        return result
+
+    def _steps(self, *steps: Control) -> None:
+        """Opens and closes savepoints. Where that fails, nobody knows any more what a level would undo."""
+        assert self.worker is not None
+        for method, argument in steps:
+            try:
+                self.worker.step(self.session, method, argument)
+            except BaseException as error:
+                self.doom = f"the transaction can only be rolled back after an error: {error}"
+                raise
 
     # Ending
 

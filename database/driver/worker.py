@@ -100,6 +100,7 @@ class Worker:
     __slots__ = (
         "__weakref__",
         "_guard",
+        "_last",
         "_on_slow",
         "_opened",
         "_stopping",
@@ -142,6 +143,7 @@ class Worker:
         self.yielding = False
         """Whether it is to leave its lane at the next opportunity. Set by the loop's thread."""
         self.session: Session | None = None
+        self._last: Session | None = None
         self.current: Request | None = None
         self.answers: list[Request] = []
         self.threshold: float | None = None
@@ -234,7 +236,7 @@ class Worker:
 
     def _open(self) -> BaseException | None:
         try:
-            self.session = self.backend.connect(self.role, self._progress)
+            self.session = self._last = self.backend.connect(self.role, self._progress)
         except BaseException as error:
             if not isinstance(error, DatabaseError):
                 failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
@@ -366,7 +368,7 @@ class Worker:
     def _called_off() -> BaseException:
         return TransactionError("the caller of this function was cancelled; what it did is rolled back")
 
-    def step(self, session: Session, method: str, argument: Any) -> None:
+    def step(self, session: Any, method: str, argument: Any) -> None:
         """Runs one of the session's own methods, with its errors mapped."""
         try:
             getattr(session, method)(argument)
@@ -413,7 +415,7 @@ class Worker:
         """The package's error for the driver's; gives up a connection that can no longer be trusted."""
         if isinstance(error, Interrupted):
             return error
-        session = self.session
+        session = self._last  # also if it has been given up meanwhile: it knows its errors
         translated = error
         if self._stopping:
             translated = PoolClosedError("the pool was closed while this statement ran")
@@ -422,7 +424,7 @@ class Worker:
                 translated = session.translate(error, None, None)
             else:
                 translated = session.translate(error, request.sql, request.params)
-            if self.backend.is_broken(error):
+            if self.session is not None and self.backend.is_broken(error):
                 self.discard()
         if translated is not error and translated.__cause__ is None:
             translated.__cause__ = error

@@ -5,6 +5,7 @@ It is put below the package, where `sqlite3.connect` is, so all of the package's
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import threading
 import weakref
@@ -61,17 +62,34 @@ class Faults:
         self.fault: Fault | None = None
         self.open: set[int] = set()
         self.opened = 0
+        self.struck: list[Fault] = []
+        self._storm: tuple[random.Random, float, list[tuple[str, Moment]]] | None = None
         self._lock = threading.Lock()
 
     def plan(self, fault: Fault | None) -> None:
         with self._lock:
             self.calls.clear()
             self.fault = fault
+            self._storm = None
+
+    def storm(self, chance: random.Random, rate: float, kinds: list[tuple[str, Moment]]) -> list[Fault]:
+        """From now on calls fail at random, until `plan`; gives the list of what struck, which grows."""
+        with self._lock:
+            self._storm = chance, rate, kinds
+            self.struck = []
+            return self.struck
 
     def hit(self, what: str) -> Fault | None:
         with self._lock:
             self.calls.append(what)
             fault = self.fault
+            if self._storm is not None:
+                chance, rate, kinds = self._storm
+                if chance.random() >= rate:
+                    return None
+                fault = Fault(*chance.choice(kinds), struck=[what])
+                self.struck.append(fault)
+                return fault
             if fault is None or len(fault.struck) >= fault.times:
                 return None
             if fault.at is not None:
@@ -160,8 +178,9 @@ def faulty() -> Iterator[Faults]:
     real = sqlite3.connect
 
     def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
-        if FAULTS.hit("connect") is not None and FAULTS.fault is not None:
-            raise make_error(FAULTS.fault.error)
+        fault = FAULTS.hit("connect")
+        if fault is not None:
+            raise make_error(fault.error)
         kwargs.setdefault("factory", Connection)
         return real(*args, **kwargs)
 
