@@ -11,9 +11,12 @@ autocommit), `worker`, `error` (the exception's class, or None).
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from typing import Any
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from database.driver.lease import Lease
 from database.driver.request import Request
@@ -38,6 +41,24 @@ _transaction = logging.getLogger("database.transaction")
 
 
 _OF_STATEMENTS = (QueryExecutionError, ReadOnlyTransactionError)
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _without_raising(report: F) -> F:
+    """A handler or filter of the application's may fail; that costs the record, not the worker whose thread this is."""
+
+    @functools.wraps(report)
+    def wrapper(*args: Any) -> None:
+        try:
+            report(*args)
+        except Exception:
+            if logging.raiseExceptions and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                sys.stderr.write("--- a handler or filter of the logger 'database' has failed ---\n")
+                traceback.print_exc()
+
+    return wrapper  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
 
 
 class ForwardHandler(logging.Handler):
@@ -109,6 +130,7 @@ class LogObserver:
             return self._slow
         return None
 
+    @_without_raising
     def statement(self, request: Request, seconds: float, worker: str) -> None:
         """See `Observer`."""
         slow = self._slow is not None and seconds >= self._slow
@@ -147,6 +169,7 @@ class LogObserver:
             },
         )
 
+    @_without_raising
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""
         if _transaction.isEnabledFor(logging.INFO):
@@ -164,6 +187,7 @@ class LogObserver:
                 },
             )
 
+    @_without_raising
     def failure(self, error: BaseException) -> None:
         """See `Observer`. Each of the package's own errors is logged once, however many hands it passes."""
         if not isinstance(error, DatabaseError) or getattr(error, "reported", False):
@@ -174,6 +198,7 @@ class LogObserver:
             logger = _transaction
         logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra={"database": self._name})
 
+    @_without_raising
     def abandoned(self, where: str) -> None:
         """A transaction was left open by a task that has ended."""
         _transaction.warning(

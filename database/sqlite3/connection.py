@@ -357,7 +357,10 @@ class SqliteSession:
     def call(self, function: Any, arguments: Any, _extra: Any = None) -> Any:
         """Runs a function of the user's on the raw connection."""
         try:
-            return function(self.raw, *arguments)
+            result = function(self.raw, *arguments)
+            if isinstance(result, sqlite3.Cursor):
+                result.close()  # half read, it would keep its snapshot, and pin the WAL, for as long as it is kept
+            return result
         finally:
             self.raw.row_factory = Row
             if self._restricted:
