@@ -276,7 +276,12 @@ class WriteLane:
     def _lock(self, worker: Worker, item: Request | Lease) -> bool:
         """Takes the process-wide right to write: another event loop's pool may hold it."""
         session = worker.session
-        if session is None or session.try_lock(0):
+        if session is None:  # given up after an error: what is opened anew needs the right as well
+            try:
+                session = worker.ready()
+            except BaseException as error:
+                return self._turn_away(worker, item, worker.translate(error, None))
+        if session.try_lock(0):
             return True
         worker.flush()
         deadline = item.queued_at + self.pool.timeout
@@ -291,13 +296,17 @@ class WriteLane:
                 worker.observer.failure(error)
             else:
                 continue
-            if isinstance(item, Lease):
-                item.fail(worker, error)
-            else:
-                item.error = error
-                worker.answers.append(item)
-            return False
+            return self._turn_away(worker, item, error)
         return True
+
+    @staticmethod
+    def _turn_away(worker: Worker, item: Request | Lease, error: BaseException) -> bool:
+        if isinstance(item, Lease):
+            item.fail(worker, error)
+        else:
+            item.error = error
+            worker.answers.append(item)
+        return False
 
     def _group(self, worker: Worker, first: Request) -> None:
         """One transaction for all that waits together."""
@@ -365,6 +374,8 @@ class WriteLane:
         for member in members:
             if member.error is None and not member.cancelled:
                 member.result = None
+                if not self._lock(worker, member):  # the connection may be another one by now
+                    continue
                 worker.perform(member, readonly=False)
             worker.answers.append(member)
 

@@ -258,7 +258,9 @@ class Worker:
     def _progress(self) -> bool:
         """The session's progress handler: true stops the statement."""
         request = self.current
-        if request is None or request.kind >= COMMIT:
+        if request is None:
+            return self._stopping and self.session is None  # while a connection is opened, not while it commits
+        if request.kind >= COMMIT:
             return False
         if request.cancelled or self._stopping:
             return True
@@ -386,12 +388,11 @@ class Worker:
                 session.savepoint(0)
             else:
                 if keep:
-                    session.commit()
-                    self.commits += 1
+                    self.commit(session)
                 else:
                     session.rollback()
                     self.rollbacks += 1
-                session.begin(readonly=readonly)
+                self.begin(self.current, readonly=readonly)
         except BaseException as error:
             raise self.translate(error, None) from error
 
@@ -462,7 +463,7 @@ class Worker:
                 raise Interrupted
             time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
 
-    def begin(self, request: Request, *, readonly: bool) -> Session:
+    def begin(self, request: Request | None, *, readonly: bool) -> Session:
         """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
         session = self.session or self.ready()
         try:

@@ -94,6 +94,7 @@ class SqliteSession:
         "_identity",
         "_lock",
         "_locked",
+        "_patience",
         "_progress",
         "_restricted",
         "_streams",
@@ -108,10 +109,13 @@ class SqliteSession:
         progress: Callable[[], bool],
         *,
         readonly: bool,
+        patience: float = 0.0,
         identity: tuple[int, int] = (0, 0),
     ) -> None:
         self.raw = raw
         self.readonly = readonly
+        self._patience = patience
+        """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
         self._identity = identity
         self._lock = lock
         self._locked = False
@@ -139,6 +143,8 @@ class SqliteSession:
 
     def try_lock(self, seconds: float) -> bool:
         """See `Session`."""
+        if self._locked:
+            return True
         self._locked = self._lock.acquire(timeout=seconds) if seconds else self._lock.acquire(blocking=False)
         return self._locked
 
@@ -264,7 +270,13 @@ class SqliteSession:
             for text in analysis.split(sql):
                 if self._restricted and analysis.analyse(text).verb == "VACUUM":
                     raise _read_only(text)  # not an action that the authorizer is asked about
-                cursor.execute(text)
+                patience = _Patience(0 if self.raw.in_transaction else self._patience, self._progress)
+                while True:  # outside of a transaction each statement is its own, and waits for its own lock
+                    try:
+                        cursor.execute(text)
+                        break
+                    except sqlite3.OperationalError as error:
+                        patience.wait(error)
                 if cursor.description is not None:
                     cursor.fetchall()
         finally:
@@ -366,22 +378,26 @@ class SqliteSession:
             if self._restricted:
                 self.raw.set_authorizer(self._authorize)  # whatever the function did to it
 
-    def initialise(self, scripts: list[str], patience: float) -> None:
-        """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                self.begin(readonly=False)
-                break
-            except sqlite3.OperationalError as error:
-                if not is_busy(error) or time.monotonic() >= deadline:
-                    raise
+    def initialise(self, scripts: list[str]) -> None:
+        """Runs scripts in one transaction of their own; other processes may start just now, too."""
+        patience = _Patience(self._patience, self._progress)
+        while not self.try_lock(0.01) and patience.left():  # another event loop's pool may be writing
+            pass
         try:
-            for script in scripts:
-                self.execute_script(script)
-            self.commit()
+            while True:
+                try:
+                    self.begin(readonly=False)
+                    break
+                except sqlite3.OperationalError as error:
+                    patience.wait(error)
+            try:
+                for script in scripts:
+                    self.execute_script(script)
+                self.commit()
+            finally:
+                self.rollback()
         finally:
-            self.rollback()
+            self.unlock()
 
     def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""
@@ -570,17 +586,41 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
     except (OSError, sqlite3.Error) as error:
         raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
     try:
-        _apply(raw, settings, path, readonly=readonly)
+        _apply(raw, settings, path, progress, readonly=readonly)
     except BaseException as error:
         raw.close()
         if isinstance(error, sqlite3.Error):
             raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
         raise
     lock = _write_locks.setdefault(os.path.realpath(file), Lock())
-    return SqliteSession(raw, lock, progress, readonly=readonly, identity=identity)
+    return SqliteSession(
+        raw, lock, progress, readonly=readonly, patience=settings.busy_timeout / 1000, identity=identity
+    )
 
 
-def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, readonly: bool) -> None:
+class _Patience:
+    """Waits for another process's lock, in slices, until its time is used up or the caller has gone."""
+
+    __slots__ = ("_deadline", "_progress")
+
+    def __init__(self, seconds: float, progress: Callable[[], bool]) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._progress = progress
+
+    def wait(self, error: sqlite3.OperationalError) -> None:
+        """Called after an error: returns when it is time to try again, raises it when there is nothing to wait for."""
+        if not is_busy(error) or not self.left():
+            raise error
+        time.sleep(0.002)
+
+    def left(self) -> bool:
+        """Whether there is time left, and a caller who waits."""
+        return time.monotonic() < self._deadline and not self._progress()
+
+
+def _apply(
+    raw: sqlite3.Connection, settings: SqliteSettings, path: str, progress: Callable[[], bool], *, readonly: bool
+) -> None:
     wanted: list[tuple[str, object, object]] = [
         ("cache_size", settings.cache_size, settings.cache_size),
         ("foreign_keys", int(settings.foreign_keys), int(settings.foreign_keys)),
@@ -588,7 +628,7 @@ def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, read
     ]
     # The journal mode is the file's, or the writer's to set; a reader only sees that it is as it should be.
     journal = (settings.journal_mode, settings.journal_mode.lower())
-    deadline = time.monotonic() + settings.busy_timeout / 1000
+    patience = _Patience(settings.busy_timeout / 1000, progress)
     while True:
         try:
             if readonly:
@@ -606,9 +646,7 @@ def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, read
                 _expect(path, name, raw.execute(f"PRAGMA {name}").fetchone()[0], shown)
             return
         except sqlite3.OperationalError as error:
-            if not is_busy(error) or time.monotonic() >= deadline:
-                raise
-            time.sleep(0.005)
+            patience.wait(error)
 
 
 def _expect(path: str, name: str, found: object, wanted: object) -> None:

@@ -78,7 +78,7 @@ def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
         text = source.read_text("utf-8")
     else:
         text = Path(settings.init_sql).expanduser().read_text("utf-8")
-    session.initialise(_scripts(text), settings.busy_timeout / 1000)
+    session.initialise(_scripts(text))
 
 
 def _scripts(text: str) -> list[str]:
