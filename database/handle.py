@@ -20,12 +20,14 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+import anyio
+
 from database import engine as engines
 from database import logs, settings
 from database.batch import Batch
 from database.driver.lease import Lease
-from database.driver.pool import Pool, PoolStats
-from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT
+from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats
+from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
 from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
 from database.engine import Engine
@@ -176,6 +178,7 @@ class Database:
                 name=self.name,
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
+                long_read=chosen.logging.long_read_s,
                 on_closed=closed,
             )
         except BaseException:
@@ -375,12 +378,16 @@ class Database:
     ) -> Awaitable[Any]:  # fmt: skip
         """Hands several statements over as one; gives what their answer is to be awaited from."""
         level = self.current.get()
-        if isinstance(level, Transaction):
-            if level.readonly and kind == MANY and not level.ended:
-                raise self._read_only(cast("Statement", what))
-            return level.send(level.pool.request(kind, operation, what, params, extra, label))
-        pool = self.pool()
+        pool = level.pool if isinstance(level, Transaction) else self.pool()
+        if isinstance(level, Transaction) and level.readonly and kind == MANY and not level.ended:
+            raise self._read_only(cast("Statement", what))
         request = pool.request(kind, operation, what, params, extra, label)
+        return self._send_request(pool, request, readonly=readonly)
+
+    def _send_request(self, pool: Pool, request: Request, *, readonly: bool) -> Awaitable[Any]:
+        level = self.current.get()
+        if isinstance(level, Transaction):
+            return level.send(request)
         if readonly:
             pool.reads.submit(request)
         else:
@@ -473,7 +480,20 @@ class Database:
             self._resolve()
         level = self.current.get()
         assert not isinstance(level, Transaction) or level.root.session is None  # there, it is an ordinary level
-        result, callbacks = await self._send_unit(UNIT, drive, job, None, label=job, readonly=readonly)
+        pool = level.pool if isinstance(level, Transaction) else self.pool()
+        request = pool.request(UNIT, drive, job, None, None, job)
+        try:
+            result, callbacks = await self._send_request(pool, request, readonly=readonly)
+        except Exception:
+            raise
+        except BaseException:
+            if request.answered and request.error is None and not isinstance(level, Transaction):
+                # Cancelled, but committed already: those who wait for the commit are told.
+                job.whole = True
+                job.result, callbacks = request.result
+                with anyio.CancelScope(shield=True):
+                    await run_callbacks(callbacks)
+            raise
         if callbacks:
             if isinstance(level, Transaction):
                 level.callbacks.extend(callbacks)
@@ -692,10 +712,13 @@ class Database:
         pool.writes.submit(request)
         await request
 
-    async def close(self) -> None:
+    async def close(self, drain: float = DRAIN_SECONDS) -> None:
         """Closes this database's pool on this event loop; the next use opens another.
 
         What waits gets `PoolClosedError`; open transactions are rolled back.
+
+        Args:
+            drain: Seconds for which single statements that run already may go on; then they are interrupted.
 
         Raises:
             TransactionError: Called inside a transaction on this database.
@@ -706,7 +729,7 @@ class Database:
         loop = current_loop()
         pool = self._pools.get(id(loop))
         if pool is not None and pool.loop() is loop:
-            await pool.close()
+            await pool.close(drain)
 
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""
@@ -753,12 +776,14 @@ class TransactionContext:
     ) -> bool:
         assert self._entered is not None
         scope = self._scope
+        if scope is not None and error is None:
+            scope.finishing([self._entered])
         try:
             await leave(self._entered, self._token, error)
         except BaseException as failure:
-            if scope is not None:
-                scope.stop(failure)
-            raise
+            if scope is None or not scope.stop(failure):
+                raise
+            return False
         if scope is not None:
             scope.stop(error)
         return False

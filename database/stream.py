@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from database.driver.lease import Lease
@@ -106,6 +107,12 @@ class Stream(Generic[T]):
             await self._close()
             raise
         return self
+
+    def __del__(self) -> None:
+        """Thrown away between its first row and its end: takes the connection back. Any thread."""
+        lease, pool = self._lease, self._pool
+        if lease is not None and pool is not None and self._state == "open" and not lease.ended:
+            pool.waker.post([], partial(lease.let_go, self._database.observer, self._origin()))
 
     async def _open(self, statement: Statement) -> None:
         request = self._make(STATEMENT, self._operations.open_stream, statement, self._params, self._key)

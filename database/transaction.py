@@ -23,10 +23,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -132,6 +133,7 @@ class Transaction:
         "session",
         "top",
         "watch",
+        "whole",
         "worker",
     )
 
@@ -157,6 +159,8 @@ class Transaction:
         self.ended = False
         self.committed = False
         """Whether anything of it has been made permanent already."""
+        self.whole = False
+        """Whether all of it has, its end being over."""
         self.dooms = False
         """Whether a failure of this level is one of the whole (`required`)."""
         self.callbacks: list[Callback] = []
@@ -189,6 +193,11 @@ class Transaction:
         state = "ended" if self.ended else "open"
         kind = "read-only " if self.readonly else ""
         return f"<{state} {kind}transaction {self.number} level {self.depth}, begun by {self.origin()}>"
+
+    def __del__(self) -> None:
+        """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
+        if self.parent is None and not self.ended and self.lease is not None:
+            self.pool.waker.post([], partial(self.lease.let_go, self.database.observer, self.origin()))
 
     # Statements
 
@@ -326,8 +335,10 @@ class Transaction:
             if self.doom is not None:
                 raise TransactionError(self.doom)
             await self._commit_root()
+            self.whole = True
         except BaseException:
-            if not self.committed or self.lease is not None:
+            self.whole = self.committed and self.lease is None  # cancelled behind a commit that went through
+            if not self.whole:
                 self.callbacks.clear()
             await self.abandon()
             raise
@@ -443,6 +454,7 @@ class Transaction:
             raise self.refusal()
         try:
             worker.renew(session, keep=keep, readonly=self.readonly)
+            self.committed |= keep
         except BaseException as error:
             self.doom = f"the transaction has been rolled back after an error: {error}"
             raise
@@ -554,7 +566,7 @@ class _Joined:
         self.level = level
 
 
-Entered = Transaction | _Joined
+Entered: TypeAlias = Transaction | _Joined
 
 
 async def enter(
@@ -699,25 +711,55 @@ class TimeLimit:
     Raises `TransactionTimeoutError` in `stop`, saying what the time was spent on.
     """
 
-    __slots__ = ("_activity", "_origin", "_scope", "_seconds")
+    __slots__ = ("_bounded", "_origin", "_scope", "_seconds", "result")
 
     def __init__(self, seconds: float, origin: Origin) -> None:
         self._seconds = seconds
         self._origin = origin
         self._scope = anyio.move_on_after(seconds)
+        self._bounded: list[Bounded] = []
+        self.result: Any = None
+        """What the function has returned."""
 
     def start(self) -> None:
         """The clock runs from here."""
         self._scope.__enter__()
 
-    def stop(self, error: BaseException | None) -> None:
-        """The transaction is over, with or without an error."""
+    def finishing(self, levels: Iterable[object], result: Any = None) -> None:
+        """The function has returned; what is left to be done is to commit these."""
+        self._bounded = [level for level in levels if isinstance(level, Transaction) and level.parent is None]
+        self.result = result
+
+    def offloading(self, job: Bounded) -> None:
+        """The function is on its way to the database's thread."""
+        self._bounded = [job]
+
+    def stop(self, error: BaseException | None) -> bool:
+        """The transaction is over, with or without an error.
+
+        Returns:
+            Whether the error was only that time ran out during the commit, and that went through.
+        """
         swallowed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         if swallowed and error is not None:  # trio's scope says so without an error as well
+            committed = [each for each in self._bounded if each.whole]
+            if committed and len(committed) == len(self._bounded):
+                self.result = getattr(committed[0], "result", self.result)
+                return True
             raise TransactionTimeoutError(
                 f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and has"
                 f" been rolled back; it was {_doing(error)}"
             ) from error
+        return False
+
+
+class Bounded(Protocol):
+    """What a time limit bounds."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been committed."""
+        ...
 
 
 def _doing(error: BaseException | None) -> str:

@@ -24,7 +24,7 @@ from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from database.driver.backend import Interrupted
+from database.driver.backend import Alone, Interrupted
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, WAKE, Servable, Worker
@@ -279,8 +279,8 @@ class WriteLane:
         if session is None:  # given up after an error: what is opened anew needs the right as well
             try:
                 session = worker.ready()
-            except BaseException as error:
-                return self._turn_away(worker, item, worker.translate(error, None))
+            except BaseException as failure:
+                return self._turn_away(worker, item, worker.translate(failure, None))
         if session.try_lock(0):
             return True
         worker.flush()
@@ -321,9 +321,12 @@ class WriteLane:
             return
         queue = self.queue
         members: list[Request] = []
+        alone: Request | None = None
         request = first
         while True:
-            if not request.cancelled:
+            if request.cancelled:
+                request.error = Interrupted()
+            else:
                 if request.kind == STATEMENT:
                     worker.execute(request)
                 else:
@@ -331,6 +334,9 @@ class WriteLane:
                 if request.error is not None and (worker.session is not session or not session.in_transaction):
                     self._again_alone(worker, members, request)
                     return
+                if type(request.error) is Alone:
+                    alone = request
+                    break
             members.append(request)
             if len(members) >= GROUP_SIZE or not self._groupable(queue) or perf_counter() - began > GROUP_SECONDS:
                 break
@@ -343,6 +349,9 @@ class WriteLane:
                 break
             request = item
         self._commit(worker, members)
+        if alone is not None:
+            alone.error = None
+            self._again_alone(worker, [alone], None)
 
     def _commit(self, worker: Worker, members: list[Request]) -> None:
         session = worker.session
@@ -377,6 +386,8 @@ class WriteLane:
                 if not self._lock(worker, member):  # the connection may be another one by now
                     continue
                 worker.perform(member, readonly=False)
+            elif member.error is None:
+                member.error = Interrupted()  # rolled back with the others, and nobody waits for it
             worker.answers.append(member)
 
     def _fail_those_who_waited_too(self, worker: Worker, error: DatabaseBusyError, began: float) -> None:

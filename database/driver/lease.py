@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from database.driver.backend import Interrupted, Session
+from database.driver.backend import Interrupted, Observer, Session
 from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
 from database.errors import PoolClosedError, TransactionError
 
@@ -133,6 +133,15 @@ class Lease:
         request.cancelled = True
         if self.worker is not None:
             self.worker.interrupt(request)
+
+    def let_go(self, observer: Observer, where: str) -> None:
+        """Ends a lease whose holder is garbage: rolled back if there is anything, without waiting for that."""
+        if self.dropped or self.ended or self.queued_at == 0.0 or self.pool.closed:
+            return
+        observer.lost(where)
+        if self.worker is None and not self.pending and self.pool.withdraw(self):
+            return
+        self.submit(Request(ROLLBACK, None, label="ROLLBACK"))
 
     def abort(self, reason: str) -> None:
         """Ends the lease from outside: its running statement is stopped, and what comes is refused. Any thread."""

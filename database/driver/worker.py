@@ -33,7 +33,7 @@ from threading import Lock, Thread, local
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from database.driver.backend import Interrupted, Role, Session
+from database.driver.backend import Alone, Interrupted, Role, Session
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Request
 from database.driver.wakeup import Notice
 from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
@@ -199,12 +199,16 @@ class Worker:
     def stop(self, *, now: bool = False) -> None:
         """Ends the thread once it has done what its inbox holds; `now` also stops what it is doing."""
         if now:
-            self._stopping = True
-            with self._guard:
-                current = self.current
-                if current is not None and current.kind < COMMIT and self.session is not None:
-                    self.session.interrupt()
+            self.hurry()
         self.inbox.put(STOP)
+
+    def hurry(self) -> None:
+        """Stops what runs, and what is to run, but for a commit that has begun."""
+        self._stopping = True
+        with self._guard:
+            current = self.current
+            if current is not None and current.kind < COMMIT and self.session is not None:
+                self.session.interrupt()
 
     def join(self, seconds: float) -> bool:
         """Waits for the thread's end; False if it did not come in time."""
@@ -378,13 +382,16 @@ class Worker:
             raise self.translate(error, None) from error
 
     def renew(self, session: Session, *, keep: bool, readonly: bool) -> None:
-        """Ends the open transaction, or within a group its savepoint, and opens the next."""
+        """Ends the open transaction, or within a group its savepoint, and opens the next.
+
+        Raises:
+            Alone: A member of a group wants to commit, which in a group nobody can do before all do.
+        """
+        if self.grouping and keep:
+            raise Alone
         try:
             if self.grouping:
-                if keep:
-                    session.release(0)
-                else:
-                    session.undo(0)
+                session.undo(0)
                 session.savepoint(0)
             else:
                 if keep:

@@ -191,7 +191,9 @@ async def test_a_scribbled_file(make_db: Any, engine: Engine, offset: int) -> No
         failures = [result for result in results if isinstance(result, BaseException)]
         assert failures
         assert all(isinstance(result, errors.DatabaseError) for result in failures), results
-        assert any(isinstance(result, (errors.DatabaseCorruptError, errors.ConnectionFailedError)) for result in failures)
+        assert any(
+            isinstance(result, (errors.DatabaseCorruptError, errors.ConnectionFailedError)) for result in failures
+        )
     await idle(db)
     await db.close()
 
@@ -234,9 +236,13 @@ async def test_a_deleted_directory(make_db: Any, engine: Engine) -> None:
     with anyio.fail_after(10):
         for _ in range(3):
             results = await gather(
-                lambda: db.execute(INSERT, ("more",)), lambda: names(db), lambda: db.run(lambda c: c.execute("SELECT 1"))
+                lambda: db.execute(INSERT, ("more",)),
+                lambda: names(db),
+                lambda: db.run(lambda c: c.execute("SELECT 1")),
             )
-            assert all(not isinstance(each, BaseException) or isinstance(each, errors.DatabaseError) for each in results)
+            assert all(
+                not isinstance(each, BaseException) or isinstance(each, errors.DatabaseError) for each in results
+            )
         await db.close()
     await db.execute_script(engine.schema)
     await usable(db)
