@@ -487,6 +487,7 @@ class Database:
         except Exception:
             raise
         except BaseException:
+            job.running = request.cancelled and not request.answered
             if request.answered and request.error is None and not isinstance(level, Transaction):
                 # Cancelled, but committed already: those who wait for the commit are told.
                 job.whole = True

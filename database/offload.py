@@ -35,6 +35,7 @@ class Job:
         "origin",
         "readonly",
         "result",
+        "running",
         "whole",
     )
 
@@ -63,6 +64,8 @@ class Job:
         self.whole = False
         """Whether it has been committed although its caller was cancelled; then `result` is what it returned."""
         self.result: Any = None
+        self.running = False
+        """Whether it was still running when its cancelled caller went on."""
 
     def __str__(self) -> str:
         return f"offloaded {self.origin()}"

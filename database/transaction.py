@@ -746,9 +746,11 @@ class TimeLimit:
             if committed and len(committed) == len(self._bounded):
                 self.result = getattr(committed[0], "result", self.result)
                 return True
+            running = any(getattr(each, "running", False) for each in self._bounded)
+            outcome = "is being rolled back, unless its commit had begun" if running else "has been rolled back"
             raise TransactionTimeoutError(
-                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and has"
-                f" been rolled back; it was {_doing(error)}"
+                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and"
+                f" {outcome}; it was {_doing(error)}"
             ) from error
         return False
 
@@ -764,6 +766,8 @@ class Bounded(Protocol):
 
 def _doing(error: BaseException | None) -> str:
     """Where a cancellation struck, told from the innermost frames of its traceback."""
+    while error is not None and error.__context__ is not None and not isinstance(error.__context__, Exception):
+        error = error.__context__  # it struck again while the first one was rolling back
     traceback = None if error is None else error.__traceback__
     doing = "outside the database"
     place = "the function itself"

