@@ -690,7 +690,8 @@ class Database:
             return
         request = lease.pool.request(ROLLBACK, None, label="the end of a stream")
         lease.submit(request)
-        await request
+        if lease.pool.waker.is_current():  # else a coroutine is thrown away, and cannot wait for anything
+            await request
 
     def prepare_stream(self, query: Query) -> tuple[Statement, Callable[..., Any] | None, Any]:
         """What a stream needs: the statement, the query's record class, the engine's operations."""

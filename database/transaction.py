@@ -428,7 +428,8 @@ class Transaction:
             return
         request = self.pool.request(ROLLBACK, None, label="ROLLBACK")
         lease.submit(request)
-        await request
+        if self.pool.waker.is_current():  # else a coroutine is thrown away, and cannot wait for anything
+            await request
 
     def roll_back_unattended(self) -> None:
         """Ends a manual level whose task has gone, without waiting for the outcome."""

@@ -156,6 +156,11 @@ class Waker:
         """Whether the loop is running right now, so that its pools are its own to close."""
         raise NotImplementedError
 
+    def is_current(self) -> bool:
+        """Whether the caller runs on this loop; not so where a coroutine of a loop that is gone is thrown away."""
+        loop = current_loop()
+        return loop is not None and loop is self.loop
+
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
         raise NotImplementedError
@@ -210,6 +215,20 @@ class _SentinelTimer:
         sentinel, handle = self._sentinel(), self._handle()
         if sentinel is not None:
             sentinel.function = None
+        if handle is not None:
+            handle.cancel()
+
+
+class _WeakTimer:
+    """A timer of asyncio's, not kept alive: its handle leads to its loop, which shall be garbage when nobody wants it."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: asyncio.TimerHandle) -> None:
+        self._handle = weakref.ref(handle)
+
+    def cancel(self) -> None:
+        handle = self._handle()
         if handle is not None:
             handle.cancel()
 
@@ -391,7 +410,7 @@ class AsyncioWaker(Waker):
             raise
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
-        return asyncio.get_running_loop().call_later(seconds, function)
+        return _WeakTimer(asyncio.get_running_loop().call_later(seconds, function))
 
     def on_end(self, function: Callable[[], None]) -> Timer:
         sentinel = _Sentinel(function)
