@@ -359,7 +359,7 @@ class AsyncioWaker(Waker):
         if hasattr(os, "eventfd"):
             descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             try:
-                loop.add_reader(descriptor, self._rung, descriptor)
+                Context().run(loop.add_reader, descriptor, self._rung, descriptor)
             except NotImplementedError:  # a loop without readers
                 os.close(descriptor)
             else:
@@ -410,11 +410,12 @@ class AsyncioWaker(Waker):
             raise
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
-        return _WeakTimer(asyncio.get_running_loop().call_later(seconds, function))
+        # In a context of nobody's: the timer would keep the caller's, and all that it holds, for its time.
+        return _WeakTimer(asyncio.get_running_loop().call_later(seconds, function, context=Context()))
 
     def on_end(self, function: Callable[[], None]) -> Timer:
         sentinel = _Sentinel(function)
-        handle = asyncio.get_running_loop().call_later(FAR_AWAY, sentinel.ring)
+        handle = asyncio.get_running_loop().call_later(FAR_AWAY, sentinel.ring, context=Context())
         return _SentinelTimer(handle, sentinel)
 
     def spawn(self, function: Callable[[], Awaitable[Any]]) -> None:

@@ -52,7 +52,8 @@ def test_end_of_a_program(tmp_path: Path, end: str, backend: str) -> None:
     everything in the one database file.
     """
     body, status, message = ENDS[end]
-    code = f"async def main():\n{indent(body, '    ')}\ntry:\n    anyio.run(main, backend={backend!r})\nfinally:\n    say('end')\n"
+    code = f"async def main():\n{indent(body, '    ')}\n"
+    code += f"try:\n    anyio.run(main, backend={backend!r})\nfinally:\n    say('end')\n"
     path = tmp_path / "test.db"
     ended = Program(code, path).end()
     wanted = {status} if not (status in (3, 7) and backend == "trio") else {status, 1}

@@ -168,7 +168,8 @@ def test_busy_after_the_configured_time(tmp_path: Path) -> None:
             await add()
 
         async def main():
-            for call in (add, transactional(add), transactional(offload=True)(add), lambda: db.execute_script("INSERT INTO t VALUES (1)")):
+            script = lambda: db.execute_script("INSERT INTO t VALUES (1)")
+            for call in (add, transactional(add), transactional(offload=True)(add), script):
                 await measured(call)
             runs.clear()
             await stubborn()
