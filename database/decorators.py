@@ -262,7 +262,9 @@ async def _run_on_several(
     late: BaseException | None = None
     for position, (database, level, token) in enumerate(entered):
         try:
-            # Behind the first commit no deadline shall make a half of the whole.
+            # Behind the first commit no deadline and no cancellation shall make a half of the whole.
+            if committed and isinstance(level, Transaction):
+                level.firm = True
             with anyio.CancelScope(shield=bool(committed)):
                 await leave(level, token, None)
         except BaseException as error:

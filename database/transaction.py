@@ -120,6 +120,7 @@ class Transaction:
         "doom",
         "dooms",
         "ended",
+        "firm",
         "lease",
         "manual",
         "number",
@@ -159,6 +160,8 @@ class Transaction:
         self.ended = False
         self.committed = False
         """Whether anything of it has been made permanent already."""
+        self.firm = False
+        """Whether its commit follows one on another database, so that no cancellation may come between."""
         self.whole = False
         """Whether all of it has, its end being over."""
         self.dooms = False
@@ -407,6 +410,7 @@ class Transaction:
         request = self.pool.request(COMMIT, None, label="COMMIT")
         if self.controls:
             request.controls, self.controls = self.controls, []
+        lease.firm = self.firm
         lease.submit(request)
         try:
             await request

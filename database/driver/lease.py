@@ -44,6 +44,7 @@ class Lease:
         "doom",
         "dropped",
         "ended",
+        "firm",
         "granted_at",
         "holder",
         "home",
@@ -90,6 +91,8 @@ class Lease:
         self.granted_at = 0.0
         self.doom: BaseException | str | None = None
         self.ended = False
+        self.firm = False
+        """Its commit is not withdrawn by a cancellation, for it follows one on another database."""
         self.late: list[Request] = []
 
     # Loop thread
@@ -124,7 +127,7 @@ class Lease:
             if not self.pending and self.pool.withdraw(self):
                 self.dropped = True
             return True
-        if request.answered:
+        if request.answered or (self.firm and request.kind == COMMIT):
             return False
         return worker.call_off(request)
 
