@@ -6,8 +6,8 @@ that set something) the authorizer refuses: SQLite asks it about every statement
 COMMIT, SAVEPOINT and the like to this module, so that nothing sent as SQL text, nor a function given the raw
 connection, can end a transaction that the package manages.
 
-The statements of this module carry a trailing comment. SQLite's statement cache goes by the text, and what comes out
-of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
+The statements of this module carry a trailing comment that nobody can guess. `sqlite3`'s statement cache goes by the
+text, and what comes out of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
 
 Facts this rests on (sqlite.org/c3ref/set_authorizer.html, /lang_transaction.html, /wal.html):
 BEGIN IMMEDIATE on a read-only connection pins its snapshot at once and takes no lock; setting an authorizer anew makes
@@ -44,6 +44,11 @@ PROGRESS_STEPS = 10_000
 FEW = 64
 """Fewer rows than this are made at once; more, when they are looked at."""
 
+_MARK = f"--{os.urandom(8).hex()}"
+_BEGIN = f"BEGIN IMMEDIATE {_MARK}"
+_COMMIT = f"COMMIT {_MARK}"
+_ROLLBACK = f"ROLLBACK {_MARK}"
+
 _READ_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 )
@@ -62,8 +67,8 @@ _BROKEN = frozenset(
     }
 )
 
-_SAVEPOINT = "SAVEPOINT level_0 --*"
-_RELEASE = "RELEASE level_0 --*"
+_SAVEPOINT = f"SAVEPOINT level_0 {_MARK}"
+_RELEASE = f"RELEASE level_0 {_MARK}"
 """Around every unit of a group, so not put together each time."""
 
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
@@ -163,14 +168,14 @@ class SqliteSession:
 
     def begin(self, *, readonly: bool) -> None:
         """See `Session`."""
-        self._control("BEGIN IMMEDIATE --*")
+        self._control(_BEGIN)
         if readonly and not self.readonly:
             self.restrict(True)
 
     def commit(self) -> None:
         """See `Session`."""
         self._close_streams()
-        self._control("COMMIT --*")
+        self._control(_COMMIT)
         if self._restricted and not self.readonly:
             self.restrict(False)
 
@@ -178,22 +183,22 @@ class SqliteSession:
         """See `Session`."""
         self._close_streams()
         if self.raw.in_transaction:
-            self._control("ROLLBACK --*")
+            self._control(_ROLLBACK)
         if self._restricted and not self.readonly:
             self.restrict(False)
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
-        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} --*")
+        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
 
     def release(self, number: int) -> None:
         """See `Session`."""
-        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} --*")
+        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
 
     def undo(self, number: int) -> None:
         """See `Session`."""
-        self._control(f"ROLLBACK TO level_{number} --*")
-        self._control(f"RELEASE level_{number} --*")
+        self._control(f"ROLLBACK TO level_{number} {_MARK}")
+        self._control(f"RELEASE level_{number} {_MARK}")
 
     def restrict(self, readonly: bool) -> None:
         """See `Session`. Setting the authorizer anew has every cached statement checked again."""
