@@ -144,7 +144,7 @@ class Lease:
         observer.lost(where)
         if self.worker is None and not self.pending and self.pool.withdraw(self):
             return
-        self.submit(Request(ROLLBACK, None, label="ROLLBACK"))
+        self.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
 
     def abort(self, reason: str) -> None:
         """Ends the lease from outside: its running statement is stopped, and what comes is refused. Any thread."""

@@ -477,7 +477,7 @@ class Pool:
             # The loop was garbage, and the collector ran on this of all threads, which cannot wait for itself.
             Thread(target=self.close_now, name=f"database-{self.name}-closing", daemon=True).start()
             return
-        forgotten = self.waker.loop is None
+        forgotten = self.waker.loop() is None
         self.closing = self.closed = True
         self._end.cancel()
         self._on_closed(self)

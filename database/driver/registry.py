@@ -21,7 +21,7 @@ import time
 from threading import Event
 from typing import TYPE_CHECKING
 
-from database.driver.worker import Worker, here
+from database.driver.worker import Servable, Worker, here
 from database.errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -65,10 +65,16 @@ class _Retreat:
         self.void = False
         """It came too late, and nobody waits for it any more."""
 
-    def serve(self, worker: Worker) -> None:
-        """Worker thread."""
-        if self.void:
-            return
+    def serve(self, worker: Worker) -> Servable | None:
+        """Worker thread. Gives the lane that the worker was staying with."""
+        if not self.void:
+            self._step_aside(worker)
+        pool = worker.pool
+        if worker is pool.writer:
+            return pool.writes if pool.opened else None
+        return pool.reads if worker in pool.reads.serving else None
+
+    def _step_aside(self, worker: Worker) -> None:
         opened = worker.session is not None
         worker.retreat()
         self.gone.set()

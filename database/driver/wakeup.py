@@ -159,7 +159,7 @@ class Waker:
     def is_current(self) -> bool:
         """Whether the caller runs on this loop; not so where a coroutine of a loop that is gone is thrown away."""
         loop = current_loop()
-        return loop is not None and loop is self.loop
+        return loop is not None and loop is self.loop()
 
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
@@ -274,6 +274,7 @@ class _AsyncioRequest(Request):
     """
 
     __slots__ = ("_asyncio_future_blocking", "context")
+    context: Context | None
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if not self.answered:
@@ -405,6 +406,7 @@ class AsyncioWaker(Waker):
                 if wakeup is not None:
                     request.waiter = None
                     request.context.run(wakeup, _DONE)
+                    request.context = None  # workers and tracebacks keep requests, but shall not keep their tasks' context
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise
