@@ -777,7 +777,8 @@ def _doing(error: BaseException | None) -> str:
     doing = "outside the database"
     place = "the function itself"
     while traceback is not None:
-        request = traceback.tb_frame.f_locals.get("request")
+        found = traceback.tb_frame.f_locals
+        request = found.get("request", found.get("self"))
         if isinstance(request, Request):
             what = str(request.label or getattr(request.sql, "sql", request.sql))
             home = request.home
