@@ -11,7 +11,8 @@ connection, or a discarded one.
 
 Failure. When the database rolls a transaction back by itself (an interrupted write, a full disk, ON CONFLICT ROLLBACK),
 the next statement would silently autocommit. So after every error the worker asks the connection whether the
-transaction is still there; if not, the lease is doomed: every further statement is refused with the reason.
+transaction is still there; if not, the lease is doomed: it ends, and every further statement is refused with the
+reason.
 """
 
 from __future__ import annotations
@@ -218,15 +219,12 @@ class Lease:
         """The lease cannot be granted: answers all it was given with the error."""
         self.worker = worker
         self.doom = error
-        while not self.ended:
-            request = self.mailbox.get()
-            if request.kind >= COMMIT:
-                self.ended = True
-                request.error = None if request.kind == ROLLBACK else self.refusal()
-            else:
-                request.error = error if error is self.doom else self.refusal()
-            worker.answers.append(request)
-            worker.flush()
+        self.ended = True
+        self._answer_the_rest()
+        if self.late and self.late[0].error is not None:
+            self.late[0].error = error
+        worker.answers.extend(self.late)
+        self.late = []
 
     def _begin(self, worker: Worker, request: Request) -> Session | None:
         try:
@@ -240,6 +238,7 @@ class Lease:
             self.carried.extend(request.controls or ())
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
+            self.ended = True
         return None
 
     def _run(self, worker: Worker, session: Session, request: Request) -> None:
@@ -264,6 +263,7 @@ class Lease:
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
             worker.rollback()
+            self.ended = True
             return False
         return True
 
@@ -281,7 +281,10 @@ class Lease:
             self.doom = request.error
         else:
             return
-        worker.rollback()  # now, so that the locks are free before the tasks have found out
+        # Now, so that the locks are free before the tasks have found out; and the connection, for whatever they do until
+        # they end their transaction, it has nothing to do with that any more.
+        worker.rollback()
+        self.ended = True
 
     def _end(self, worker: Worker, session: Session | None, request: Request) -> None:
         if request.kind == ROLLBACK:

@@ -356,3 +356,35 @@ async def test_commit_inside_a_group_is_a_commit(
     assert seen == [1]
     assert [value for (value,) in engine.outside("SELECT value FROM item ORDER BY value")] == ["kept", "other"]
     await idle(db)
+
+
+@pytest.mark.parametrize("readonly", [False, True], ids=["write", "readonly"])
+async def test_a_doomed_transaction_holds_nobody_up(make_db: Any, engine: Engine, readonly: bool) -> None:
+    """A transaction that the database has rolled back gives its connection away at once, not when its task ends it;
+    until then it is refused everything, and commits nothing.
+    """
+    db = await make_db(pool_size=1)
+    async with anyio.create_task_group() as group:
+        doomed, go_on = anyio.Event(), anyio.Event()
+
+        async def dawdle() -> None:
+            with pytest.raises(errors.TransactionError):
+                async with db.transaction(readonly=readonly):
+                    if not readonly:
+                        await add(db, "undone")
+                    with anyio.move_on_after(0.02):
+                        await db.fetch_value(SLOW_SELECT)
+                    doomed.set()
+                    await go_on.wait()
+                    with pytest.raises(errors.TransactionError):
+                        await db.fetch_value("SELECT 1")
+
+        group.start_soon(dawdle)
+        await doomed.wait()
+        with anyio.fail_after(3):
+            async with db.transaction(readonly=readonly):
+                await db.fetch_value("SELECT 1")
+            await add(db, "kept")
+        go_on.set()
+    assert engine.committed() == ["kept"]
+    await usable(db)

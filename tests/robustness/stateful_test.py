@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.from_thread import start_blocking_portal
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -453,6 +453,7 @@ def test_state_machine(backend: Any) -> None:
             deadline=None,
             derandomize="STATEFUL_EXAMPLES" not in os.environ,
             suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
             database=None,
         ),
     )
