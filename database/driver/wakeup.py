@@ -406,7 +406,9 @@ class AsyncioWaker(Waker):
                 if wakeup is not None:
                     request.waiter = None
                     request.context.run(wakeup, _DONE)
-                    request.context = None  # workers and tracebacks keep requests, but shall not keep their tasks' context
+                    request.context = (
+                        None  # workers and tracebacks keep requests, but shall not keep their tasks' context
+                    )
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise
