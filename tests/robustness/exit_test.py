@@ -145,6 +145,8 @@ def test_ctrl_c(tmp_path: Path, what: str, backend: str) -> None:
     """Ctrl-C in the middle of something ends the program within a second; the transaction is undone, the file whole."""
     path = tmp_path / "test.db"
     code = """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+
     async def computing():
         await db.execute("INSERT INTO t VALUES (2)")
         await db.fetch_value(SLOW)
