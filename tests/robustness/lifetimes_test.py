@@ -181,6 +181,9 @@ async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: in
 # --- thrown away --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Async generator:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # trio's word on it
 async def test_a_stream_thrown_away(db: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A stream that was begun and is garbage gives its reader back; a warning says where it was opened."""
 
