@@ -2,11 +2,17 @@
 
 The names here are engine-neutral: the configuration says which engine a database is of. `database.sqlite3` offers the
 same names bound to SQLite.
+
+They are looked up when they are first used: pytest imports this package in every project that has it, for its plugin.
 """
 
-from database import errors
-from database.neutral import transactional, transactional_readonly
-from database.registry import close_all, configure, get_db, lifespan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from database import errors
+    from database.neutral import transactional, transactional_readonly
+    from database.registry import close_all, configure, get_db, lifespan
 
 __all__ = [
     "close_all",
@@ -17,3 +23,19 @@ __all__ = [
     "transactional",
     "transactional_readonly",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "errors":
+        found: Any = import_module("database.errors")
+    else:
+        module = "database.neutral" if name.startswith("transactional") else "database.registry"
+        found = getattr(import_module(module), name)
+    globals()[name] = found  # asked only once
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

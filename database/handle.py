@@ -26,13 +26,13 @@ from database import engine as engines
 from database import logs, settings
 from database.batch import Batch
 from database.driver.lease import Lease
-from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats
+from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats, aside
 from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
 from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
 from database.engine import Engine
 from database.errors import DatabaseError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
-from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement
+from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement, TypedQuery
 from database.stream import Stream
 from database.transaction import (
     Detached,
@@ -50,6 +50,8 @@ from database.transaction import (
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from database.driver.backend import Observer
 
 __all__ = ["Database", "TransactionContext"]
 
@@ -70,6 +72,7 @@ class AiosqlQuery(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+Parked = tuple[dict[int, Pool], ContextVar[Transaction | Detached | None]]
 Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
@@ -171,16 +174,22 @@ class Database:
                     self._recent = None
 
             backend = self.engine.backend(chosen)
+            observer = cast("Observer", self.observer)
+            instrumentation = logs.instrumentation
+            if instrumentation is not None:
+                observer = instrumentation.observe(self.name, self.engine.name, backend.description, self.observer)
             pool = Pool(
                 backend,
                 create_waker(),
-                self.observer,
+                observer,
                 name=self.name,
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
                 long_read=chosen.logging.long_read_s,
                 on_closed=closed,
             )
+            if instrumentation is not None:
+                instrumentation.opened(pool)
         except BaseException:
             settings.release(ticket)
             raise
@@ -294,6 +303,10 @@ class Database:
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]
     ) -> T | None: ...
     @overload
+    async def fetch_one(  # type: ignore[overload-overlap]  # whatever is a TypedQuery is one before it is a Query
+        self, query: TypedQuery[T], params: Parameters = None, *, record_class: None = None
+    ) -> T | None: ...
+    @overload
     async def fetch_one(self, query: Query, params: Parameters = None, *, record_class: None = None) -> Row | None: ...
     async def fetch_one(
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., Any] | None = None
@@ -316,6 +329,10 @@ class Database:
     @overload
     async def fetch_all(
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., T]
+    ) -> list[T]: ...
+    @overload
+    async def fetch_all(  # type: ignore[overload-overlap]
+        self, query: TypedQuery[T], params: Parameters = None, *, record_class: None = None
     ) -> list[T]: ...
     @overload
     async def fetch_all(self, query: Query, params: Parameters = None, *, record_class: None = None) -> list[Row]: ...
@@ -415,6 +432,10 @@ class Database:
     @overload
     def stream(
         self, query: Query, params: Parameters = None, *, chunk_size: int = 1000, record_class: Callable[..., T]
+    ) -> Stream[T]: ...
+    @overload
+    def stream(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]
+        self, query: TypedQuery[T], params: Parameters = None, *, chunk_size: int = 1000, record_class: None = None
     ) -> Stream[T]: ...
     @overload
     def stream(
@@ -620,10 +641,9 @@ class Database:
     async def _await_callback(self, result: Awaitable[Any]) -> None:
         try:
             await result
-        except Exception:  # nobody waits for it who could be told
-            logging.getLogger("database.transaction").exception(
-                "database %s: an on_commit() function failed", self.name
-            )
+        except Exception as error:  # nobody waits for it who could be told
+            logger = logging.getLogger("database.transaction")
+            aside(partial(logger.error, "database %s: an on_commit() function failed", self.name, exc_info=error))
 
     def detached(self) -> AbstractContextManager[None]:
         """`with db.detached():` steps outside the current transaction: for tasks that outlive it."""
@@ -736,6 +756,19 @@ class Database:
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""
         return list(self._pools.values())
+
+    def park(self) -> Parked:
+        """Puts this handle's pools and transactions aside, as if it had never been used; see `database.sandbox`."""
+        parked = self._pools, self.current
+        self._pools, self._recent = {}, None
+        self.current = ContextVar(f"database {self.name}", default=None)
+        return parked
+
+    def unpark(self, parked: Parked) -> None:
+        """Takes up what `park` has put aside. What has been opened since must have been closed."""
+        pools, self.current = parked
+        self._recent = None
+        self._pools = {key: pool for key, pool in pools.items() if not pool.closing}
 
     def forget_pools(self) -> None:
         """In a forked child: the pools are the parent's."""

@@ -1,23 +1,32 @@
 """Logging: one record a statement, with standard `logging`, silent until somebody configures it.
 
 Loggers: `database.query` (statements), `database.pool` (connections, errors of the pool) and `database.transaction`.
-Records are made on the worker's thread, after the statement and before its answer is posted: a slow handler delays the
-database, but never the event loop.
+Records are made on the worker's thread, after the statement and before its answer is posted, or on a thread of their own:
+a slow handler delays the database, but never the event loop.
 
-Attributes of a `database.query` record, for formatters and shippers: `database` (the name), `sql`, `parameters`
-(redacted unless `logging.parameters` is `shown`), `rows`, `duration` (seconds), `transaction` (a number, or None for
-autocommit), `worker`, `error` (the exception's class, or None).
+Attributes of a `database.query` record, for formatters and shippers: `database` (the name), `sql`, `operation` (its
+verb, or None where functions and scripts run), `parameters` (redacted unless `logging.parameters` is `shown`), `rows`,
+`duration` (seconds), `waited` (seconds in the queue before that; None inside transactions), `slow`, `transaction` (a
+number, or None for autocommit), `worker`, `error` (the exception's class, or None). Records of errors have `database`,
+`error`, `sql`, `parameters`, `code` and `code_name`; those of `database.transaction` have `transaction`, `outcome`,
+`duration`, `holder`, `readonly`, and `waiting` where somebody is kept waiting.
+
+Nothing that goes wrong here reaches a statement: an exception of a handler, a filter or somebody's `repr()` is printed
+to stderr, as `logging.Handler.handleError` does, and forgotten.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from time import perf_counter
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from database.driver.backend import Observer
 from database.driver.lease import Lease
 from database.driver.request import Request
 from database.errors import (
@@ -31,7 +40,7 @@ from database.errors import (
 from database.settings import LoggingSettings
 from database.statements import Result, Statement
 
-__all__ = ["ConsoleFormatter", "ForwardHandler", "LogObserver", "set_up"]
+__all__ = ["ConsoleFormatter", "ForwardHandler", "Instrumentation", "LogObserver", "harmless", "set_up"]
 
 _root = logging.getLogger("database")
 _root.addHandler(logging.NullHandler())  # else logging's last resort would print warnings nobody asked for
@@ -40,33 +49,49 @@ _pool = logging.getLogger("database.pool")
 _transaction = logging.getLogger("database.transaction")
 
 
+class Instrumentation(Protocol):
+    """Whoever wants to see more than the log; see `database.otel`."""
+
+    def observe(self, name: str, engine: str, description: str, observer: LogObserver) -> Observer:
+        """Puts something before the log's observer; called for each pool that is about to be opened."""
+        ...
+
+    def opened(self, pool: Any) -> None:
+        """Called once the pool is there, on its loop's thread, before anything is sent to it."""
+        ...
+
+
+instrumentation: Instrumentation | None = None
+"""Asked whenever a pool is opened."""
+
 _OF_STATEMENTS = (QueryExecutionError, ReadOnlyTransactionError)
 
+P = ParamSpec("P")
+S = TypeVar("S")
 
-F = TypeVar("F", bound=Callable[..., None])
 
+def harmless(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
+    """Keeps what goes wrong in an observer's method away from the statement that it reports."""
 
-def _without_raising(report: F) -> F:
-    """A handler or filter of the application's may fail; that costs the record, not the worker whose thread this is."""
-
-    @functools.wraps(report)
-    def wrapper(*args: Any) -> None:
+    @functools.wraps(method)
+    def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            report(*args)
-        except Exception:
+            method(self, *args, **kwargs)
+        except Exception:  # of a handler, a filter, or the repr() of somebody's object
             if logging.raiseExceptions and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                sys.stderr.write("--- a handler or filter of the logger 'database' has failed ---\n")
-                traceback.print_exc()
+                with contextlib.suppress(Exception):  # nothing is left to tell it to
+                    sys.stderr.write("--- database: an error while logging; the statement is not affected ---\n")
+                    traceback.print_exc(file=sys.stderr)
 
-    return wrapper  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
+    return guarded
 
 
 class ForwardHandler(logging.Handler):
     """Forwards records to a log system: ELK, Loki, Datadog, a message queue.
 
     Empty on purpose. Fill in `emit`, then `logging.getLogger("database").addHandler(ForwardHandler())`. It runs on a
-    worker's thread: put the record into a queue (`logging.handlers.QueueHandler` does that) instead of waiting for a
-    network.
+    worker's thread: put the record into a bounded queue and let a thread of yours do the sending, as
+    `docs/examples/forward.py` does, instead of waiting for a network.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -115,12 +140,14 @@ def tear_down() -> None:
 class LogObserver:
     """Reports one database's statements, transactions and errors. See `database.driver.backend.Observer`."""
 
-    __slots__ = ("_name", "_settings", "_slow")
+    __slots__ = ("_name", "_settings", "_slow", "slow_transaction")
 
     def __init__(self, name: str, settings: LoggingSettings) -> None:
         self._name = name
         self._settings = settings
         self._slow = None if settings.slow_ms is None else settings.slow_ms / 1000
+        slow = settings.slow_transaction_ms
+        self.slow_transaction = None if slow is None else slow / 1000
 
     def threshold(self) -> float | None:
         """See `Observer`. None where nobody listens, so that timing costs nothing."""
@@ -130,20 +157,19 @@ class LogObserver:
             return self._slow
         return None
 
-    @_without_raising
+    @harmless
     def statement(self, request: Request, seconds: float, worker: str) -> None:
         """See `Observer`."""
         slow = self._slow is not None and seconds >= self._slow
         level = logging.WARNING if slow else logging.INFO
         if not _query.isEnabledFor(level):
             return
+        queued_at: float | None = getattr(request, "queued_at", None)  # within a transaction nothing is queued
+        waited = None if queued_at is None else max(0.0, perf_counter() - seconds - queued_at)
         statement = request.sql
-        if isinstance(statement, Statement):
-            sql = statement.sql
-        else:
-            sql = str(request.label or statement)
-        parameters: object = request.params if isinstance(statement, Statement) else None
-        shown = repr(parameters) if self._settings.parameters == "shown" else redact(parameters)
+        parsed = isinstance(statement, Statement)
+        sql = statement.sql if parsed else str(request.label or statement)
+        parameters, shown = self._parameters(parameters_of(request))
         rows = _count(request.result)
         home = request.home
         transaction = home.number if isinstance(home, Lease) else None
@@ -160,34 +186,92 @@ class LogObserver:
             extra={
                 "database": self._name,
                 "sql": sql,
-                "parameters": parameters if self._settings.parameters == "shown" else shown,
+                "operation": statement.verb if parsed else None,
+                "parameters": parameters,
                 "rows": rows,
                 "duration": seconds,
+                "waited": waited,
+                "slow": slow,
                 "transaction": transaction,
                 "worker": worker,
                 "error": error,
             },
         )
 
-    @_without_raising
+    def _parameters(self, parameters: object) -> tuple[object, str]:
+        """The parameters for the record's attribute and for its message."""
+        if self._settings.parameters == "shown":
+            return parameters, repr(parameters)
+        redacted = redact(parameters)
+        return redacted, redacted
+
+    @harmless
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""
-        if _transaction.isEnabledFor(logging.INFO):
-            _transaction.info(
+        slow = self.slow_transaction is not None and seconds >= self.slow_transaction
+        level = logging.WARNING if slow else logging.INFO
+        if not _transaction.isEnabledFor(level):
+            return
+        holder = lease.holder()
+        if slow:
+            _transaction.log(
+                level,
+                "slow: transaction %s held %s of database %s for %.3f ms, and was %s: %s",
+                lease.number,
+                _connection(readonly=lease.readonly),
+                self._name,
+                seconds * 1000,
+                outcome,
+                holder,
+                extra=self._of_transaction(lease, holder, seconds, outcome),
+            )
+        else:
+            _transaction.log(
+                level,
                 "transaction %s %s after %.3f ms: %s",
                 lease.number,
                 outcome,
                 seconds * 1000,
-                lease.holder(),
-                extra={
-                    "database": self._name,
-                    "transaction": lease.number,
-                    "outcome": outcome,
-                    "duration": seconds,
-                },
+                holder,
+                extra=self._of_transaction(lease, holder, seconds, outcome),
             )
 
-    @_without_raising
+    def committed(self, size: int) -> None:
+        """See `Observer`. The transactions' own records say it."""
+
+    @harmless
+    def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
+        """See `Observer`."""
+        _transaction.warning(
+            "database %s: %s has been held for %.3f ms while %d wait%s for it, by %s",
+            self._name,
+            _connection(readonly=readonly),
+            seconds * 1000,
+            waiting,
+            "s" if waiting == 1 else "",
+            holder,
+            extra={
+                "database": self._name,
+                "transaction": number,
+                "duration": seconds,
+                "holder": holder,
+                "readonly": readonly,
+                "outcome": "open",
+                "waiting": waiting,
+            },
+        )
+
+    def _of_transaction(self, lease: Lease, holder: str, seconds: float, outcome: str) -> dict[str, object]:
+        return {
+            "database": self._name,
+            "transaction": lease.number,
+            "duration": seconds,
+            "holder": holder,
+            "readonly": lease.readonly,
+            "outcome": outcome,
+        }
+
+    @harmless
     def failure(self, error: BaseException) -> None:
         """See `Observer`. Each of the package's own errors is logged once, however many hands it passes."""
         if not isinstance(error, DatabaseError) or getattr(error, "reported", False):
@@ -196,9 +280,15 @@ class LogObserver:
         logger = _query if isinstance(error, _OF_STATEMENTS) else _pool
         if isinstance(error, TransactionError) and logger is _pool:
             logger = _transaction
-        logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra={"database": self._name})
+        extra: dict[str, object] = {"database": self._name, "error": type(error).__name__}
+        if isinstance(error, QueryExecutionError):
+            extra["sql"] = error.sql
+            extra["parameters"] = self._parameters(error.parameters)[0]
+            extra["code"] = error.code
+            extra["code_name"] = error.code_name
+        logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra=extra)
 
-    @_without_raising
+    @harmless
     def long_read(self, holder: str, seconds: float) -> None:
         """See `Observer`."""
         _pool.warning(
@@ -207,10 +297,10 @@ class LogObserver:
             self._name,
             seconds,
             holder,
-            extra={"database": self._name, "duration": seconds},
+            extra={"database": self._name, "duration": seconds, "holder": holder},
         )
 
-    @_without_raising
+    @harmless
     def lost(self, where: str) -> None:
         """A stream or a transaction was thrown away open."""
         _transaction.warning(
@@ -220,7 +310,7 @@ class LogObserver:
             extra={"database": self._name},
         )
 
-    @_without_raising
+    @harmless
     def abandoned(self, where: str) -> None:
         """A transaction was left open by a task that has ended."""
         _transaction.warning(
@@ -228,8 +318,21 @@ class LogObserver:
             " by %s",
             self._name,
             where,
-            extra={"database": self._name},
+            extra={"database": self._name, "holder": where},
         )
+
+
+def parameters_of(request: Request) -> object:
+    """The user's parameters of a statement; None for what is no statement."""
+    if not isinstance(request.sql, Statement):
+        return None
+    if getattr(request.operation, "__name__", "") == "call_aiosql":  # they travel with the method to be called
+        return request.params[1]
+    return request.params
+
+
+def _connection(*, readonly: bool) -> str:
+    return "a reader" if readonly else "the writer"
 
 
 def _listened_to(logger: logging.Logger) -> bool:

@@ -17,9 +17,34 @@ from database.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from database.handle import Database
+    from database.statements import Row
     from database.stream import Stream
 
-__all__ = ["load"]
+__all__ = ["LoadedQueries", "LoadedQuery", "load"]
+
+if TYPE_CHECKING:
+
+    class LoadedQuery:
+        """A query function of whose parameters nothing is known; or a folder of them. `database.stubs` makes it known."""
+
+        sql: str
+        operation: Any
+        record_class: Callable[..., Row] | None
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Executes it: `await queries.insert_job(db, name="x")`."""
+
+        def __getattr__(self, name: str) -> LoadedQuery: ...
+
+    class LoadedQueries:
+        """What `load_queries()` returns: the queries are its attributes."""
+
+        available_queries: list[str]
+
+        def __getattr__(self, name: str) -> LoadedQuery: ...
+
+else:
+    LoadedQuery = LoadedQueries = Any
 
 
 class _Rows:
@@ -85,7 +110,7 @@ class _Adapter:
 
 def load(
     path: str | os.PathLike[str], adapter: Callable[[], Any], record_classes: Mapping[str, Any] | None = None
-) -> Any:
+) -> LoadedQueries:
     """Loads a file, or a folder of files.
 
     Args:
@@ -119,13 +144,16 @@ def load(
 
     try:
         load: Any = aiosql.from_path  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        return load(
-            Path(path),
-            lambda: _Adapter(adapter()),
-            record_classes=dict(record_classes or {}),
-            kwargs_only=False,
-            mandatory_parameters=False,
-            queries_cls=RecordingQueries,
+        return cast(
+            "LoadedQueries",
+            load(
+                Path(path),
+                lambda: _Adapter(adapter()),
+                record_classes=dict(record_classes or {}),
+                kwargs_only=False,
+                mandatory_parameters=False,
+                queries_cls=RecordingQueries,
+            ),
         )
-    except (SQLLoadException, SQLParseException, OSError, UnicodeDecodeError) as error:
+    except (SQLLoadException, SQLParseException, OSError, ValueError) as error:
         raise ConfigurationError(f"queries cannot be loaded from {os.fspath(path)!r}: {error}") from error

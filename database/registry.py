@@ -12,7 +12,7 @@ from database import logs, settings
 from database.driver.pool import DRAIN_SECONDS
 from database.handle import Database
 
-__all__ = ["close_all", "configure", "get_db", "lifespan"]
+__all__ = ["close_all", "configure", "get_db", "handles", "lifespan"]
 
 _handles: dict[tuple[str | None, str], Database] = {}
 _lock = Lock()
@@ -46,6 +46,12 @@ def _shared(name: str, engine: str | None) -> Database | None:
     if engine is None:
         return others[0] if len(set(map(id, others))) == 1 else None
     return next((handle for handle in others if handle.pin(engine)), None)
+
+
+def handles() -> list[Database]:
+    """All handles that there are so far."""
+    with _lock:
+        return list(set(_handles.values()))
 
 
 def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> None:

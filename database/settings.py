@@ -54,6 +54,8 @@ __all__ = [
     "current",
     "forget",
     "hold",
+    "override",
+    "read",
     "release",
     "reset",
 ]
@@ -80,6 +82,7 @@ class LoggingSettings:
         slow_ms: Statements that take longer than this many milliseconds are warned about; None: never.
         long_read_s: Read-only transactions and streams that are open for longer than this many seconds are warned
             about, for the WAL grows meanwhile; None: never.
+        slow_transaction_ms: Likewise transactions, by the time for which they hold their connection.
     """
 
     console: bool = False
@@ -87,6 +90,7 @@ class LoggingSettings:
     parameters: str = "redacted"
     slow_ms: float | None = 200.0
     long_read_s: float | None = 60.0
+    slow_transaction_ms: float | None = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +183,13 @@ class _State:
     which the garbage collector runs wherever it likes, within this very code too.
     """
 
-    __slots__ = ("configured", "found", "holders", "lock")
+    __slots__ = ("configured", "found", "holders", "lock", "overridden")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.configured: Configuration | None = None
         self.found: Configuration | None = None
+        self.overridden: Configuration | None = None
         # By id, for a reference would keep alive a pool that nobody closed. An id that is used again is
         # that of a new holder, which then takes the place of the lost one.
         self.holders: dict[int, str] = {}
@@ -210,6 +215,10 @@ def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) 
     Raises:
         ConfigurationError: The source cannot be read or is wrong, or databases are open.
     """
+    if _state.overridden is not None:
+        if source is not None:
+            _load(source)
+        return
     with _state.lock:
         _state.refuse_if_held()
     configuration = None if source is None else _load(source)
@@ -225,10 +234,26 @@ def current() -> Configuration:
     Raises:
         ConfigurationError: There is none, or it is wrong.
     """
-    configuration = _state.configured or _state.found
+    configuration = _state.overridden or _state.configured or _state.found
     if configuration is None:
         configuration = _state.found = _discover()
     return configuration
+
+
+def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Configuration:
+    """Reads and validates a configuration, and changes nothing. Arguments and errors as for `configure`."""
+    return _load(source)
+
+
+def override(configuration: Configuration | None) -> Configuration | None:
+    """Puts a configuration in place of all others, for `database.sandbox`; returns what was in place before.
+
+    Meanwhile `configure()` only checks what it is given, so that an application that is being tested can start as it
+    always does, and cannot reach its real database.
+    """
+    with _state.lock:
+        before, _state.overridden = _state.overridden, configuration
+    return before
 
 
 def forget() -> None:
@@ -256,7 +281,7 @@ def release(holder: object) -> None:
 def reset() -> None:
     """Forgets everything, holders included. For tests; applications call `close_all()` and `configure()`."""
     with _state.lock:
-        _state.configured = _state.found = None
+        _state.configured = _state.found = _state.overridden = None
         _state.holders.clear()
 
 
@@ -658,6 +683,7 @@ _LOGGING_RULES: Mapping[str, _Rule] = {
     "parameters": _choice("redacted", "shown"),
     "slow_ms": _duration("milliseconds", optional=True),
     "long_read_s": _duration("seconds", optional=True),
+    "slow_transaction_ms": _duration("milliseconds", optional=True),
 }
 
 _SECTIONS: dict[str, _Section] = {

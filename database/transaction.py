@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 import anyio
 
 from database.driver.lease import Lease
+from database.driver.pool import aside
 from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
 from database.driver.wakeup import Timer, current_task, task_name
 from database.errors import (
@@ -200,7 +201,8 @@ class Transaction:
     def __del__(self) -> None:
         """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
         if self.parent is None and not self.ended and self.lease is not None:
-            self.pool.waker.post([], partial(self.lease.let_go, self.database.observer, self.origin()))
+            report = partial(aside, partial(self.database.observer.lost, self.origin()))
+            self.pool.waker.post([], partial(self.lease.let_go, report))
 
     # Statements
 
@@ -439,7 +441,7 @@ class Transaction:
         """Ends a manual level whose task has gone, without waiting for the outcome."""
         if self.ended:
             return
-        self.database.observer.abandoned(self.origin())
+        aside(partial(self.database.observer.abandoned, self.origin()))
         if self.parent is not None:
             self._close_level(keep=False)
             return

@@ -13,7 +13,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(DOCS)}-{number}")
     for page in sorted(DOCS.rglob("*.md"))
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL), 1)
+    for number, block in enumerate(re.findall(r"```python[^\n]*\n(.*?)```", page.read_text("utf-8"), re.DOTALL), 1)
 ]
 
 

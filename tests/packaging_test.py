@@ -47,5 +47,7 @@ def test_all_of_each_face() -> None:
 
     for face in (database, database.sqlite3):
         assert all(hasattr(face, name) for name in face.__all__)
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = face.no_such_name
     code = "import sys, database; sys.exit(any(name.startswith('database.sqlite3') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

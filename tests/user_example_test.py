@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from database import errors
-from database.sqlite3 import close_all, configure, get_db, load_queries, transactional, transactional_readonly
+from database.sqlite3 import get_db, load_queries, transactional, transactional_readonly
 
 pytestmark = pytest.mark.anyio
 
@@ -101,15 +100,18 @@ async def batch_process():
 # ... to here.
 
 
+@pytest.fixture(scope="module")
+def database_config() -> Any:
+    """The package's own tables, and defaults for all else; the pytest plugin gives each test a database of it."""
+    return {"database": {"sqlite": {"path": "./data/jobu.db"}}}
+
+
 @pytest.fixture(autouse=True)
-async def database(anyio_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """A new database, and the names that the example takes for granted."""
+def names_of_the_example(db_function: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty database, and the names that the example takes for granted."""
     path = tmp_path / "jobs.sql"
     path.write_text(QUERIES + QUERIES_OF_THE_EXAMPLE)
     monkeypatch.setitem(globals(), "queries", load_queries(path))
-    configure({"database": {"sqlite": {"path": str(tmp_path / "jobs.db")}}})
-    yield
-    await close_all()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, batch: list[dict[str, Any]], commit: bool) -> None:

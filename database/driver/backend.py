@@ -100,7 +100,15 @@ class Session(Protocol):
 
 
 class Observer(Protocol):
-    """Hears of statements and transactions, on the worker's thread. Must neither raise nor block for long."""
+    """Hears of statements and transactions, on a worker's thread, or on one of its own: never on the event loop's.
+
+    It must not raise, and while it blocks, the connection does.
+    """
+
+    @property
+    def slow_transaction(self) -> float | None:
+        """Seconds from which a transaction that keeps others waiting is reported while it does so; None: never."""
+        ...
 
     def threshold(self) -> float | None:
         """Seconds from which a statement is reported; 0 for all, None for none. Asked once a batch."""
@@ -115,11 +123,27 @@ class Observer(Protocol):
         ...
 
     def long_read(self, holder: str, seconds: float) -> None:
-        """Somebody has been reading for so long that the WAL cannot be reset. Loop thread."""
+        """Somebody has been reading for so long that the WAL cannot be reset."""
         ...
 
     def lost(self, where: str) -> None:
-        """A stream or a transaction was thrown away open. Loop thread."""
+        """A stream or a transaction was thrown away open."""
+        ...
+
+    def committed(self, size: int) -> None:
+        """One COMMIT has succeeded, which held that many writes or units of work. Only where `threshold()` is a number."""
+        ...
+
+    def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
+        """A connection has been held for that long, and others wait for it. Reported once.
+
+        Args:
+            holder: Who holds it, since where.
+            number: The transaction's number; None for a single unit of work.
+            readonly: Whether it is a reader.
+            seconds: For how long, at the least.
+            waiting: How many others wait.
+        """
         ...
 
     def failure(self, error: BaseException) -> None:
@@ -139,7 +163,9 @@ class Backend:
         is_busy: Whether an error means that somebody else holds a lock, and that trying again can help.
         is_broken: Whether the connection that raised this error is to be replaced.
         busy_timeout: Seconds to wait for another process's lock.
+        busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
+        gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
     """
 
     description: str
@@ -147,4 +173,6 @@ class Backend:
     is_busy: Callable[[BaseException], bool]
     is_broken: Callable[[BaseException], bool]
     busy_timeout: float
+    busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
+    gauges: Callable[[], dict[str, float]] = dict

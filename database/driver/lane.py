@@ -284,6 +284,7 @@ class WriteLane:
         if session.try_lock(0):
             return True
         worker.flush()
+        began = perf_counter()
         deadline = item.queued_at + self.pool.timeout
         while not session.try_lock(0.01):
             if item.cancelled:
@@ -297,6 +298,7 @@ class WriteLane:
             else:
                 continue
             return self._turn_away(worker, item, error)
+        worker.locked += perf_counter() - began
         return True
 
     @staticmethod
@@ -357,7 +359,7 @@ class WriteLane:
         session = worker.session
         assert session is not None
         try:
-            worker.commit(session)
+            worker.commit(session, len(members))
         except BaseException as error:
             open_still = session.in_transaction
             broken = worker.backend.is_broken(error)

@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from database.driver.backend import Interrupted, Observer, Session
+from database.driver.backend import Interrupted, Session
 from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
 from database.errors import PoolClosedError, TransactionError
 
@@ -56,6 +56,7 @@ class Lease:
         "pool",
         "queued_at",
         "readonly",
+        "reported",
         "transaction",
         "worker",
     )
@@ -85,6 +86,8 @@ class Lease:
         self.dropped = False
         """Given up before it was granted; nothing has been begun."""
         self.cancelled = False
+        self.reported = False
+        """Whether it was reported already that this keeps others waiting. Loop thread."""
 
         self.worker: Worker | None = None
         self.carried: list[Control] = []
@@ -138,11 +141,11 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt(request)
 
-    def let_go(self, observer: Observer, where: str) -> None:
+    def let_go(self, report: Callable[[], None]) -> None:
         """Ends a lease whose holder is garbage: rolled back if there is anything, without waiting for that."""
         if self.dropped or self.ended or self.queued_at == 0.0 or self.pool.closed:
             return
-        observer.lost(where)
+        report()
         if self.worker is None and not self.pending and self.pool.withdraw(self):
             return
         self.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))

@@ -14,7 +14,8 @@ Workers tell the loop what they did by notices (`Waker.post`), they decide nothi
 `close_now` and `abandon`, called when the loop has ended.
 
 Time limits. Everything that waits carries the moment from which it waits, and every line is first come, first served
-with one limit for all, so the one at the head is always the next to run out of time: one timer for the whole pool.
+with one limit for all, so the one at the head is always the next to run out of time: one timer for the whole pool. The
+same timer reports, while somebody waits, who has kept a connection for longer than `logging.slow_transaction_ms`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
+from threading import Thread, get_ident
 from time import perf_counter
 
 import anyio
@@ -44,7 +45,7 @@ from database.errors import (
     PoolClosedError,
 )
 
-__all__ = ["Pool", "PoolStats"]
+__all__ = ["Pool", "PoolStats", "aside"]
 
 DRAIN_SECONDS = 10.0
 """How long a closing pool lets statements go on that run already."""
@@ -117,6 +118,7 @@ class Pool:
         """Makes a request that a task of this loop can await."""
         self.long_read = long_read
         self.reader_limiter = anyio.CapacityLimiter(size)
+        self.thread = get_ident()
         self.failure: BaseException | None = None
         self.closing = False
         self.closed = False
@@ -128,6 +130,9 @@ class Pool:
         self._timer: Timer | None = None
         self._long_timer: Timer | None = None
         self._long_known: set[Lease | Request] = set()
+        self._patience = observer.slow_transaction
+        self._seen: tuple[Request, float] | None = None
+        """The unit of work that had the writer at the last look, and since when; a time to come if it was reported."""
         self._line: deque[Lease | ReadLane] = deque()
         self._idle: list[Worker] = []
         self._readers: list[Worker] = []
@@ -233,7 +238,12 @@ class Pool:
     def watch(self) -> None:
         """Somebody waits: sees to it that the wait ends in time."""
         if self._timer is None and not self.closed:
-            self._timer = self.waker.call_later(self.timeout, self._check_waiting)
+            self._timer = self.waker.call_later(self._until_next_look(self.timeout), self._check_waiting)
+
+    def _until_next_look(self, left: float) -> float:
+        """Seconds until the timer is to ring, when the next wait ends in `left` seconds."""
+        patience = self._patience
+        return max(left if patience is None else min(left, max(patience, 0.01)), 0.001)
 
     def _forget_timer(self) -> None:
         for timer in (self._timer, self._long_timer):
@@ -269,7 +279,7 @@ class Pool:
                 next_check = left if next_check is None else min(left, next_check)
             else:
                 self._long_known.add(reader)
-                self.observer.long_read(holder(), now - since)
+                aside(partial(self.observer.long_read, holder(), now - since))
         if next_check is not None:
             self._long_timer = self.waker.call_later(max(next_check, 0.001), self._check_long_reads)
 
@@ -277,6 +287,8 @@ class Pool:
         self._timer = None
         now = perf_counter()
         next_check: float | None = None
+        errors: list[BaseException] = []
+        refused: list[Request] = []
         for queue in (self._line, self.reads.queue, self.writes.queue):
             while True:
                 try:
@@ -298,10 +310,51 @@ class Pool:
                     continue
                 self._timeouts += 1
                 error = self._exhausted(head, now)
-                self.observer.failure(error)
-                self._refuse(head, partial(_again, error))
-        if next_check is not None:
-            self._timer = self.waker.call_later(max(next_check, 0.001), self._check_waiting)
+                errors.append(error)
+                refused.extend(self._refuse(head, partial(_again, error)))
+        if errors:
+            aside(partial(self._report_and_wake, errors, refused))
+        if next_check is None:
+            self._seen = None
+        else:
+            if self._patience is not None:
+                self._report_holders(now, self._patience)
+            self._timer = self.waker.call_later(self._until_next_look(next_check), self._check_waiting)
+
+    def _report_and_wake(self, errors: list[BaseException], refused: list[Request]) -> None:
+        """Logs first and wakes second: who catches the error may count on its having been logged. Any thread."""
+        for error in errors:
+            self.observer.failure(error)
+        self.waker.post(refused)
+
+    def _report_holders(self, now: float, patience: float) -> None:
+        """Reports leases that have kept others waiting for too long."""
+        for lease in tuple(self.transactions):
+            granted = lease.granted_at
+            if granted == 0.0 or lease.ended or lease.reported or now - granted < patience:
+                continue
+            waiting = len(self._line if lease.readonly else self.writes.queue)
+            if waiting:
+                lease.reported = True
+                self._report(lease.holder(), lease.number, lease.readonly, now - granted, waiting)
+        self._report_unit(now, patience)
+
+    def _report_unit(self, now: float, patience: float) -> None:
+        """Likewise what runs on the writer without a lease: `db.run`, `offload=True`, `execute_many`, a slow write."""
+        current, waiting = self.writer.current, len(self.writes.queue)
+        seen = self._seen
+        if current is None or not waiting or self.writes.lease is not None:
+            self._seen = None
+        elif seen is None or seen[0] is not current:
+            self._seen = current, now
+        elif now - seen[1] >= patience:
+            self._seen = current, float("inf")
+            what = str(current.label or getattr(current.sql, "sql", None) or current.sql)
+            self._report(what[:200], None, False, now - seen[1], waiting)
+
+    def _report(self, holder: str, number: int | None, readonly: bool, seconds: float, waiting: int) -> None:
+        holding = self.observer.holding
+        aside(lambda: holding(holder, number, readonly=readonly, seconds=seconds, waiting=waiting))
 
     def _exhausted(self, item: Lease | Request, now: float) -> ConnectionPoolExhaustedError:
         waited = now - item.queued_at
@@ -325,8 +378,8 @@ class Pool:
                 found.append(f"the statement {str(current.label or current.sql)[:80]!r}")
         return found
 
-    def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> None:
-        """Answers what was taken out of a queue. Loop thread; no worker has it."""
+    def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> list[Request]:
+        """Answers what was taken out of a queue; gives the requests to be woken. Loop thread; no worker has it."""
         if isinstance(item, Lease):
             self.transactions.discard(item)
             item.dropped = True
@@ -337,7 +390,7 @@ class Pool:
             requests = [item]
         for request in requests:
             request.error = error()
-        self.waker.wake(requests)
+        return requests
 
     def _refuse_all(self, error: Callable[[], BaseException], *, all_of_them: bool = True) -> None:
         """Refuses what waits; or only what no worker will come to any more: a served lane is emptied first."""
@@ -355,7 +408,7 @@ class Pool:
                 if isinstance(item, ReadLane):
                     item.claiming = False
                 else:
-                    self._refuse(item, error)
+                    self.waker.wake(self._refuse(item, error))
 
     # Looking
 
@@ -414,12 +467,11 @@ class Pool:
         self._timer = None
         if not self.closed:
             running = "; ".join([*self.holders(readonly=True), *self.holders(readonly=False)]) or "something"
-            self.observer.failure(
-                PoolClosedError(
-                    f"the pool of database {self.name!r} cannot be closed: still running, and not to be stopped, is"
-                    f" {running}. Its thread is left to itself"
-                )
+            error = PoolClosedError(
+                f"the pool of database {self.name!r} cannot be closed: still running, and not to be stopped, is"
+                f" {running}. Its thread is left to itself"
             )
+            aside(partial(self.observer.failure, error))
             self.closed = True
             self._wake_closers()
 
@@ -439,6 +491,10 @@ class Pool:
                 worker.stop()
         else:
             self.writer.stop()
+
+    def close_soon(self) -> None:
+        """Has the pool closed by its own loop, as soon as that comes to it. Any thread."""
+        self.waker.post([], self._begin_to_close)
 
     def _closed_error(self) -> BaseException:
         return PoolClosedError(f"the pool of database {self.name!r} was closed")
@@ -525,6 +581,14 @@ class Pool:
             lease.doom = PoolClosedError("this transaction belongs to the process that this one was forked from")
             lease.ended = True
         return [worker.session for worker in (self.writer, *self._readers) if worker.session is not None]
+
+
+def aside(function: Callable[[], None]) -> None:
+    """Runs what may have to wait (a log handler) on a thread of its own, for an event loop must not. Any thread."""
+    try:
+        Thread(target=function, name="database-log", daemon=True).start()
+    except RuntimeError:  # the interpreter is about to end
+        function()
 
 
 def _again(error: BaseException) -> BaseException:

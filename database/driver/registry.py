@@ -27,7 +27,7 @@ from database.errors import DatabaseError
 if TYPE_CHECKING:
     from database.driver.pool import Pool
 
-__all__ = ["add", "discard"]
+__all__ = ["add", "discard", "pools"]
 
 FORK_SECONDS = 1.0
 """How long a fork waits for running statements to end."""
@@ -43,6 +43,11 @@ def add(pool: Pool) -> None:
 def discard(pool: Pool) -> None:
     """Forgets a pool that has been closed."""
     _pools.discard(pool)
+
+
+def pools() -> list[Pool]:
+    """The open pools, of all event loops. Any thread."""
+    return list(_pools)
 
 
 @atexit.register

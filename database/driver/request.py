@@ -70,8 +70,10 @@ class Request:
 
     The loop's thread fills in the upper half and hands the request over; from then until the answer is delivered
     the lower half belongs to the worker, but for `cancelled`, which only the loop's thread sets and only the
-    worker heeds, and `waiter`, which workers never touch.
+    worker heeds, and `waiter`, which workers never touch. `trace` is unset unless an observer sets it.
     """
+
+    trace: Any
 
     __slots__ = (
         "answered",
@@ -87,6 +89,7 @@ class Request:
         "queued_at",
         "result",
         "sql",
+        "trace",
         "waiter",
     )
 

@@ -88,7 +88,7 @@ class Waker:
     request: type[Request]
     """Makes a request that a task of this loop can await."""
 
-    loop: Callable[[], object | None]
+    loop: Callable[[], Any]
     """The loop's identity as `current_loop` gives it; None when it is gone."""
 
     def __init__(self) -> None:
@@ -350,7 +350,6 @@ class AsyncioWaker(Waker):
     __slots__ = ()
 
     backend = "asyncio"
-    loop: weakref.ref[asyncio.AbstractEventLoop]
     request = _AsyncioRequest
 
     def __init__(self) -> None:

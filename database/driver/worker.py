@@ -114,10 +114,12 @@ class Worker:
         "grouped",
         "grouping",
         "inbox",
+        "locked",
         "name",
         "observer",
         "pool",
         "replaced",
+        "retried",
         "role",
         "rollbacks",
         "session",
@@ -149,6 +151,8 @@ class Worker:
         self.threshold: float | None = None
         self.statements = self.commits = self.rollbacks = self.replaced = self.grouped = self.acquired = 0
         self.waited = 0.0
+        self.locked = self.retried = 0.0
+        """Seconds of waiting for somebody else's lock, before a statement and during it; observers set them back."""
         self.grouping = False
         """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
         self._guard = Lock()
@@ -343,7 +347,7 @@ class Worker:
             # The same once more, and not `finally`: most statements succeed, and pay for every line.
             with self._guard:
                 self.current = None
-            self._failed(request, error)
+            self._failed(request, error, started)
         if threshold is not None:
             seconds = perf_counter() - started
             if seconds >= threshold:
@@ -403,12 +407,15 @@ class Worker:
         except BaseException as error:
             raise self.translate(error, None) from error
 
-    def _failed(self, request: Request, error: BaseException) -> None:
+    def _failed(self, request: Request, error: BaseException, started: float) -> None:
         # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
         again = request.kind == STATEMENT or request.kind == ALONE
         if again and self.backend.is_busy(error) and not request.cancelled:
             session = self.session
             assert session is not None
+            before = self.locked
+            if started:  # somebody observes: the first try was waiting, too
+                self.locked += perf_counter() - started
             try:
                 request.result = self.patiently(
                     request, request.operation, session, request.sql, request.params, request.extra
@@ -417,6 +424,9 @@ class Worker:
                 error = still
             else:
                 return
+            finally:
+                self.retried = self.locked - before
+                self.locked = before
         request.error = self.translate(error, request)
 
     def translate(self, error: BaseException, request: Request | None) -> BaseException:
@@ -458,32 +468,42 @@ class Worker:
         Raises:
             Interrupted: The request was cancelled meanwhile.
         """
-        deadline = perf_counter() + self.backend.busy_timeout
-        while True:
-            try:
-                return step(*arguments)
-            except BaseException as error:
-                if not self.backend.is_busy(error) or perf_counter() >= deadline:
-                    raise
-            self.flush()
-            if self._stopping or (request is not None and request.cancelled):
-                raise Interrupted
-            time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
+        began = until = perf_counter()
+        deadline = began + self.backend.busy_timeout
+        try:
+            while True:
+                until = perf_counter()
+                try:
+                    return step(*arguments)
+                except BaseException as error:
+                    until = perf_counter()
+                    if not self.backend.is_busy(error) or until >= deadline:
+                        raise
+                self.flush()
+                if self._stopping or (request is not None and request.cancelled):
+                    raise Interrupted
+                time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
+        finally:
+            # Of the last try, what it may have waited by itself; the rest is work.
+            self.locked += until - began + min(perf_counter() - until, self.backend.busy_slice)
 
     def begin(self, request: Request | None, *, readonly: bool) -> Session:
         """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
         session = self.session or self.ready()
+        began = 0.0 if self.threshold is None else perf_counter()
         try:
             session.begin(readonly=readonly)
         except BaseException as error:
             if not self.backend.is_busy(error):
                 self.rollback()  # should it have begun all the same, the next statement would not be committed
                 raise
+            if began:
+                self.locked += perf_counter() - began
             self.patiently(request, _begin, session, readonly)
         return session
 
-    def commit(self, session: Session) -> None:
-        """Commits. Must be called with no current request, so that nothing can interrupt it."""
+    def commit(self, session: Session, size: int = 1) -> None:
+        """Commits `size` writes. Must be called with no current request, so that nothing can interrupt it."""
         try:
             session.commit()
         except BaseException as error:
@@ -491,6 +511,8 @@ class Worker:
                 raise
             self.patiently(None, session.commit)
         self.commits += 1
+        if self.threshold is not None:
+            self.observer.committed(size)
 
     def rollback(self) -> None:
         """Rolls back what is open, if anything is; gives the connection up if even that fails."""

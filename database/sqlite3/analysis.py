@@ -12,13 +12,15 @@ from collections.abc import Iterator
 
 from database.statements import CONTROL, OTHER, READ, WRITE, Statement
 
-__all__ = ["HINT_INSERT", "HINT_NONE", "HINT_UPSERT", "READ_PRAGMAS", "analyse", "split"]
+__all__ = ["HINT_INSERT", "HINT_NONE", "HINT_UPSERT", "HINT_VACUUM", "READ_PRAGMAS", "analyse", "split"]
 
 HINT_NONE = 0
 HINT_INSERT = 1
 """Adds rows: `lastrowid` means something."""
 HINT_UPSERT = 2
 """May update instead of insert, and then leaves SQLite's last row id as some other statement set it."""
+HINT_VACUUM = 3
+"""Begins and commits a transaction by itself, of which the authorizer is told."""
 
 _TOKEN = re.compile(
     r"""
@@ -155,7 +157,7 @@ def analyse(sql: str) -> Statement:
         return Statement(sql, verb, CONTROL, returns_rows=False)
     if verb == "PRAGMA":
         return Statement(sql, verb, READ if _only_tells(tokens) else OTHER, returns_rows=True)
-    return Statement(sql, verb, OTHER, returns_rows=False)
+    return Statement(sql, verb, OTHER, returns_rows=False, hint=HINT_VACUUM if verb == "VACUUM" else HINT_NONE)
 
 
 def _only_tells(tokens: list[tuple[str, int]]) -> bool:

@@ -130,7 +130,7 @@ class SqliteSession:
         self._restricted = readonly
         self._streams: dict[int, sqlite3.Cursor] = {}
         self._failing: tuple[Statement, Any] | None = None
-        """The write of a batch that has just failed."""
+        """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
         raw.row_factory = Row
         raw.set_authorizer(self._authorize)
         raw.set_progress_handler(progress, PROGRESS_STEPS)
@@ -226,6 +226,8 @@ class SqliteSession:
         hint = statement.hint
         if hint == analysis.HINT_UPSERT:
             return self._upsert(statement, params)
+        if hint == analysis.HINT_VACUUM:
+            return self._vacuum(statement, params)
         cursor.execute(statement.sql, bind(params))
         if statement.returns_rows:
             cursor.fetchall()
@@ -244,6 +246,16 @@ class SqliteSession:
             cursor.fetchall()
         rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
         return Result(rowcount, lastrowid if rowcount > 0 and lastrowid != before else None)
+
+    def _vacuum(self, statement: Statement, params: Any) -> Result:
+        if self._restricted:
+            raise _read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
+        self._admitting = not self.raw.in_transaction  # inside one, SQLite itself says why not
+        try:
+            self._cursor.execute(statement.sql, bind(params))
+        finally:
+            self._admitting = False
+        return Result(-1, None)
 
     def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
         """Runs a statement once for every row of parameters."""
@@ -273,8 +285,10 @@ class SqliteSession:
         cursor = self.raw.cursor()
         try:
             for text in analysis.split(sql):
-                if self._restricted and analysis.analyse(text).verb == "VACUUM":
-                    raise _read_only(text)  # not an action that the authorizer is asked about
+                statement = analysis.analyse(text)
+                if statement.hint == analysis.HINT_VACUUM:
+                    self._vacuum(statement, None)
+                    continue
                 patience = _Patience(0 if self.raw.in_transaction else self._patience, self._progress)
                 while True:  # outside of a transaction each statement is its own, and waits for its own lock
                     try:
@@ -407,17 +421,21 @@ class SqliteSession:
     def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""
         method, params, record = arguments
-        if record is None:
-            self.raw.row_factory = None  # aiosql looks into plain tuples for single values
-            try:
+        self._failing = None  # of a first try, on which another process's lock lay
+        try:
+            if record is None:
+                self.raw.row_factory = None  # aiosql looks into plain tuples for single values
                 return method(self.raw, "", statement.sql, bind(params))
-            finally:
-                self.raw.row_factory = Row
-        result = method(self.raw, "", statement.sql, bind(params), record[0])
-        if isinstance(result, Iterator):
-            rows: list[Any] = list(cast("Iterable[Any]", result))
-            return rows
-        return result
+            result = method(self.raw, "", statement.sql, bind(params), record[0])
+            if isinstance(result, Iterator):
+                rows: list[Any] = list(cast("Iterable[Any]", result))
+                return rows
+            return result
+        except Exception:
+            self._failing = statement, params  # the error names the user's parameters, not ours
+            raise
+        finally:
+            self.raw.row_factory = Row
 
     def backup(self, path: Any, progress: Any, pages: Any) -> None:
         """Copies the database as it is now into a new file, then puts that in its place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,7 @@ from database.driver.backend import Backend, Role
 from database.engine import Engine
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis, memory
-from database.sqlite3.connection import SqliteSession, control_error, is_broken, is_busy, open_session
+from database.sqlite3.connection import BUSY_SLICE, SqliteSession, control_error, is_broken, is_busy, open_session
 
 __all__ = ["ENGINE"]
 
@@ -65,8 +66,17 @@ def _backend(settings: SqliteSettings) -> Backend:
         is_busy=is_busy,
         is_broken=is_broken,
         busy_timeout=settings.busy_timeout / 1000,
+        busy_slice=BUSY_SLICE,
         dispose=dispose,
+        gauges=lambda: {"wal.size": _size(f"{path}-wal")},
     )
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # there is none: no writes yet, or another journal mode
+        return 0
 
 
 def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from database import queries, registry
 from database.decorators import make_decorator
 from database.handle import Database
+from database.queries import LoadedQueries
 
 __all__ = ["get_db", "lifespan", "load_queries", "transactional", "transactional_readonly"]
 
@@ -34,7 +35,7 @@ def lifespan(app: object = None) -> AbstractAsyncContextManager[None]:
     return registry.lifespan(app, ENGINE)
 
 
-def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any] | None = None) -> Any:
+def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any] | None = None) -> LoadedQueries:
     """Loads an aiosql file, or a folder of them, with all operators (`^ $ ! <! *! #` and none).
 
     Args:
@@ -42,7 +43,7 @@ def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any]
         record_classes: Classes by the names that `-- record_class:` comments give.
 
     Returns:
-        aiosql's `Queries`, typed as `Any`, for its functions come out of the file.
+        aiosql's `Queries`. Type checkers take every name for a query of it; `python -m database.stubs` tells them more.
 
     Raises:
         ConfigurationError: It cannot be read, or aiosql cannot parse it.

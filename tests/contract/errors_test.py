@@ -57,6 +57,21 @@ async def test_what_a_query_error_carries(db: Any) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_query_called_in_aiosqls_way_carries_the_same(
+    db: Any, queries: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error has the parameters that it was called with, and the log their names."""
+    caplog.set_level("INFO", logger="database.query")
+    await queries.insert_job(db, name="a", cron_expr="", handler="")
+    with pytest.raises(errors.IntegrityError) as caught:
+        await queries.insert_job(db, name="a", cron_expr="", handler="")
+    assert caught.value.parameters == {"name": "a", "cron_expr": "", "handler": ""}
+    assert "INSERT" in str(caught.value.sql)
+    for record in caplog.records:
+        assert record.parameters == "<name, cron_expr, handler>"  # type: ignore[attr-defined]
+
+
+@pytest.mark.anyio
 async def test_parameters_are_redacted(db: Any) -> None:
     """The message shows the SQL and names of parameters, no value."""
     error = await _violate(db)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from typing import Any
 
+import anyio
 import pytest
 
 from database import logs, transactional
-from tests.contract.support import SLOW_SELECT, Engine, add, errors, held, names
+from tests.contract.support import SLOW_INSERT, SLOW_SELECT, Engine, add, errors, eventually, held, names
 
 STANDARD = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
 SECRET = "hunter2-the-secret"
@@ -246,3 +248,223 @@ async def test_forward_handler_sees_the_records(db: Any) -> None:
     finally:
         logging.getLogger("database").removeHandler(handler)
     assert [attribute(record, "sql") for record in seen if record.name == "database.query"] == ["SELECT 'shipped'"]
+
+
+class Explosive(dict[str, Any]):
+    """Parameters whose description fails, though the database takes them."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("this repr is broken")
+
+
+class Broken(logging.Handler):
+    """A handler that breaks the promise of `logging` that `emit` never raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("this handler is broken")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["handler", "repr"])
+async def test_logging_never_breaks_a_statement(make_db: Any, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """A handler or a repr that raises costs the record, and no statement, transaction or error."""
+    db = await make_db(logging={"parameters": "shown", "slow_ms": 0, "slow_transaction_ms": 0})
+    broken = Broken()
+    if kind == "handler":
+        logging.getLogger("database").addHandler(broken)
+    capsys.readouterr()
+    try:
+        insert, parameters = "INSERT INTO jobs (name) VALUES (:name)", Explosive(name="a")
+        assert (await db.execute(insert, parameters)).rowcount == 1
+        async with db.transaction():
+            await db.execute(insert, Explosive(name="b"))
+        with pytest.raises(errors.IntegrityError):
+            await db.execute(insert, parameters)
+        await transactional(offload=True)(add)(db, "c")
+        assert await names(db) == ["a", "b", "c"]
+    finally:
+        logging.getLogger("database").removeHandler(broken)
+    assert f"this {kind} is broken" in capsys.readouterr().err
+
+
+@pytest.mark.anyio
+async def test_structured_attributes(db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Records carry what a shipper asks for, as values and not as text; those of errors likewise."""
+    caplog.clear()
+    await add(db, "a")
+    with pytest.raises(errors.IntegrityError):
+        await add(db, "a")
+    done, error, failed = caplog.records
+    of_statements = {
+        "database": "default", "sql": "INSERT INTO jobs (name) VALUES (:name)", "operation": "INSERT",
+        "parameters": "<name>", "slow": False, "transaction": None, "worker": "database-default-writer",
+    }  # fmt: skip
+    for record in (done, failed):
+        found = extras(record)
+        assert of_statements.items() <= found.items()
+        assert found["duration"] > 0
+        assert found["waited"] > 0
+    assert (extras(done)["rows"], extras(done)["error"]) == (1, None)
+    assert extras(failed)["error"] == "IntegrityError"
+    assert error.levelno == logging.ERROR
+    assert extras(error) == {
+        "database": "default", "error": "IntegrityError", "sql": of_statements["sql"], "parameters": "<name>",
+        "code": 2067, "code_name": "SQLITE_CONSTRAINT_UNIQUE",
+    }  # fmt: skip
+
+
+def slow_ones(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [each for each in caplog.records if each.name == "database.transaction" and each.levelno == logging.WARNING]
+
+
+@pytest.mark.anyio
+async def test_who_held_the_writer(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """While a transaction keeps others waiting, and at its end, a warning names who, where and for how long."""
+    db = await make_db(logging={"slow_transaction_ms": 30})
+    caplog.clear()
+    async with anyio.create_task_group() as group, held(db) as release:
+        group.start_soon(add, db, "waits")
+        await eventually(lambda: slow_ones(caplog), "a warning while the writer is held")
+        (during,) = slow_ones(caplog)
+        release.set()
+    await eventually(lambda: len(slow_ones(caplog)) == 2, "a warning at the end")
+    after = slow_ones(caplog)[1]
+    for record in (during, after):
+        assert "the writer" in record.getMessage()
+        assert "hold_a_connection" in record.getMessage()
+        assert "hold_a_connection" in extras(record)["holder"]
+        assert "support.py:" in extras(record)["holder"]
+        assert extras(record)["duration"] >= 0.03
+        assert extras(record)["readonly"] is False
+    assert (extras(during)["outcome"], extras(during)["waiting"]) == ("open", 1)
+    assert extras(after)["outcome"] == "committed"
+    assert extras(after)["duration"] >= extras(during)["duration"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["run", "offload", "statement"])
+async def test_which_unit_of_work_held_the_writer(make_db: Any, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """What keeps the writer without a transaction of its own, on the connection's thread, is named as well, once."""
+    db = await make_db(logging={"slow_transaction_ms": 20})
+    release = threading.Event()
+
+    def function_that_takes_long(_connection: Any = None) -> None:
+        release.wait(5)
+
+    @transactional(offload=True)
+    async def offloaded_that_takes_long() -> None:
+        await add(db, "a")
+        function_that_takes_long()
+
+    async def write_until_released() -> None:
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            await db.execute(SLOW_INSERT)
+
+    scopes: list[anyio.CancelScope] = []
+    calls: dict[str, Any] = {
+        "run": lambda: db.run(function_that_takes_long),
+        "offload": offloaded_that_takes_long,
+        "statement": write_until_released,
+    }
+    caplog.clear()
+    async with anyio.create_task_group() as group:
+        group.start_soon(calls[kind])
+        await eventually(lambda: db.stats().writer_in_use)
+        group.start_soon(add, db, "waits")
+        await eventually(lambda: slow_ones(caplog), "a warning while the writer is held")
+        release.set()
+        for scope in scopes:
+            scope.cancel()
+    (record,) = slow_ones(caplog)
+    named = {"run": "function_that_takes_long", "offload": "offloaded_that_takes_long", "statement": SLOW_INSERT[:200]}
+    assert named[kind] in record.getMessage()
+    assert (extras(record)["transaction"], extras(record)["waiting"]) == (None, 1)
+    assert extras(record)["duration"] >= 0.02
+
+
+@pytest.mark.anyio
+async def test_who_held_the_readers(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Likewise of read-only transactions, when no reader is left; each of them is named once."""
+    db = await make_db(pool_size=2, logging={"slow_transaction_ms": 30})
+    caplog.clear()
+    async with anyio.create_task_group() as group, held(db, readonly=True, count=2) as release:
+        group.start_soon(names, db)
+        async with anyio.create_task_group() as more:
+            async with held(db):  # its first statement is the writer's: nobody waits for that
+                await eventually(lambda: len(slow_ones(caplog)) >= 2, "a warning for each reader")
+                more.cancel_scope.cancel()
+        release.set()
+    assert [extras(record)["readonly"] for record in slow_ones(caplog) if extras(record)["outcome"] == "open"] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.anyio
+async def test_slow_transactions_can_be_left_alone(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Below the limit, or with none set, a transaction is no warning."""
+    for limit in (None, 60_000):
+        db = await make_db(schema=limit is None, logging={"slow_transaction_ms": limit})
+        async with db.transaction():
+            await db.fetch_value("SELECT 1")
+    assert slow_ones(caplog) == []
+
+
+class Blocking(logging.Handler):
+    """A handler that waits for a network, say; remembers on which threads it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.seen: list[tuple[str, int]] = []
+
+    def handle(self, record: logging.LogRecord) -> bool:  # not `emit`: that is called with a lock held
+        self.seen.append((record.name, threading.get_ident()))
+        if record.name != "database.query":
+            self.go_on.wait(5)
+        return True
+
+    def count(self, name: str) -> int:
+        return [each for each, _ in self.seen].count(name)
+
+
+@pytest.mark.anyio
+async def test_no_handler_ever_runs_on_the_event_loop(make_db: Any) -> None:
+    """Statements, errors, exhaustion, holders, transactions left open, failed callbacks: whatever is logged, and however
+    long a handler takes, the event loop goes on.
+    """
+    db = await make_db(pool_timeout=0.5, logging={"slow_transaction_ms": 10, "slow_ms": 0})
+    handler = Blocking()
+
+    async def exhausted() -> None:
+        with pytest.raises(errors.ConnectionPoolExhaustedError):
+            await add(db, "exhausted")
+
+    async def leave_open() -> None:
+        await db.begin()
+        await add(db, "left open")
+
+    async def fail() -> None:
+        raise LookupError
+
+    try:
+        async with anyio.create_task_group() as group:
+            async with held(db):
+                logging.getLogger("database").addHandler(handler)
+                group.start_soon(exhausted)
+                await eventually(lambda: handler.count("database.transaction"), "the holder, while its handler waits")
+                await eventually(lambda: handler.count("database.pool"), "the exhaustion, while its handler waits")
+                handler.go_on.set()
+            group.start_soon(leave_open)
+        await eventually(lambda: handler.count("database.transaction") >= 3, "the transaction left open")
+        before = handler.count("database.transaction")
+        db.on_commit(fail)
+        await eventually(lambda: handler.count("database.transaction") > before, "the failed callback")
+        with pytest.raises(errors.QueryExecutionError):
+            await db.execute("SELEKT")
+    finally:
+        handler.go_on.set()
+        logging.getLogger("database").removeHandler(handler)
+    assert {"database.query", "database.pool", "database.transaction"} <= {name for name, _ in handler.seen}
+    assert threading.get_ident() not in {thread for _, thread in handler.seen}

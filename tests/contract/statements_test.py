@@ -680,3 +680,27 @@ async def test_in_transaction(db: Any) -> None:
             assert db.in_transaction
         assert db.in_transaction
     assert not db.in_transaction
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("script", [False, True], ids=["statement", "script"])
+async def test_vacuum(db: Any, engine: Engine, script: bool) -> None:
+    """VACUUM, which begins and commits by itself, runs outside transactions; inside one it is refused with the reason."""
+    if engine.name != "sqlite3":
+        pytest.skip("SQLite's own")
+    run = db.execute_script if script else db.execute
+    await add(db, "a")
+    await run("VACUUM")
+    target = engine.directory / "vacuumed.db"
+    await run(f"VACUUM INTO '{target}'")
+    assert target.stat().st_size > 0
+    async with db.transaction():
+        await add(db, "b")
+        with pytest.raises(errors.QueryExecutionError, match="VACUUM from within a transaction"):
+            await run("VACUUM")
+        await add(db, "c")
+    assert await names(db) == ["a", "b", "c"]
+    async with db.transaction(readonly=True):
+        with pytest.raises(errors.ReadOnlyTransactionError):
+            await run(f"VACUUM INTO '{engine.directory / 'other.db'}'")
+    assert not (engine.directory / "other.db").exists()
