@@ -174,8 +174,8 @@ class ReadLane:
             if (slow or worker.yielding) and not pool.closing:
                 break
             now = perf_counter()
-            if len(answers) >= BATCH_SIZE or now - since > BATCH_SECONDS:
-                worker.flush()
+            if queue and (len(answers) >= BATCH_SIZE or now - since > BATCH_SECONDS):
+                worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
                 since = now
         worker.finish(lambda: self._left(worker))
         return None
@@ -262,7 +262,7 @@ class WriteLane:
                 session = worker.session
                 if session is not None:
                     session.unlock()
-            if len(worker.answers) >= BATCH_SIZE:
+            if queue and len(worker.answers) >= BATCH_SIZE:
                 worker.flush()
 
     @staticmethod
