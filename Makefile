@@ -51,7 +51,7 @@ clean:  ## remove environments, caches and what was built; data/ stays
 $(VENV)/.test: pyproject.toml
 	python=$$(.ci/interpreters | sed -n '1s/^[^ ]* //p') && test -n "$$python" && "$$python" -m venv $(VENV)
 	$(PIP) --upgrade 'pip>=25.1'
-	$(PIP) --group test -e '.[trio,uvloop,progress]'
+	$(PIP) --group test -e '.[trio,uvloop,progress,cli]'
 	@touch $@
 
 $(VENV)/.check $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.test

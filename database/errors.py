@@ -13,6 +13,7 @@ DatabaseError
 ├── ConnectionPoolExhaustedError   (also TimeoutError)
 ├── ConnectionFailedError
 ├── PoolClosedError
+├── MigrationError
 ├── TransactionError
 │   ├── ReadOnlyTransactionError
 │   └── TransactionTimeoutError    (also TimeoutError)
@@ -36,6 +37,7 @@ __all__ = [
     "DatabaseCorruptError",
     "DatabaseError",
     "IntegrityError",
+    "MigrationError",
     "PoolClosedError",
     "QueryExecutionError",
     "ReadOnlyTransactionError",
@@ -75,6 +77,10 @@ class ConnectionFailedError(DatabaseError):
 
 class PoolClosedError(DatabaseError):
     """The pool was closed while this call waited, or while its transaction or stream was open."""
+
+
+class MigrationError(DatabaseError):
+    """A migration failed and was rolled back, or folder and database contradict one another; the message says where."""
 
 
 class TransactionError(DatabaseError):

@@ -31,7 +31,13 @@ from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UN
 from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
 from database.engine import Engine
-from database.errors import DatabaseError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
+from database.errors import (
+    ConfigurationError,
+    DatabaseError,
+    QueryExecutionError,
+    ReadOnlyTransactionError,
+    TransactionError,
+)
 from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement, TypedQuery
 from database.stream import Stream
 from database.transaction import (
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from database.driver.backend import Observer
+    from database.migrations import Migration, MigrationReport, MigrationStatus
 
 __all__ = ["Database", "TransactionContext"]
 
@@ -165,9 +172,12 @@ class Database:
             chosen = cast("settings.Settings", self._settings)
             logs.set_up(chosen.logging)
             key = id(loop)
+            monitor = _monitor(chosen)
 
             def closed(pool: Pool) -> None:
                 settings.release(ticket)
+                if monitor is not None:
+                    monitor.withdraw(pool)
                 if self._pools.get(key) is pool:
                     del self._pools[key]
                 if self._recent is pool:
@@ -194,6 +204,8 @@ class Database:
             settings.release(ticket)
             raise
         self._pools[key] = pool
+        if monitor is not None:
+            monitor.offer(chosen.monitor, pool)
         return pool
 
     def _analyse(self, query: Query) -> Statement:
@@ -702,6 +714,76 @@ class Database:
         finally:
             await self.give_back(lease)
 
+    async def migrate(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        dry_run: bool = False,
+        to: int | None = None,
+        baseline: int | None = None,
+        wait: float = 60.0,
+        progress: Callable[[Migration, float], object] | None = None,
+    ) -> MigrationReport:
+        """Applies the pending migrations, in order, each in a transaction of its own.
+
+        Any number of processes may call it at once: one applies a migration, the others wait and find it applied.
+
+        Args:
+            folder: The folder of numbered SQL files; None: the one that the setting `migrations` names.
+            dry_run: Applies them all in one transaction, which is rolled back.
+            to: The last migration to apply; None: all.
+            baseline: Instead of applying anything, records migrations up to this number as applied, on a database
+                that has no record yet: one that was there before its migrations were.
+            wait: Seconds to wait for other processes.
+            progress: Called on the database's thread, with each migration that was applied and the seconds it took.
+
+        Raises:
+            MigrationError: One failed, and was rolled back, or the folder contradicts what was applied.
+            TransactionError: Called inside a transaction.
+        """
+        from database.migrations import Order  # noqa: PLC0415  - few programs need it, and those once
+
+        path = self._migrations_folder(folder)
+        if self.in_transaction:
+            raise TransactionError(
+                "migrate() opens transactions of its own, and was called inside one; call it outside"
+            )
+        order = Order(path, dry_run, to, baseline, wait, progress)
+        operation = self._migrating("migrate")
+        return cast("MigrationReport", await self._send_unit(SCRIPT, operation, order, None, label="migrate()"))
+
+    async def migration_status(self, folder: str | os.PathLike[str] | None = None) -> MigrationStatus:
+        """Which migrations the database has had, and which are pending; changes nothing.
+
+        Args:
+            folder: As for `migrate`.
+
+        Raises:
+            MigrationError: The folder contradicts what was applied.
+        """
+        from database.migrations import MigrationStatus, load, pending  # noqa: PLC0415  - as above
+
+        path = self._migrations_folder(folder)
+        operation = self._migrating("applied_migrations")
+        applied = await self._send_unit(SCRIPT, operation, None, None, label="migration_status()", readonly=True)
+        return MigrationStatus(applied, pending(load(path), applied, path))
+
+    def _migrating(self, operation: str) -> Any:
+        found = getattr(self._operations, operation, None)
+        if found is None:
+            raise ConfigurationError(f"database {self.name!r}: the engine {self.engine.name} has no migrations")
+        return found
+
+    def _migrations_folder(self, folder: str | os.PathLike[str] | None) -> str:
+        self._resolve()  # the configuration may be another one since the last pool was closed
+        chosen = getattr(self._settings, "migrations", None) if folder is None else os.fspath(folder)
+        if not chosen:
+            raise ConfigurationError(
+                f"database {self.name!r} has no migrations: set `migrations` in the configuration to their folder, or"
+                " name it in the call"
+            )
+        return str(chosen)
+
     async def give_back(self, lease: Lease) -> None:
         """Ends a lease without a transaction, and waits until its connection is free."""
         if lease.dropped or lease.ended or lease.queued_at == 0.0:
@@ -822,6 +904,15 @@ class TransactionContext:
         if scope is not None:
             scope.stop(error)
         return False
+
+
+def _monitor(chosen: settings.Settings) -> Any:
+    """The module that offers a pool's statistics; None where nobody wants them, and then it is not even imported."""
+    if getattr(chosen, "monitor", None) is None:
+        return None
+    from database import monitor  # noqa: PLC0415  - most processes are not watched
+
+    return monitor
 
 
 def _origin(what: str, depth: int) -> Origin:

@@ -54,6 +54,7 @@ __all__ = [
     "current",
     "forget",
     "hold",
+    "install",
     "override",
     "read",
     "release",
@@ -63,6 +64,9 @@ __all__ = [
 DEFAULT_FILE = "config/database.yaml"
 ENVIRONMENT_VARIABLE = "DATABASE_CONFIG"
 MEMORY = ":memory:"
+
+MONITOR_PATH_LIMIT = 70
+"""Bytes: the system allows a socket's path 103 (macOS) or 107 (Linux), of which its name takes up to 32."""
 
 _DEFAULT = "default"
 _EXAMPLE = 'configure({"database": {"sqlite": {"path": "./data/jobu.db"}}})'
@@ -107,7 +111,11 @@ class SqliteSettings:
         synchronous: https://www.sqlite.org/pragma.html#pragma_synchronous, by name, in upper case.
         cache_size: Pages, or KiB if negative: https://www.sqlite.org/pragma.html#pragma_cache_size
         foreign_keys: Whether foreign keys are enforced.
-        init_sql: Path of the file that creates the schema; `""`: none; None: the packaged one.
+        init_sql: Path of the file that creates the schema; `""`: none; None: the packaged one, or none where
+            `migrations` makes the schema.
+        migrations: Folder of the numbered SQL files that bring the schema up to date; None: there are none.
+        auto_migrate: Whether they are applied whenever a pool opens.
+        monitor: Folder in which this process offers its pools' statistics on a Unix socket; None: it does not.
         logging: What is logged.
     """
 
@@ -121,6 +129,9 @@ class SqliteSettings:
     cache_size: int = -2000
     foreign_keys: bool = True
     init_sql: str | None = None
+    migrations: str | None = None
+    auto_migrate: bool = False
+    monitor: str | None = None
     logging: LoggingSettings = LoggingSettings()
 
 
@@ -224,6 +235,18 @@ def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) 
     configuration = None if source is None else _load(source)
     with _state.lock:
         _state.refuse_if_held()  # Again, for a pool may have opened while the file was read.
+        _state.configured = configuration
+        _state.found = None
+
+
+def install(configuration: Configuration) -> None:
+    """Like `configure()`, with a configuration that has been read already; the command-line tool adapts some.
+
+    Raises:
+        ConfigurationError: Databases are open.
+    """
+    with _state.lock:
+        _state.refuse_if_held()
         _state.configured = configuration
         _state.found = None
 
@@ -646,6 +669,41 @@ def _init_sql(item: _Item) -> str | None:
     return path
 
 
+def _migrations(item: _Item) -> str | None:
+    if item.value is None:
+        return None
+    expected = "the path of a folder of SQL files, or null for none"
+    path = _path_text(item, expected)
+    if not os.path.isdir(path):
+        raise _Unfit(expected, "it is a file" if os.path.exists(path) else _no_such_file(path))
+    return path
+
+
+def _monitor(item: _Item) -> str | None:
+    if item.value is None:
+        return None
+    expected = "the path of a folder for Unix sockets, or null"
+    path = _path_text(item, expected)
+    if path == MEMORY:
+        raise _Unfit(expected)
+    import socket  # noqa: PLC0415 - few need it
+
+    if not hasattr(socket, "AF_UNIX"):
+        raise _Unfit("null, for this system's Python has no Unix sockets")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise _Unfit(expected, "it is a file")
+    try:
+        length = len(os.fsencode(os.path.abspath(path)))
+    except OSError:  # The working directory has been removed.
+        length = len(os.fsencode(path))
+    if length > MONITOR_PATH_LIMIT:
+        raise _Unfit(
+            f"{expected}; a path of at most {MONITOR_PATH_LIMIT} bytes, for a socket's path must be short",
+            f"in full it has {length}",
+        )
+    return path
+
+
 # --- The schema ---------------------------------------------------------------------------------------------
 
 
@@ -659,6 +717,7 @@ class _Section:
         rules: One for each key but `logging` and `databases`, which all engines have.
         own: Keys of which each database must give one, for they are not inherited.
         identity: What no two databases may have in common, if there is such a thing; it is shown in messages.
+        private: Keys that are not inherited either, but may be left out.
     """
 
     engine: str
@@ -666,6 +725,7 @@ class _Section:
     rules: Mapping[str, _Rule]
     own: tuple[str, ...]
     identity: Callable[[Any], str | None]
+    private: tuple[str, ...] = ()
 
 
 def _file_identity(settings: SqliteSettings) -> str | None:
@@ -700,9 +760,13 @@ _SECTIONS: dict[str, _Section] = {
             "cache_size": _whole(-(2**31) + 1, 2**31 - 1),  # SQLite takes what does not fit 32 bits for 0.
             "foreign_keys": _boolean,
             "init_sql": _init_sql,
+            "migrations": _migrations,
+            "auto_migrate": _boolean,
+            "monitor": _monitor,
         },
         own=("path",),
         identity=_file_identity,
+        private=("migrations",),
     ),
 }
 
@@ -742,7 +806,7 @@ def _read_section(section: _Section, item: _Item) -> dict[str, Settings]:
         add(_DEFAULT, item, fields, values, logging)
     elif not others:
         raise item.error("missing; without it, there must be `databases`", section.own[0])
-    inherited = {key: value for key, value in values.items() if key not in section.own}
+    inherited = {key: value for key, value in values.items() if key not in (*section.own, *section.private)}
     for name, other in others.items():
         if name == _DEFAULT:
             raise other.error(f"the database {_DEFAULT!r} is configured by the keys of {_dotted(item.keys)} itself")

@@ -307,6 +307,19 @@ def test_databases_inherit_key_by_key():
     }
 
 
+def test_migrations_are_not_inherited():
+    """Each database has a schema of its own, so a folder of migrations is for the database that names it."""
+    os.mkdir("sql")
+    configuration = load(
+        "database: {sqlite: {path: x, migrations: sql, auto_migrate: true, monitor: run, databases: {a: {path: y}}}}"
+    )
+    common = {"auto_migrate": True, "monitor": "run"}
+    assert configuration.engines["sqlite3"] == {
+        "default": SqliteSettings("default", "x", migrations="sql", **common),
+        "a": SqliteSettings("a", "y", **common),
+    }
+
+
 def test_no_default_database():
     """Without a path of its own the section only gives defaults to its databases."""
     configuration = load({"database": {"sqlite": {"pool_size": 2, "databases": {"audit": {"path": "a.db"}}}}})
@@ -365,9 +378,11 @@ MODES = "expected one of DELETE, TRUNCATE, PERSIST, MEMORY, WAL, OFF"
 LEVELS = "expected one of CRITICAL, FATAL, ERROR, WARNING, WARN, INFO, DEBUG, NOTSET"
 KEYS = (
     "unknown key; known: path, pool_size, pool_timeout, busy_timeout, journal_mode, synchronous, cache_size, "
-    "foreign_keys, init_sql, logging"
+    "foreign_keys, init_sql, migrations, auto_migrate, monitor, logging"
 )
 SYNCHRONOUS = "expected one of OFF, NORMAL, FULL, EXTRA"
+SQL_FOLDER = "expected the path of a folder of SQL files, or null for none"
+SOCKETS = "expected the path of a folder for Unix sockets, or null"
 SQL_FILE = "expected the path of an SQL file, '' for none, or null for the packaged one"
 
 
@@ -426,6 +441,17 @@ SQL_FILE = "expected the path of an SQL file, '' for none, or null for the packa
         ("init_sql: .", f"init_sql: {SQL_FILE}, got '.' (str); it is a directory"),
         ('init_sql: "a\\0b"', f"init_sql: {SQL_FILE} without NUL characters, got 'a\\x00b' (str)"),
         ("init_sql: /no/such", f"init_sql: {SQL_FILE}, got '/no/such' (str); no such file"),
+        ("migrations: 5", f"migrations: {SQL_FOLDER}, got 5 (int)"),
+        ("migrations: db.yaml", f"migrations: {SQL_FOLDER}, got 'db.yaml' (str); it is a file"),
+        ("migrations: /no/such", f"migrations: {SQL_FOLDER}, got '/no/such' (str); no such file"),
+        ("auto_migrate: always", "auto_migrate: expected true or false, got 'always' (str)"),
+        ("monitor: 5", f"monitor: {SOCKETS}, got 5 (int)"),
+        ("monitor: db.yaml", f"monitor: {SOCKETS}, got 'db.yaml' (str); it is a file"),
+        (
+            f"monitor: /{'x' * 70}",
+            f"monitor: {SOCKETS}; a path of at most 70 bytes, for a socket's path must be short,"
+            f" got '/{'x' * 70}' (str); in full it has 71",
+        ),
         ("logging: 5", "logging: expected a mapping, got 5 (int)"),
         ("logging: {slow: 5}", "logging.slow: unknown key; did you mean 'slow_ms'?"),
         (

@@ -286,6 +286,21 @@ async def test_readonly_refuses_writes(db: Any, engine: Engine, sql: str) -> Non
     assert engine.committed() == ["a"]
 
 
+async def test_readonly_looks_at_the_schema(db: Any) -> None:
+    """Table-valued pragmas work on readers, although SQLite declares their columns to itself as if it wrote; the schema
+    cannot be changed that way.
+    """
+    sql = "SELECT name FROM pragma_table_info(?) WHERE pk"
+    assert await db.fetch_value(sql, ("jobs",)) == "id"
+    async with db.transaction(readonly=True):
+        assert await db.fetch_value(sql, ("jobs",)) == "id"
+        with pytest.raises(errors.ReadOnlyTransactionError):
+            await db.execute("UPDATE sqlite_master SET sql = ''")
+    with pytest.raises(errors.DatabaseError):
+        await db.run(lambda raw: raw.execute("UPDATE sqlite_master SET sql = ''"), readonly=True)
+    assert await db.fetch_value(sql, ("jobs",)) == "id"
+
+
 async def test_readonly_cannot_call_what_writes(db: Any, engine: Engine) -> None:
     """A read-only function that calls a transactional one gets a TransactionError."""
 

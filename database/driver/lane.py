@@ -69,7 +69,7 @@ class ReadLane:
                 self.pool.claim_reader(self)
         elif worker.sleeping:
             worker.sleeping = False
-            self.pool.waker.rouse(worker.wake)
+            self.pool.rouse(worker)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
@@ -203,7 +203,7 @@ class WriteLane:
         worker = self.worker
         if worker.sleeping and self.pool.opened:
             worker.sleeping = False
-            self.pool.waker.rouse(worker.wake)
+            self.pool.rouse(worker)
         else:
             self.pool.watch()
 

@@ -33,6 +33,7 @@ import anyio
 
 from database.driver import registry
 from database.driver.backend import Backend, Observer, Session
+from database.driver.courtesy import Courtesy
 from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, Request
@@ -143,6 +144,7 @@ class Pool:
         self.writer = Worker(f"database-{name}-writer", "writer", self)
         self.reads = ReadLane(self)
         self.writes = WriteLane(self, self.writer)
+        self._courtesy = Courtesy(self)
         self._end = waker.on_end(self.close_now)
         registry.add(self)
         self.writer.start(self._writer_opened, self._writer_closed)
@@ -223,6 +225,21 @@ class Pool:
         worker.start(None, lambda: self._reader_closed(worker))
         return worker
 
+    # Workers at work
+
+    def rouse(self, worker: Worker) -> None:
+        """Wakes a worker that sleeps with its lane."""
+        self.waker.rouse(worker.wake)
+        self._courtesy.begin()
+
+    @property
+    def working(self) -> bool:
+        """Whether a worker has something to do, and so needs the GIL."""
+        lease = self.writes.lease
+        if not self.writer.sleeping and (lease is None or not lease.mailbox.empty() or self.writer.current is not None):
+            return True
+        return any(not worker.sleeping for worker in self.reads.serving)
+
     # Leaving the line
 
     def withdraw(self, lease: Lease) -> bool:
@@ -246,6 +263,7 @@ class Pool:
         return max(left if patience is None else min(left, max(patience, 0.01)), 0.001)
 
     def _forget_timer(self) -> None:
+        self._courtesy.end()
         for timer in (self._timer, self._long_timer):
             if timer is not None:
                 timer.cancel()
@@ -375,7 +393,7 @@ class Pool:
         for worker in workers:
             current = worker.current
             if current is not None and (readonly or not leases):
-                found.append(f"the statement {str(current.label or current.sql)[:80]!r}")
+                found.append(f"the statement {str(current.label or getattr(current.sql, 'sql', current.sql))[:80]!r}")
         return found
 
     def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> list[Request]:

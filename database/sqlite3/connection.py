@@ -21,10 +21,11 @@ import ctypes
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from database import errors
 from database.driver.backend import Role
@@ -32,6 +33,9 @@ from database.settings import SqliteSettings
 from database.sqlite3 import analysis
 from database.sqlite3.values import Row, Rows, bind, bind_many
 from database.statements import CONTROL, Result, Statement
+
+if TYPE_CHECKING:
+    from database.migrations import Applied, MigrationReport, Order
 
 __all__ = ["SqliteSession", "is_broken", "is_busy", "open_session"]
 
@@ -216,6 +220,10 @@ class SqliteSession:
             known = analysis.READ_PRAGMAS if second is None else analysis.ARGUMENT_PRAGMAS
             if first.lower() in known:
                 return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_UPDATE and first == "sqlite_master" and self.readonly:
+            # Asked when a table-valued pragma (`FROM pragma_table_info('jobs')`) is first used and SQLite declares its
+            # columns to itself. The file is open with `mode=ro`: a statement that means it is refused all the same.
+            return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
@@ -397,18 +405,13 @@ class SqliteSession:
             if self._restricted:
                 self.raw.set_authorizer(self._authorize)  # whatever the function did to it
 
-    def initialise(self, scripts: list[str]) -> None:
-        """Runs scripts in one transaction of their own; other processes may start just now, too."""
-        patience = _Patience(self._patience, self._progress)
-        while not self.try_lock(0.01) and patience.left():  # another event loop's pool may be writing
+    def initialise(self, scripts: list[str], patience: float) -> None:
+        """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
+        waiting = _Patience(patience, self._progress)
+        while not self.try_lock(0.01) and waiting.left():  # another event loop's pool may be writing
             pass
         try:
-            while True:
-                try:
-                    self.begin(readonly=False)
-                    break
-                except sqlite3.OperationalError as error:
-                    patience.wait(error)
+            self.begin_patiently(patience)
             try:
                 for script in scripts:
                     self.execute_script(script)
@@ -417,6 +420,34 @@ class SqliteSession:
                 self.rollback()
         finally:
             self.unlock()
+
+    def begin_patiently(self, seconds: float) -> None:
+        """Begins a write transaction, waiting that long for other processes, unless the caller goes away."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.begin(readonly=False)
+                return
+            except sqlite3.OperationalError as error:
+                if not is_busy(error) or time.monotonic() >= deadline or self._progress():
+                    raise
+            time.sleep(0.002)
+
+    def broken_references(self) -> Counter[tuple[str, str]]:
+        """How many rows of which table refer to rows of which other that do not exist."""
+        return Counter((row[0], row[2]) for row in self.raw.execute("PRAGMA foreign_key_check"))
+
+    def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> MigrationReport:
+        """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
+        from database.sqlite3.migrate import migrate  # noqa: PLC0415  - few connections ever need it
+
+        return migrate(self, cast("Order", order))
+
+    def applied_migrations(self, _sql: Any = None, _params: Any = None, _extra: Any = None) -> tuple[Applied, ...]:
+        """The database's record of migrations."""
+        from database.sqlite3.migrate import applied  # noqa: PLC0415  - few connections ever need it
+
+        return applied(self)
 
     def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""

@@ -53,10 +53,14 @@ def _backend(settings: SqliteSettings) -> Backend:
         if role == "writer":
             try:
                 _initialise(session, settings)
+                if settings.auto_migrate and settings.migrations is not None:
+                    from database.migrations import Order  # noqa: PLC0415  - most programs do without
+
+                    session.migrate(Order(settings.migrations))
             except BaseException as error:
                 session.close()
                 if isinstance(error, sqlite3.Error):
-                    raise errors.ConnectionFailedError(settings.path, f"init_sql failed: {error}") from error
+                    raise errors.ConnectionFailedError(settings.path, f"the schema cannot be made: {error}") from error
                 raise
         return session
 
@@ -81,14 +85,14 @@ def _size(path: str) -> int:
 
 def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
     """Runs `init_sql`, all of it in one transaction."""
-    if settings.init_sql == "":
+    if settings.init_sql == "" or (settings.init_sql is None and settings.migrations is not None):
         return
     if settings.init_sql is None:
         source = resources.files("database.sqlite3") / "sql" / "init.sql"
         text = source.read_text("utf-8")
     else:
         text = Path(settings.init_sql).expanduser().read_text("utf-8")
-    session.initialise(_scripts(text))
+    session.initialise(_scripts(text), settings.busy_timeout / 1000)
 
 
 def _scripts(text: str) -> list[str]:

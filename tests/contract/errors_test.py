@@ -18,6 +18,7 @@ PARENTS: dict[str, tuple[type[BaseException], ...]] = {
     "ConnectionPoolExhaustedError": (errors.DatabaseError, TimeoutError),
     "ConnectionFailedError": (errors.DatabaseError,),
     "PoolClosedError": (errors.DatabaseError,),
+    "MigrationError": (errors.DatabaseError,),
     "TransactionError": (errors.DatabaseError,),
     "ReadOnlyTransactionError": (errors.TransactionError,),
     "TransactionTimeoutError": (errors.TransactionError, TimeoutError),

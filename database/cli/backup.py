@@ -1,0 +1,71 @@
+"""`backup`: a consistent copy, with a progress bar."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from database.cli.support import Status, Target, duration, err, fail, in_thread, out, out_json, run, size
+from database.handle import Database
+
+__all__ = ["backup", "copy"]
+
+
+def backup(target: Target, place: str, *, force: bool, verify: bool, as_json: bool) -> None:
+    """Makes a copy of one database."""
+    began = time.perf_counter()
+
+    async def work() -> Path:
+        db = target.open()
+        file = Path(place).expanduser()
+        if file.is_dir():
+            file /= f"{target.name}-{datetime.now().strftime('%Y-%m-%dT%H-%M-%S')}.db"  # local time, for people
+        await copy(db, file, force=force)
+        if verify:
+            with err().status("verifying …"):
+                await in_thread(lambda stopped: _verify(file, stopped))
+        return file
+
+    file = run(work)
+    seconds = time.perf_counter() - began
+    length = file.stat().st_size
+    if as_json:
+        out_json({"path": str(file), "bytes": length, "seconds": round(seconds, 3), "verified": verify})
+    else:
+        checked = ", verified" if verify else ""
+        out().print(f"{file}: {size(length)} in {duration(seconds)}{checked}", markup=False, soft_wrap=True)
+
+
+async def copy(db: Database, file: Path, *, force: bool) -> None:
+    """Backs a database up into a file, showing how far it is."""
+    if file.exists() and not force:
+        fail(f"{file} exists already", "name another file, or use --force to replace it", Status.USAGE)
+    if not file.parent.is_dir():
+        fail(f"{file.parent}: no such folder", status=Status.USAGE)
+    columns = (TextColumn("backup"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=err(), transient=True, disable=not err().is_terminal) as bar:
+        task = bar.add_task("backup", total=None)
+
+        def progress(_status: int, remaining: int, total: int) -> None:
+            bar.update(task, completed=total - remaining, total=total)
+
+        await db.backup(file, progress=progress)
+
+
+def _verify(file: Path, stopped: Callable[[], Any]) -> None:
+    # Immutable, so that no -wal is made beside the copy, which nobody else has open.
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as raw:
+        raw.set_progress_handler(stopped, 10_000)
+        try:
+            found = [str(row[0]) for row in raw.execute("PRAGMA quick_check(10)")]
+        except sqlite3.Error as error:
+            found = [str(error)]
+    if found != ["ok"]:
+        fail(f"{file} is damaged: {found[0]}", "`python -m database check` tells whether the original is, too")

@@ -1,0 +1,75 @@
+"""Giving way: an event loop that never rests lets its workers have the GIL.
+
+A thread that waits for the GIL gets it when the holder rests (waits for I/O) or, after `sys.getswitchinterval()`, 5 ms,
+when it is made to. A loop that is busy computing rests only for the microseconds of a `select` that finds something
+to do, too short for a waiting thread to wake up; so a worker gets the GIL every 5 ms, needs it several times for one
+statement, and a point select takes tens of milliseconds, at times a second.
+
+So while a worker has something to do, a timer looks now and then whether the loop is late. A loop that is on time has
+rested, and the timer looks half as often the next time. One that is late sleeps for a moment: some 60 µs, the least that
+an operating system's timer gives, and enough for a worker to execute a statement. An idle loop has no timer at all.
+
+Loop thread.
+"""
+
+from __future__ import annotations
+
+import time
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from database.driver.pool import Pool
+    from database.driver.wakeup import Timer
+
+__all__ = ["Courtesy"]
+
+SOON = 0.0005
+"""Seconds to the next look at a loop that is busy."""
+SELDOM = 0.016
+"""Seconds to the next look at a loop that has been on time again and again."""
+LATE = 0.0004
+"""Seconds of delay from which a loop counts as busy."""
+MOMENT = 1e-6
+"""Seconds to sleep; in fact as long as the operating system's timers are coarse (Linux: 50 µs more)."""
+
+
+class Courtesy:
+    """One pool's."""
+
+    __slots__ = ("_due", "_pool", "_seconds", "_timer")
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._timer: Timer | None = None
+        self._seconds = SOON
+        self._due = 0.0
+
+    def begin(self) -> None:
+        """A worker has been woken."""
+        if self._timer is None:
+            self._seconds = 2 * SOON
+            self._look_again()
+
+    def end(self) -> None:
+        """The pool closes."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _look_again(self) -> None:
+        self._due = perf_counter() + self._seconds
+        self._timer = self._pool.waker.call_later(self._seconds, self._look)
+
+    def _look(self) -> None:
+        if self._timer is None or self._pool.closed:
+            return
+        if not self._pool.working:
+            self._timer = None
+            return
+        if perf_counter() - self._due < LATE:
+            self._seconds = min(2 * self._seconds, SELDOM)
+        else:
+            self._seconds = SOON
+            time.sleep(MOMENT)
+        self._look_again()

@@ -1,0 +1,372 @@
+"""Looks a database over without changing it: `python -m database check`.
+
+Everything here is synchronous and reads only; connections are opened with `mode=ro`. `stopped` is asked now and then,
+and ends the checkup when it says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from database import errors
+from database.migrations import load, pending
+from database.settings import MEMORY, SqliteSettings
+from database.sqlite3.connection import open_session
+from database.sqlite3.engine import WAL_RESET_FIXED
+from database.sqlite3.migrate import applied
+
+__all__ = ["Finding", "checkup", "measure"]
+
+OK, NOTE, WARNING, FAILED = "ok", "note", "warning", "failed"
+
+LARGE_WAL = 64 * 2**20
+"""Bytes from which a WAL is remarked on: sixteen times what the automatic checkpoint lets it grow to."""
+
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "glusterfs", "vboxsf"})
+
+_BUGS: tuple[tuple[tuple[int, int, int], tuple[int, int, int], str, str], ...] = (
+    (
+        (3, 7, 0),
+        WAL_RESET_FIXED,
+        "WAL-reset bug: where several processes write to one file, checkpoints at the same moment can damage it",
+        "sqlite.org/wal.html#walresetbug",
+    ),
+    (
+        (3, 0, 0),
+        (3, 50, 2),
+        "CVE-2025-6965: SQL with very many aggregate terms corrupts memory; matters if others choose the SQL",
+        "sqlite.org/cves.html",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        level: `"ok"`, `"note"`, `"warning"` or `"failed"`.
+        text: How it is.
+        hint: What to do about it.
+    """
+
+    name: str
+    level: str
+    text: str
+    hint: str = ""
+
+
+def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool]) -> Iterator[Finding]:
+    """Looks over one database, finding by finding.
+
+    Args:
+        settings: Of the database.
+        quick: `PRAGMA quick_check` in place of `integrity_check`: does not compare indexes with their tables.
+        stopped: Whether to give up.
+    """
+    yield from _version(settings)
+    if settings.path == MEMORY:
+        yield Finding("file", NOTE, f"{MEMORY}: lives in the process that opens it, so there is nothing to look at")
+        return
+    path = Path(settings.path)
+    if not path.is_file():
+        text = "it is not a file" if path.exists() else "no such file"
+        yield Finding(
+            "file", FAILED, f"{path}: {text}", "" if path.exists() else "`python -m database init` creates it"
+        )
+        return
+    yield _file(path)
+    yield from _place(path)
+    tidy = _Tidied(path)
+    try:
+        session = open_session(settings, str(path), "reader", stopped)
+    except errors.ConnectionFailedError as error:
+        yield from _unopened(settings, path, error)
+        return
+    with tidy, closing(session):
+        raw = session.raw
+        yield _pragmas(settings)
+        try:
+            yield from _pages(raw, path)
+            yield from _wal(path, settings)
+            yield from _integrity(raw, quick=quick)
+            yield from _references(raw, settings)
+            yield from _migrations(session, settings)
+        except sqlite3.OperationalError as error:
+            if stopped():
+                return
+            yield Finding("read", FAILED, str(error))
+        except sqlite3.DatabaseError as error:
+            yield Finding(
+                "integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell"
+            )
+
+
+class _Tidied:
+    """Removes the `-wal` and `-shm` that reading makes beside a database which nobody else has open.
+
+    A read-only connection cannot remove them again; one that may write does, at its close, if it is the last. It is
+    opened only where there was no WAL before and the new one is empty, so there is nothing that it could write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._wal = Path(f"{path}-wal")
+        self._before = self._wal.exists()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        with suppress(OSError, sqlite3.Error):
+            if not self._before and self._wal.stat().st_size == 0:
+                with closing(sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=rw", uri=True, timeout=0)) as raw:
+                    raw.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+
+
+def _version(settings: SqliteSettings) -> Iterator[Finding]:
+    found = sqlite3.sqlite_version_info
+    yield Finding("SQLite", OK, sqlite3.sqlite_version)
+    for since, fixed, text, where in _BUGS:
+        if since <= found < fixed and (fixed != WAL_RESET_FIXED or settings.journal_mode == "WAL"):
+            wanted = ".".join(map(str, fixed))
+            level = WARNING if fixed == WAL_RESET_FIXED else NOTE
+            hint = f"use SQLite {wanted} or later, or one that its distributor has patched"
+            yield Finding("SQLite", level, f"{text} ({where})", hint)
+
+
+def _file(path: Path) -> Finding:
+    status = path.stat()
+    text = f"{path}, {_size(status.st_size)}"
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding("file", FAILED, f"{text}: this user may not read and write it", "give it the rights")
+    if not os.access(path.parent, os.W_OK):
+        return Finding("file", FAILED, f"{text}: its folder cannot be written to, which SQLite needs for its journal")
+    if os.name == "posix" and status.st_mode & 0o002:
+        return Finding("file", WARNING, f"{text}: everybody may write to it", f"chmod o-w {path}")
+    return Finding("file", OK, text)
+
+
+def _place(path: Path) -> Iterator[Finding]:
+    usage = shutil.disk_usage(path.parent)
+    size = path.stat().st_size
+    text = f"{_size(usage.free)} free of {_size(usage.total)}"
+    if usage.free < max(size, 100 * 2**20):
+        yield Finding(
+            "disk", WARNING, text, "a backup, or VACUUM, needs as much room as the database has, and 100 MiB is little"
+        )
+    else:
+        yield Finding("disk", OK, text)
+    kind = _file_system(path)
+    if kind in _NETWORK:
+        yield Finding(
+            "disk",
+            WARNING,
+            f"the file is on a network file system ({kind}), whose locks SQLite cannot rely on",
+            "put it on a local disk; WAL works only there (sqlite.org/wal.html)",
+        )
+
+
+def _file_system(path: Path) -> str | None:
+    """The type of the file system, where the system tells (Linux)."""
+    try:
+        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split()[1:3] for line in file]
+    except OSError:
+        return None
+    real = os.path.realpath(path)
+    found = [(point, kind) for point, kind in mounts if real.startswith(point.rstrip("/") + "/")]
+    return max(found, key=lambda each: len(each[0]))[1] if found else None
+
+
+def _unopened(settings: SqliteSettings, path: Path, error: errors.ConnectionFailedError) -> Iterator[Finding]:
+    """Why a connection could not be opened as the settings want it."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as raw:
+            mode = str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper()
+    except sqlite3.Error:
+        yield Finding("open", FAILED, str(error.reason))
+        return
+    if mode != settings.journal_mode:
+        yield Finding(
+            "PRAGMAs",
+            WARNING,
+            f"the file's journal_mode is {mode}, the configuration's {settings.journal_mode}",
+            "the next program that opens it with this configuration changes the file; then check again",
+        )
+    else:
+        yield Finding("open", FAILED, str(error.reason))
+
+
+def _pragmas(settings: SqliteSettings) -> Finding:
+    # They have been read back, one by one, when the connection was opened.
+    text = (
+        f"journal_mode {settings.journal_mode}, synchronous {settings.synchronous}, cache_size {settings.cache_size},"
+        f" foreign_keys {'on' if settings.foreign_keys else 'off'}: as configured"
+    )
+    if settings.synchronous == "OFF":
+        return Finding("PRAGMAs", WARNING, text, "with synchronous OFF, a power failure can damage the database")
+    if settings.journal_mode in ("OFF", "MEMORY"):
+        return Finding("PRAGMAs", WARNING, text, "without a journal on disk, a crash can damage the database; use WAL")
+    return Finding("PRAGMAs", OK, text)
+
+
+def _pages(raw: sqlite3.Connection, path: Path) -> Iterator[Finding]:
+    count, unused, size = (_pragma(raw, name) for name in ("page_count", "freelist_count", "page_size"))
+    text = f"{count:,} of {size:,} bytes, {unused:,} of them unused"
+    if unused * size > 10 * 2**20 and unused * 4 > count:
+        yield Finding("pages", NOTE, text, f"VACUUM would give back {_size(unused * size)}")
+    else:
+        yield Finding("pages", OK, text)
+    if Path(f"{path}-journal").exists():
+        yield Finding("journal", NOTE, f"{path}-journal exists: a program writes just now, or was killed while it did")
+
+
+def _wal(path: Path, settings: SqliteSettings) -> Iterator[Finding]:
+    if settings.journal_mode != "WAL":
+        return
+    try:
+        wal = os.stat(f"{path}-wal").st_size
+    except OSError:
+        wal = 0
+    if wal >= LARGE_WAL:
+        yield Finding(
+            "WAL",
+            WARNING,
+            f"{_size(wal)}: checkpoints do not get through",
+            "look for a transaction or stream that stays open (`python -m database top`)",
+        )
+    else:
+        yield Finding("WAL", OK, _size(wal))
+
+
+def _integrity(raw: sqlite3.Connection, *, quick: bool) -> Iterator[Finding]:
+    pragma = "quick_check" if quick else "integrity_check"
+    rows = [str(row[0]) for row in raw.execute(f"PRAGMA {pragma}(10)")]
+    if rows == ["ok"]:
+        yield Finding("integrity", OK, f"{pragma} found nothing wrong")
+    else:
+        for row in rows:
+            yield Finding("integrity", FAILED, row, "restore a backup, or try the `.recover` of SQLite's own shell")
+
+
+def _references(raw: sqlite3.Connection, settings: SqliteSettings) -> Iterator[Finding]:
+    broken: dict[tuple[str, str], int] = {}
+    for table, _, parent, _ in raw.execute("PRAGMA foreign_key_check"):
+        broken[table, parent] = broken.get((table, parent), 0) + 1
+    if not broken:
+        yield Finding("foreign keys", OK, "every row refers to one that exists")
+    for (table, parent), count in broken.items():
+        yield Finding(
+            "foreign keys",
+            FAILED if settings.foreign_keys else NOTE,
+            f"{count:,} rows of {table!r} refer to rows of {parent!r} that do not exist",
+            f"PRAGMA foreign_key_check({table}) shows which",
+        )
+
+
+def _migrations(session: Any, settings: SqliteSettings) -> Iterator[Finding]:
+    if settings.migrations is None:
+        return
+    record = applied(session)
+    try:
+        left = pending(load(settings.migrations), record, settings.migrations)
+    except errors.MigrationError as error:
+        yield Finding("migrations", FAILED, str(error))
+        return
+    text = f"{len(record)} applied, {len(left)} pending"
+    if left:
+        yield Finding("migrations", WARNING, f"{text}: {left[0].name}, …", "`python -m database migrate` applies them")
+    else:
+        yield Finding("migrations", OK, text)
+
+
+def _pragma(raw: sqlite3.Connection, name: str) -> int:
+    return int(raw.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+# --- Figures ------------------------------------------------------------------------------------------------
+
+
+def measure(settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """A database in figures: `python -m database stats`.
+
+    Args:
+        settings: Of the database.
+        count: Whether rows are counted, which reads an index of each table from end to end.
+        stopped: Whether to give up.
+    """
+    path = Path(settings.path)
+    with _Tidied(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as raw:
+        raw.set_progress_handler(stopped, 10_000)
+        sizes = _sizes(raw)
+        objects = raw.execute(
+            "SELECT type, name, tbl_name FROM sqlite_schema WHERE type IN ('table', 'index') AND name NOT LIKE"
+            " 'sqlite^_%' ESCAPE '^' ORDER BY type DESC, name"
+        ).fetchall()
+        automatic = raw.execute(
+            "SELECT name, tbl_name FROM sqlite_schema WHERE name LIKE 'sqlite^_autoindex^_%' ESCAPE '^'"
+        )
+        indexes: dict[str, list[str]] = {}
+        for name, table in [*automatic, *((name, table) for kind, name, table in objects if kind == "index")]:
+            indexes.setdefault(table, []).append(name)
+        tables: list[dict[str, Any]] = []
+        for kind, name, _ in objects:
+            if kind != "table":
+                continue
+            quoted = '"' + name.replace('"', '""') + '"'
+            try:
+                rows = raw.execute(f"SELECT count(*) FROM {quoted}").fetchone()[0] if count else None  # noqa: S608 - quoted
+            except sqlite3.OperationalError:  # a virtual table whose module is missing here
+                if stopped():
+                    raise
+                rows = None
+            own = indexes.get(name, [])
+            tables.append(
+                {
+                    "name": name,
+                    "rows": rows,
+                    "bytes": None if sizes is None else sizes.get(name, 0),
+                    "indexes": len(own),
+                    "index_bytes": None if sizes is None else sum(sizes.get(each, 0) for each in own),
+                }
+            )
+        return {
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "wal_bytes": Path(f"{path}-wal").stat().st_size if Path(f"{path}-wal").exists() else 0,
+            "page_size": _pragma(raw, "page_size"),
+            "pages": _pragma(raw, "page_count"),
+            "free_pages": _pragma(raw, "freelist_count"),
+            "journal_mode": str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper(),
+            "encoding": str(raw.execute("PRAGMA encoding").fetchone()[0]),
+            "user_version": _pragma(raw, "user_version"),
+            "sqlite": sqlite3.sqlite_version,
+            "tables": tables,
+        }
+
+
+def _sizes(raw: sqlite3.Connection) -> dict[str, int] | None:
+    """Bytes of each table and index; None where this SQLite was built without `dbstat`."""
+    try:
+        return dict(raw.execute("SELECT name, sum(pgsize) FROM dbstat WHERE aggregate = 1 GROUP BY name").fetchall())
+    except sqlite3.OperationalError as error:
+        if "dbstat" not in str(error):
+            raise
+        return None

@@ -1,0 +1,86 @@
+"""A busy event loop gives way to its workers; one that rests is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from database.driver import courtesy
+
+
+class World:
+    """A pool, its loop and the clock, all of them the test's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        self.working = True
+        self.closed = False
+        self.waker = self
+        self.timer: tuple[float, Callable[[], None]] | None = None
+        self.slept = 0
+        monkeypatch.setattr(courtesy, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(courtesy.time, "sleep", self._sleep)
+
+    def _sleep(self, _seconds: float) -> None:
+        self.slept += 1
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> Any:
+        assert self.timer is None, "one timer at a time"
+        self.timer = seconds, function
+        return self
+
+    def cancel(self) -> None:
+        self.timer = None
+
+    def ring(self, late: float = 0.0) -> float:
+        """The timer rings, that many seconds late; gives for how long it had been set."""
+        assert self.timer is not None
+        (seconds, function), self.timer = self.timer, None
+        self.now += seconds + late
+        function()
+        return seconds
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_a_loop_on_time_is_looked_at_less_and_less_often(world: World) -> None:
+    """Whoever rests is never made to sleep, and hears of us 60 times a second at the most."""
+    courtesy.Courtesy(world).begin()  # type: ignore[arg-type]
+    intervals = [world.ring() for _ in range(8)]
+    assert intervals == sorted(intervals)
+    assert intervals[-1] == courtesy.SELDOM
+    assert world.slept == 0
+
+
+def test_a_late_loop_sleeps_for_a_moment_each_time(world: World) -> None:
+    """A loop that computes gives way once a look, and is looked at again soon; when it rests, it is left alone."""
+    courtesy.Courtesy(world).begin()  # type: ignore[arg-type]
+    for _ in range(6):
+        world.ring()
+    for wanted in (1, 2, 3):
+        world.ring(late=0.001)
+        assert world.slept == wanted
+        assert world.timer is not None
+        assert world.timer[0] == courtesy.SOON
+    world.ring()
+    assert world.slept == 3
+
+
+def test_an_idle_pool_has_no_timer(world: World) -> None:
+    """With no worker at work there is nothing to look at until the next one is woken."""
+    manners = courtesy.Courtesy(world)  # type: ignore[arg-type]
+    manners.begin()
+    manners.begin()
+    world.working = False
+    world.ring(late=1.0)
+    assert (world.timer, world.slept) == (None, 0)
+    world.working = True
+    manners.begin()
+    assert world.timer is not None
+    manners.end()
+    assert world.timer is None
