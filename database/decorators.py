@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from typing import Any, Protocol, TypeVar, overload
 
+import anyio
+
 from database.driver.worker import here
 from database.errors import DatabaseBusyError, TransactionError
 from database.handle import Database
@@ -123,6 +125,9 @@ def _describe(function: Any) -> str:
     return f"a {type(function).__name__}"
 
 
+Levels = list[Transaction | Job] | None
+"""Where a run notes what it has begun, if somebody wants to know whether it may be run again."""
+
 Runner = Callable[[tuple[Any, ...], dict[str, Any]], Coroutine[Any, Any, Any]]
 
 
@@ -131,16 +136,16 @@ def _wrap(function: Any, runner: Callable[..., Any], retries: int) -> Any:
 
         @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await runner(args, kwargs, None)
+            return await runner(args, kwargs, None, None)
 
     else:
 
         @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             for left in range(retries, -1, -1):
-                levels: list[Transaction] = []
+                levels: list[Transaction | Job] = []
                 try:
-                    return await runner(args, kwargs, levels)
+                    return await runner(args, kwargs, levels, None)
                 except DatabaseBusyError:
                     # Within an outer transaction only the whole of that could be run again.
                     again = all(level.parent is None and not level.committed for level in levels)
@@ -166,17 +171,23 @@ def _make_runner(
 
     if len(databases) > 1:
 
-        async def run(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
-            return await _run_on_several(databases, function, args, kwargs, origin, readonly, propagation, levels)
+        async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
+            return await _run_on_several(
+                databases, function, args, kwargs, origin, readonly, propagation, levels, limit
+            )
 
     else:
         database = databases[0]
         variable = database.current
         can_open = propagation in ("nested", "required")
 
-        async def run(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
+        async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
             if offload and not _is_inline(database):
                 job = Job(database, function, args, kwargs, copy_context(), origin(), readonly=readonly)
+                if levels is not None:
+                    levels.append(job)
+                if limit is not None:
+                    limit.offloading(job)
                 return await database.offload(job, readonly=readonly)
             entered: Any
             token: Any
@@ -192,19 +203,22 @@ def _make_runner(
             except BaseException as error:
                 await leave(entered, token, error)
                 raise
+            if limit is not None:
+                limit.finishing([entered], result)
             await leave(entered, token, None)
             return result
 
     if timeout is None:
         return run
 
-    async def run_in_time(args: Any, kwargs: Any, levels: list[Transaction] | None) -> Any:
+    async def run_in_time(args: Any, kwargs: Any, levels: Levels, _: TimeLimit | None) -> Any:
         limit = TimeLimit(timeout, origin())
         limit.start()
         try:
-            result = await run(args, kwargs, levels)
+            result = await run(args, kwargs, levels, limit)
         except BaseException as error:
-            limit.stop(error)
+            if limit.stop(error):
+                return limit.result
             raise
         limit.stop(None)
         return result
@@ -228,7 +242,8 @@ async def _run_on_several(
     origin: Callable[[], Origin],
     readonly: bool,
     propagation: str,
-    levels: list[Transaction] | None,
+    levels: Levels,
+    limit: TimeLimit | None,
 ) -> Any:
     entered: list[tuple[Database, Any, Any]] = []
     try:
@@ -241,21 +256,38 @@ async def _run_on_several(
     except BaseException as error:
         await _leave_all(entered, error)
         raise
+    if limit is not None:
+        limit.finishing([level for _, level, _ in entered], result)
     committed: list[str] = []
+    late: BaseException | None = None
     for position, (database, level, token) in enumerate(entered):
         try:
-            await leave(level, token, None)
+            # Behind the first commit no deadline and no cancellation shall make a half of the whole.
+            if committed and isinstance(level, Transaction):
+                level.firm = True
+            with anyio.CancelScope(shield=bool(committed)):
+                await leave(level, token, None)
         except BaseException as error:
+            if isinstance(level, Transaction) and level.whole:
+                late = late or error  # a cancellation during the commit, or a failing on_commit() function behind it
+                committed.append(database.name)
+                continue
             rest = entered[position + 1 :]
             await _leave_all(rest, error)
-            if not committed or not isinstance(error, Exception):
+            if not committed:
                 raise
             lost = [each.name for each, _, _ in entered[position:]]
-            raise TransactionError(
+            half_done = (
                 f"the transaction on several databases is half done: committed on {', '.join(map(repr, committed))};"
                 f" not committed, and rolled back, on {', '.join(map(repr, lost))}, because of {type(error).__name__}: {error}"
-            ) from error
+            )
+            if not isinstance(error, Exception):
+                error.add_note(half_done)
+                raise
+            raise TransactionError(half_done) from error
         committed.append(database.name)
+    if late is not None:
+        raise late
     return result
 
 

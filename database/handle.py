@@ -20,12 +20,14 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+import anyio
+
 from database import engine as engines
 from database import logs, settings
 from database.batch import Batch
 from database.driver.lease import Lease
-from database.driver.pool import Pool, PoolStats, aside
-from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT
+from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats, aside
+from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
 from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
 from database.engine import Engine
@@ -193,6 +195,7 @@ class Database:
                 name=self.name,
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
+                long_read=chosen.logging.long_read_s,
                 on_closed=closed,
             )
             if instrumentation is not None:
@@ -404,12 +407,16 @@ class Database:
     ) -> Awaitable[Any]:  # fmt: skip
         """Hands several statements over as one; gives what their answer is to be awaited from."""
         level = self.current.get()
-        if isinstance(level, Transaction):
-            if level.readonly and kind == MANY and not level.ended:
-                raise self._read_only(cast("Statement", what))
-            return level.send(level.pool.request(kind, operation, what, params, extra, label))
-        pool = self.pool()
+        pool = level.pool if isinstance(level, Transaction) else self.pool()
+        if isinstance(level, Transaction) and level.readonly and kind == MANY and not level.ended:
+            raise self._read_only(cast("Statement", what))
         request = pool.request(kind, operation, what, params, extra, label)
+        return self._send_request(pool, request, readonly=readonly)
+
+    def _send_request(self, pool: Pool, request: Request, *, readonly: bool) -> Awaitable[Any]:
+        level = self.current.get()
+        if isinstance(level, Transaction):
+            return level.send(request)
         if readonly:
             pool.reads.submit(request)
         else:
@@ -506,7 +513,21 @@ class Database:
             self._resolve()
         level = self.current.get()
         assert not isinstance(level, Transaction) or level.root.session is None  # there, it is an ordinary level
-        result, callbacks = await self._send_unit(UNIT, drive, job, None, label=job, readonly=readonly)
+        pool = level.pool if isinstance(level, Transaction) else self.pool()
+        request = pool.request(UNIT, drive, job, None, None, job)
+        try:
+            result, callbacks = await self._send_request(pool, request, readonly=readonly)
+        except Exception:
+            raise
+        except BaseException:
+            job.running = request.cancelled and not request.answered
+            if request.answered and request.error is None and not isinstance(level, Transaction):
+                # Cancelled, but committed already: those who wait for the commit are told.
+                job.whole = True
+                job.result, callbacks = request.result
+                with anyio.CancelScope(shield=True):
+                    await run_callbacks(callbacks)
+            raise
         if callbacks:
             if isinstance(level, Transaction):
                 level.callbacks.extend(callbacks)
@@ -771,7 +792,8 @@ class Database:
             return
         request = lease.pool.request(ROLLBACK, None, label="the end of a stream")
         lease.submit(request)
-        await request
+        if lease.pool.waker.is_current():  # else a coroutine is thrown away, and cannot wait for anything
+            await request
 
     def prepare_stream(self, query: Query) -> tuple[Statement, Callable[..., Any] | None, Any]:
         """What a stream needs: the statement, the query's record class, the engine's operations."""
@@ -794,10 +816,13 @@ class Database:
         pool.writes.submit(request)
         await request
 
-    async def close(self) -> None:
+    async def close(self, drain: float = DRAIN_SECONDS) -> None:
         """Closes this database's pool on this event loop; the next use opens another.
 
         What waits gets `PoolClosedError`; open transactions are rolled back.
+
+        Args:
+            drain: Seconds for which single statements that run already may go on; then they are interrupted.
 
         Raises:
             TransactionError: Called inside a transaction on this database.
@@ -808,7 +833,7 @@ class Database:
         loop = current_loop()
         pool = self._pools.get(id(loop))
         if pool is not None and pool.loop() is loop:
-            await pool.close()
+            await pool.close(drain)
 
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""
@@ -868,14 +893,16 @@ class TransactionContext:
     ) -> bool:
         assert self._entered is not None
         scope = self._scope
+        if scope is not None and error is None:
+            scope.finishing([self._entered])
         try:
             await leave(self._entered, self._token, error)
         except BaseException as failure:
             if failure.__context__ is None and failure is not error:
                 failure.__context__ = error  # a cancelled rollback knows nothing of what was cancelled first
-            if scope is not None:
-                scope.stop(failure)
-            raise
+            if scope is None or not scope.stop(failure):
+                raise
+            return False
         if scope is not None:
             scope.stop(error)
         return False

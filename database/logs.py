@@ -289,6 +289,28 @@ class LogObserver:
         logger.error("database %s: %s: %s", self._name, type(error).__name__, error, extra=extra)
 
     @harmless
+    def long_read(self, holder: str, seconds: float) -> None:
+        """See `Observer`."""
+        _pool.warning(
+            "database %s: a reader has kept its snapshot for %.3g s; until it ends, the WAL cannot be reset and grows with"
+            " every write (sqlite.org/wal.html#bigwal): %s",
+            self._name,
+            seconds,
+            holder,
+            extra={"database": self._name, "duration": seconds, "holder": holder},
+        )
+
+    @harmless
+    def lost(self, where: str) -> None:
+        """A stream or a transaction was thrown away open."""
+        _transaction.warning(
+            "database %s: %s was thrown away open, and its connection has been taken back; leave its `async with` block",
+            self._name,
+            where,
+            extra={"database": self._name},
+        )
+
+    @harmless
     def abandoned(self, where: str) -> None:
         """A transaction was left open by a task that has ended."""
         _transaction.warning(

@@ -25,7 +25,21 @@ __all__ = ["Job", "drive"]
 class Job:
     """What is to be driven. It can be driven again: the group it was part of may have been rolled back."""
 
-    __slots__ = ("args", "context", "database", "function", "kwargs", "origin", "readonly")
+    __slots__ = (
+        "args",
+        "committed",
+        "context",
+        "database",
+        "function",
+        "kwargs",
+        "origin",
+        "readonly",
+        "result",
+        "running",
+        "whole",
+    )
+
+    parent = None
 
     def __init__(
         self,
@@ -45,6 +59,13 @@ class Job:
         self.context = context
         self.origin = origin
         self.readonly = readonly
+        self.committed = False
+        """Whether it has committed a part of its work by itself, so that it may not be run again."""
+        self.whole = False
+        """Whether it has been committed although its caller was cancelled; then `result` is what it returned."""
+        self.result: Any = None
+        self.running = False
+        """Whether it was still running when its cancelled caller went on."""
 
     def __str__(self) -> str:
         return f"offloaded {self.origin()}"
@@ -80,6 +101,7 @@ def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[
         raise foreign
     finally:
         root.ended = True
+        job.committed |= root.committed
     if root.doom is not None:
         raise TransactionError(root.doom)
     if root.top is not root:

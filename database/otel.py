@@ -247,6 +247,14 @@ class _Observer:
         """See `Observer`."""
         self._log.holding(holder, number, readonly=readonly, seconds=seconds, waiting=waiting)
 
+    def long_read(self, holder: str, seconds: float) -> None:
+        """See `Observer`."""
+        self._log.long_read(holder, seconds)
+
+    def lost(self, where: str) -> None:
+        """See `Observer`."""
+        self._log.lost(where)
+
     def failure(self, error: BaseException) -> None:
         """See `Observer`."""
         if isinstance(error, ConnectionPoolExhaustedError) and not getattr(error, "reported", False):

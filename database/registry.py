@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from database import logs, settings
+from database.driver.pool import DRAIN_SECONDS
 from database.handle import Database
 
 __all__ = ["close_all", "configure", "get_db", "handles", "lifespan"]
@@ -65,13 +66,16 @@ def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) 
     settings.configure(source)
 
 
-async def close_all() -> None:
+async def close_all(drain: float = DRAIN_SECONDS) -> None:
     """Closes every database's pools: this event loop's, and those of loops that are not running any more.
 
     Pools of other running loops are closed by those: `close_all()` there, or their end.
+
+    Args:
+        drain: Seconds for which single statements that run already may go on; then they are interrupted.
     """
     for handle in set(_handles.values()):
-        await handle.close()
+        await handle.close(drain)
         for pool in handle.pools():
             if not pool.waker.running:
                 pool.close_now()

@@ -84,6 +84,8 @@ class LoggingSettings:
         level: Name of a standard logging level, in upper case.
         parameters: `"redacted"` or `"shown"`.
         slow_ms: Statements that take longer than this many milliseconds are warned about; None: never.
+        long_read_s: Read-only transactions and streams that are open for longer than this many seconds are warned
+            about, for the WAL grows meanwhile; None: never.
         slow_transaction_ms: Likewise transactions, by the time for which they hold their connection.
     """
 
@@ -91,6 +93,7 @@ class LoggingSettings:
     level: str = "INFO"
     parameters: str = "redacted"
     slow_ms: float | None = 200.0
+    long_read_s: float | None = 60.0
     slow_transaction_ms: float | None = 1000.0
 
 
@@ -739,6 +742,7 @@ _LOGGING_RULES: Mapping[str, _Rule] = {
     "level": _choice("CRITICAL", "FATAL", "ERROR", "WARNING", "WARN", "INFO", "DEBUG", "NOTSET"),
     "parameters": _choice("redacted", "shown"),
     "slow_ms": _duration("milliseconds", optional=True),
+    "long_read_s": _duration("seconds", optional=True),
     "slow_transaction_ms": _duration("milliseconds", optional=True),
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from database.driver.lease import Lease
-from database.driver.pool import Pool
+from database.driver.pool import Pool, aside
 from database.driver.request import STATEMENT, Request
 from database.errors import PoolClosedError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
 from database.statements import READ, WRITE, Statement
@@ -106,6 +107,14 @@ class Stream(Generic[T]):
             await self._close()
             raise
         return self
+
+    def __del__(self) -> None:
+        """Thrown away between its first row and its end: takes the connection back. Any thread."""
+        lease, pool = self._lease, self._pool
+        if lease is not None and pool is not None and self._state == "open" and not lease.ended:
+            pool.waker.post(
+                [], partial(lease.let_go, partial(aside, partial(self._database.observer.lost, self._origin())))
+            )
 
     async def _open(self, statement: Statement) -> None:
         request = self._make(STATEMENT, self._operations.open_stream, statement, self._params, self._key)

@@ -23,11 +23,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -59,6 +59,10 @@ Propagation = Literal["nested", "required", "requires_new", "mandatory", "suppor
 Callback = Callable[[], Any]
 
 _numbers = itertools.count(1)
+
+INLINE = 1_000_000
+"""The savepoint around several statements that an offloaded function sends as one: apart from the one (0) around the
+function, which is to undo all of it whatever became of this one."""
 
 
 class Origin:
@@ -117,6 +121,7 @@ class Transaction:
         "doom",
         "dooms",
         "ended",
+        "firm",
         "lease",
         "manual",
         "number",
@@ -130,6 +135,7 @@ class Transaction:
         "session",
         "top",
         "watch",
+        "whole",
         "worker",
     )
 
@@ -155,6 +161,10 @@ class Transaction:
         self.ended = False
         self.committed = False
         """Whether anything of it has been made permanent already."""
+        self.firm = False
+        """Whether its commit follows one on another database, so that no cancellation may come between."""
+        self.whole = False
+        """Whether all of it has, its end being over."""
         self.dooms = False
         """Whether a failure of this level is one of the whole (`required`)."""
         self.callbacks: list[Callback] = []
@@ -187,6 +197,12 @@ class Transaction:
         state = "ended" if self.ended else "open"
         kind = "read-only " if self.readonly else ""
         return f"<{state} {kind}transaction {self.number} level {self.depth}, begun by {self.origin()}>"
+
+    def __del__(self) -> None:
+        """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
+        if self.parent is None and not self.ended and self.lease is not None:
+            report = partial(aside, partial(self.database.observer.lost, self.origin()))
+            self.pool.waker.post([], partial(self.lease.let_go, report))
 
     # Statements
 
@@ -286,24 +302,30 @@ class Transaction:
         worker, session = self.worker, self.session
         assert worker is not None
         assert session is not None
-        if self.controls:
-            controls, self.controls = self.controls, []
-            for method, argument in controls:
-                worker.step(session, method, argument)
         atomic = request.kind == UNIT or request.kind == MANY
-        if atomic:
-            worker.step(session, "savepoint", 0)
+        self._steps(*self.controls, *([("savepoint", INLINE)] if atomic else ()))
+        self.controls.clear()
         try:
             result = worker.run_inline(request)
         except BaseException as error:
-            if not session.in_transaction:
+            if worker.session is not session or not session.in_transaction:
                 self.doom = f"the transaction has been rolled back after an error: {error}"
             elif atomic:
-                worker.step(session, "undo", 0)
+                self._steps(("undo", INLINE))
             raise
         if atomic:
-            worker.step(session, "release", 0)
+            self._steps(("release", INLINE))
         return result
+
+    def _steps(self, *steps: Control) -> None:
+        """Opens and closes savepoints. Where that fails, nobody knows any more what a level would undo."""
+        assert self.worker is not None
+        for method, argument in steps:
+            try:
+                self.worker.step(self.session, method, argument)
+            except BaseException as error:
+                self.doom = f"the transaction can only be rolled back after an error: {error}"
+                raise
 
     # Ending
 
@@ -318,8 +340,10 @@ class Transaction:
             if self.doom is not None:
                 raise TransactionError(self.doom)
             await self._commit_root()
+            self.whole = True
         except BaseException:
-            if not self.committed or self.lease is not None:
+            self.whole = self.committed and self.lease is None  # cancelled behind a commit that went through
+            if not self.whole:
                 self.callbacks.clear()
             await self.abandon()
             raise
@@ -388,6 +412,7 @@ class Transaction:
         request = self.pool.request(COMMIT, None, label="COMMIT")
         if self.controls:
             request.controls, self.controls = self.controls, []
+        lease.firm = self.firm
         lease.submit(request)
         try:
             await request
@@ -409,7 +434,8 @@ class Transaction:
             return
         request = self.pool.request(ROLLBACK, None, label="ROLLBACK")
         lease.submit(request)
-        await request
+        if self.pool.waker.is_current():  # else a coroutine is thrown away, and cannot wait for anything
+            await request
 
     def roll_back_unattended(self) -> None:
         """Ends a manual level whose task has gone, without waiting for the outcome."""
@@ -428,8 +454,17 @@ class Transaction:
         worker = self.worker
         assert worker is not None
         self.controls.clear()
-        assert self.session is not None
-        worker.renew(self.session, keep=keep, readonly=self.readonly)
+        session = self.session
+        assert session is not None
+        if worker.session is not session or (worker.grouping and not session.in_transaction):
+            self.doom = "the database has ended the transaction after an error; the function can only be left"
+            raise self.refusal()
+        try:
+            worker.renew(session, keep=keep, readonly=self.readonly)
+            self.committed |= keep
+        except BaseException as error:
+            self.doom = f"the transaction has been rolled back after an error: {error}"
+            raise
 
     def _renew_savepoint(self, *, keep: bool) -> None:
         controls = self.root.controls
@@ -538,7 +573,7 @@ class _Joined:
         self.level = level
 
 
-Entered = Transaction | _Joined
+Entered: TypeAlias = Transaction | _Joined
 
 
 async def enter(
@@ -683,25 +718,57 @@ class TimeLimit:
     Raises `TransactionTimeoutError` in `stop`, saying what the time was spent on.
     """
 
-    __slots__ = ("_activity", "_origin", "_scope", "_seconds")
+    __slots__ = ("_bounded", "_origin", "_scope", "_seconds", "result")
 
     def __init__(self, seconds: float, origin: Origin) -> None:
         self._seconds = seconds
         self._origin = origin
         self._scope = anyio.move_on_after(seconds)
+        self._bounded: list[Bounded] = []
+        self.result: Any = None
+        """What the function has returned."""
 
     def start(self) -> None:
         """The clock runs from here."""
         self._scope.__enter__()
 
-    def stop(self, error: BaseException | None) -> None:
-        """The transaction is over, with or without an error."""
+    def finishing(self, levels: Iterable[object], result: Any = None) -> None:
+        """The function has returned; what is left to be done is to commit these."""
+        self._bounded = [level for level in levels if isinstance(level, Transaction) and level.parent is None]
+        self.result = result
+
+    def offloading(self, job: Bounded) -> None:
+        """The function is on its way to the database's thread."""
+        self._bounded = [job]
+
+    def stop(self, error: BaseException | None) -> bool:
+        """The transaction is over, with or without an error.
+
+        Returns:
+            Whether the error was only that time ran out during the commit, and that went through.
+        """
         swallowed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         if swallowed and error is not None:  # trio's scope says so without an error as well
+            committed = [each for each in self._bounded if each.whole]
+            if committed and len(committed) == len(self._bounded):
+                self.result = getattr(committed[0], "result", self.result)
+                return True
+            running = any(getattr(each, "running", False) for each in self._bounded)
+            outcome = "is being rolled back, unless its commit had begun" if running else "has been rolled back"
             raise TransactionTimeoutError(
-                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and has"
-                f" been rolled back; it was {_doing(error)}"
+                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and"
+                f" {outcome}; it was {_doing(error)}"
             ) from error
+        return False
+
+
+class Bounded(Protocol):
+    """What a time limit bounds."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been committed."""
+        ...
 
 
 def _doing(error: BaseException | None) -> str:

@@ -31,6 +31,8 @@ def test_a_pragma_that_does_not_take(pragma: str, tmp_path: Any) -> None:
     raw = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
     try:
         with pytest.raises(errors.ConnectionFailedError, match=f"PRAGMA {pragma} did not take"):
-            connection._apply(Stubborn(raw, pragma), SqliteSettings("default", "x.db"), "x.db", readonly=False)
+            connection._apply(
+                Stubborn(raw, pragma), SqliteSettings("default", "x.db"), "x.db", lambda: False, readonly=False
+            )
     finally:
         raw.close()

@@ -183,6 +183,8 @@ def test_values(key, written, value):
         ("slow_ms", "0", 0.0),
         ("slow_ms", "null", None),
         ("slow_ms", "0.5", 0.5),
+        ("long_read_s", "0.5", 0.5),
+        ("long_read_s", "null", None),
         ("slow_transaction_ms", "null", None),
         ("slow_transaction_ms", "2500", 2500.0),
     ],
@@ -454,7 +456,7 @@ SQL_FILE = "expected the path of an SQL file, '' for none, or null for the packa
         ("logging: {slow: 5}", "logging.slow: unknown key; did you mean 'slow_ms'?"),
         (
             "logging: {databases: 5}",
-            "logging.databases: unknown key; known: console, level, parameters, slow_ms, slow_transaction_ms",
+            "logging.databases: unknown key; known: console, level, parameters, slow_ms, long_read_s, slow_transaction_ms",
         ),
         ("logging: {console: 1}", "logging.console: expected true or false, got 1 (int)"),
         (
@@ -472,6 +474,10 @@ SQL_FILE = "expected the path of an SQL file, '' for none, or null for the packa
         (
             "logging: {parameters: off}",
             "logging.parameters: expected one of redacted, shown, got off (bool)",
+        ),
+        (
+            "logging: {long_read_s: true}",
+            "logging.long_read_s: expected a number of seconds, 0 or more, or null, got true (bool)",
         ),
         (
             "logging: {slow_ms: -1}",

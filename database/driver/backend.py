@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Backend", "Interrupted", "Observer", "Role", "Session"]
+__all__ = ["Alone", "Backend", "Interrupted", "Observer", "Role", "Session"]
 
 Role = str
 """`"reader"` or `"writer"`."""
@@ -21,6 +21,13 @@ Operation = Callable[[Any, Any, Any, Any], Any]
 
 class Interrupted(Exception):
     """A step was given up because its caller no longer waits for it."""
+
+
+class Alone(BaseException):
+    """A member of a group wants to commit by itself; it is undone, and run again in a transaction of its own.
+
+    Not an `Exception`, for it passes through a function of the user's.
+    """
 
 
 class Session(Protocol):
@@ -87,6 +94,10 @@ class Session(Protocol):
         """Closes the connection. The writer is closed last."""
         ...
 
+    def disown(self) -> None:
+        """In a forked child: the connection is the parent's, and in use there. It is never touched again."""
+        ...
+
 
 class Observer(Protocol):
     """Hears of statements and transactions, on a worker's thread, or on one of its own: never on the event loop's.
@@ -109,6 +120,14 @@ class Observer(Protocol):
 
     def transaction(self, lease: Any, outcome: str, seconds: float) -> None:
         """A transaction was committed or rolled back."""
+        ...
+
+    def long_read(self, holder: str, seconds: float) -> None:
+        """Somebody has been reading for so long that the WAL cannot be reset."""
+        ...
+
+    def lost(self, where: str) -> None:
+        """A stream or a transaction was thrown away open."""
         ...
 
     def committed(self, size: int) -> None:

@@ -24,7 +24,7 @@ from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from database.driver.backend import Interrupted
+from database.driver.backend import Alone, Interrupted
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, WAKE, Servable, Worker
@@ -276,7 +276,12 @@ class WriteLane:
     def _lock(self, worker: Worker, item: Request | Lease) -> bool:
         """Takes the process-wide right to write: another event loop's pool may hold it."""
         session = worker.session
-        if session is None or session.try_lock(0):
+        if session is None:  # given up after an error: what is opened anew needs the right as well
+            try:
+                session = worker.ready()
+            except BaseException as failure:
+                return self._turn_away(worker, item, worker.translate(failure, None))
+        if session.try_lock(0):
             return True
         worker.flush()
         began = perf_counter()
@@ -292,14 +297,18 @@ class WriteLane:
                 worker.observer.failure(error)
             else:
                 continue
-            if isinstance(item, Lease):
-                item.fail(worker, error)
-            else:
-                item.error = error
-                worker.answers.append(item)
-            return False
+            return self._turn_away(worker, item, error)
         worker.locked += perf_counter() - began
         return True
+
+    @staticmethod
+    def _turn_away(worker: Worker, item: Request | Lease, error: BaseException) -> bool:
+        if isinstance(item, Lease):
+            item.fail(worker, error)
+        else:
+            item.error = error
+            worker.answers.append(item)
+        return False
 
     def _group(self, worker: Worker, first: Request) -> None:
         """One transaction for all that waits together."""
@@ -314,9 +323,12 @@ class WriteLane:
             return
         queue = self.queue
         members: list[Request] = []
+        alone: Request | None = None
         request = first
         while True:
-            if not request.cancelled:
+            if request.cancelled:
+                request.error = Interrupted()
+            else:
                 if request.kind == STATEMENT:
                     worker.execute(request)
                 else:
@@ -324,6 +336,9 @@ class WriteLane:
                 if request.error is not None and (worker.session is not session or not session.in_transaction):
                     self._again_alone(worker, members, request)
                     return
+                if type(request.error) is Alone:
+                    alone = request
+                    break
             members.append(request)
             if len(members) >= GROUP_SIZE or not self._groupable(queue) or perf_counter() - began > GROUP_SECONDS:
                 break
@@ -336,6 +351,9 @@ class WriteLane:
                 break
             request = item
         self._commit(worker, members)
+        if alone is not None:
+            alone.error = None
+            self._again_alone(worker, [alone], None)
 
     def _commit(self, worker: Worker, members: list[Request]) -> None:
         session = worker.session
@@ -367,7 +385,11 @@ class WriteLane:
         for member in members:
             if member.error is None and not member.cancelled:
                 member.result = None
+                if not self._lock(worker, member):  # the connection may be another one by now
+                    continue
                 worker.perform(member, readonly=False)
+            elif member.error is None:
+                member.error = Interrupted()  # rolled back with the others, and nobody waits for it
             worker.answers.append(member)
 
     def _fail_those_who_waited_too(self, worker: Worker, error: DatabaseBusyError, began: float) -> None:

@@ -11,7 +11,8 @@ connection, or a discarded one.
 
 Failure. When the database rolls a transaction back by itself (an interrupted write, a full disk, ON CONFLICT ROLLBACK),
 the next statement would silently autocommit. So after every error the worker asks the connection whether the
-transaction is still there; if not, the lease is doomed: every further statement is refused with the reason.
+transaction is still there; if not, the lease is doomed: it ends, and every further statement is refused with the
+reason.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Lease:
         "doom",
         "dropped",
         "ended",
+        "firm",
         "granted_at",
         "holder",
         "home",
@@ -93,6 +95,8 @@ class Lease:
         self.granted_at = 0.0
         self.doom: BaseException | str | None = None
         self.ended = False
+        self.firm = False
+        """Its commit is not withdrawn by a cancellation, for it follows one on another database."""
         self.late: list[Request] = []
 
     # Loop thread
@@ -127,7 +131,7 @@ class Lease:
             if not self.pending and self.pool.withdraw(self):
                 self.dropped = True
             return True
-        if request.answered:
+        if request.answered or (self.firm and request.kind == COMMIT):
             return False
         return worker.call_off(request)
 
@@ -136,6 +140,15 @@ class Lease:
         request.cancelled = True
         if self.worker is not None:
             self.worker.interrupt(request)
+
+    def let_go(self, report: Callable[[], None]) -> None:
+        """Ends a lease whose holder is garbage: rolled back if there is anything, without waiting for that."""
+        if self.dropped or self.ended or self.queued_at == 0.0 or self.pool.closed:
+            return
+        report()
+        if self.worker is None and not self.pending and self.pool.withdraw(self):
+            return
+        self.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
 
     def abort(self, reason: str) -> None:
         """Ends the lease from outside: its running statement is stopped, and what comes is refused. Any thread."""
@@ -209,15 +222,12 @@ class Lease:
         """The lease cannot be granted: answers all it was given with the error."""
         self.worker = worker
         self.doom = error
-        while not self.ended:
-            request = self.mailbox.get()
-            if request.kind >= COMMIT:
-                self.ended = True
-                request.error = None if request.kind == ROLLBACK else self.refusal()
-            else:
-                request.error = error if error is self.doom else self.refusal()
-            worker.answers.append(request)
-            worker.flush()
+        self.ended = True
+        self._answer_the_rest()
+        if self.late and self.late[0].error is not None:
+            self.late[0].error = error
+        worker.answers.extend(self.late)
+        self.late = []
 
     def _begin(self, worker: Worker, request: Request) -> Session | None:
         try:
@@ -231,6 +241,7 @@ class Lease:
             self.carried.extend(request.controls or ())
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
+            self.ended = True
         return None
 
     def _run(self, worker: Worker, session: Session, request: Request) -> None:
@@ -255,6 +266,7 @@ class Lease:
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
             worker.rollback()
+            self.ended = True
             return False
         return True
 
@@ -272,7 +284,10 @@ class Lease:
             self.doom = request.error
         else:
             return
-        worker.rollback()  # now, so that the locks are free before the tasks have found out
+        # Now, so that the locks are free before the tasks have found out; and the connection, for whatever they do until
+        # they end their transaction, it has nothing to do with that any more.
+        worker.rollback()
+        self.ended = True
 
     def _end(self, worker: Worker, session: Session | None, request: Request) -> None:
         if request.kind == ROLLBACK:

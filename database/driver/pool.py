@@ -21,6 +21,7 @@ same timer reports, while somebody waits, who has kept a connection for longer t
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, Request
 from database.driver.wakeup import Timer, Waker
-from database.driver.worker import Worker
+from database.driver.worker import Worker, here
 from database.errors import (
     ConnectionFailedError,
     ConnectionPoolExhaustedError,
@@ -46,6 +47,9 @@ from database.errors import (
 )
 
 __all__ = ["Pool", "PoolStats", "aside"]
+
+DRAIN_SECONDS = 10.0
+"""How long a closing pool lets statements go on that run already."""
 
 JOIN_SECONDS = 5.0
 """How long the end of a loop or of the process waits for a worker that was told to stop."""
@@ -100,6 +104,7 @@ class Pool:
         name: str,
         size: int,
         timeout: float,
+        long_read: float | None,
         on_closed: Callable[[Pool], None],
     ) -> None:
         self.backend = backend
@@ -112,6 +117,7 @@ class Pool:
         """Gives the identity of its event loop."""
         self.request = waker.request
         """Makes a request that a task of this loop can await."""
+        self.long_read = long_read
         self.reader_limiter = anyio.CapacityLimiter(size)
         self.thread = get_ident()
         self.failure: BaseException | None = None
@@ -123,6 +129,8 @@ class Pool:
         self._on_closed = on_closed
         self._timeouts = 0
         self._timer: Timer | None = None
+        self._long_timer: Timer | None = None
+        self._long_known: set[Lease | Request] = set()
         self._patience = observer.slow_transaction
         self._seen: tuple[Request, float] | None = None
         """The unit of work that had the writer at the last look, and since when; a time to come if it was reported."""
@@ -130,6 +138,7 @@ class Pool:
         self._idle: list[Worker] = []
         self._readers: list[Worker] = []
         self.opened = False
+        self._disposed = False
         self._closers: list[Request] = []
 
         self.writer = Worker(f"database-{name}-writer", "writer", self)
@@ -160,7 +169,7 @@ class Pool:
         self._forget_timer()
         registry.discard(self)
         self._on_closed(self)
-        self.backend.dispose()
+        self._dispose()
         self._refuse_all(lambda: _again(error))
         self._wake_closers()
         self.waker.dispose()
@@ -202,6 +211,8 @@ class Pool:
             else:
                 return
             claimant = line.popleft()
+            if self._long_timer is None and self.long_read is not None:
+                self._long_timer = self.waker.call_later(self.long_read, self._check_long_reads)
             if isinstance(claimant, ReadLane):
                 claimant.given(worker)
             else:
@@ -253,9 +264,42 @@ class Pool:
 
     def _forget_timer(self) -> None:
         self._courtesy.end()
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+        for timer in (self._timer, self._long_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._long_timer = None
+
+    def _check_long_reads(self) -> None:
+        """Whoever reads for long pins the WAL, which then grows with every write: says who, once each."""
+        self._long_timer = None
+        if self.closing or self.long_read is None:
+            return
+        now = perf_counter()
+        reading: dict[Lease | Request, tuple[float, Callable[[], str]]] = {
+            lease: (lease.granted_at, lease.holder)
+            for lease in self.transactions
+            if lease.readonly and lease.worker is not None and not lease.ended
+        }
+        for worker in self.reads.serving:
+            current = worker.current
+            if current is not None:
+                reading[current] = (
+                    current.queued_at,
+                    partial("the statement {!r}".format, str(current.label or current.sql)),
+                )
+        self._long_known.intersection_update(reading)
+        next_check: float | None = self.long_read if self.reader_limiter.borrowed_tokens else None
+        for reader, (since, holder) in reading.items():
+            if reader in self._long_known:
+                continue
+            left = since + self.long_read - now
+            if left > 0:
+                next_check = left if next_check is None else min(left, next_check)
+            else:
+                self._long_known.add(reader)
+                aside(partial(self.observer.long_read, holder(), now - since))
+        if next_check is not None:
+            self._long_timer = self.waker.call_later(max(next_check, 0.001), self._check_long_reads)
 
     def _check_waiting(self) -> None:
         self._timer = None
@@ -410,18 +454,44 @@ class Pool:
 
     # Closing
 
-    async def close(self) -> None:
+    async def close(self, drain: float = DRAIN_SECONDS) -> None:
         """Closes all connections, the writer last.
 
         What waits is refused with `PoolClosedError`, and so is every further statement of open transactions, which
-        are rolled back. Autocommit statements that run already are finished. Closing goes on by itself when the
-        caller is cancelled.
+        are rolled back. Autocommit statements that run already are finished, if that takes no longer than `drain`
+        seconds; then they are interrupted, and raise `PoolClosedError`. Closing goes on by itself when the caller is
+        cancelled.
         """
         self._begin_to_close()
         if not self.closed:
-            request = self.request(STATEMENT, None)
-            self._closers.append(request)
-            await request
+            timer = self.waker.call_later(drain, self._stop_now)
+            try:
+                request = self.request(STATEMENT, None)
+                self._closers.append(request)
+                await request
+            finally:
+                if self.closed:
+                    timer.cancel()
+
+    def _stop_now(self) -> None:
+        """The time for draining is used up."""
+        if not self.closed:
+            for worker in (*self._readers, self.writer):
+                worker.hurry()
+            self._timer = self.waker.call_later(JOIN_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        """A function of the user's (`db.run`) cannot be stopped by anybody: its thread is left to itself."""
+        self._timer = None
+        if not self.closed:
+            running = "; ".join([*self.holders(readonly=True), *self.holders(readonly=False)]) or "something"
+            error = PoolClosedError(
+                f"the pool of database {self.name!r} cannot be closed: still running, and not to be stopped, is"
+                f" {running}. Its thread is left to itself"
+            )
+            aside(partial(self.observer.failure, error))
+            self.closed = True
+            self._wake_closers()
 
     def _begin_to_close(self) -> None:
         if self.closing:
@@ -432,6 +502,8 @@ class Pool:
         self._on_closed(self)
         self._refuse_all(self._closed_error, all_of_them=False)
         self._end_leases()
+        if not self.opened:
+            self.writer.hurry()  # it may be waiting for another process, and nobody is waiting for it any more
         if self._readers:
             for worker in self._readers:
                 worker.stop()
@@ -461,8 +533,9 @@ class Pool:
 
     def _writer_closed(self) -> None:
         self.closed = True
+        self._forget_timer()
         registry.discard(self)
-        self.backend.dispose()
+        self._dispose()
         self._wake_closers()
         self.waker.dispose()
 
@@ -474,6 +547,11 @@ class Pool:
         """Closes without a loop: at the loop's end, or at the process's. Statements that run are interrupted."""
         if self.closed:
             return
+        if here.worker is not None and here.worker.pool is self:
+            # The loop was garbage, and the collector ran on this of all threads, which cannot wait for itself.
+            Thread(target=self.close_now, name=f"database-{self.name}-closing", daemon=True).start()
+            return
+        forgotten = self.waker.loop() is None
         self.closing = self.closed = True
         self._end.cancel()
         self._on_closed(self)
@@ -482,15 +560,37 @@ class Pool:
         self._end_leases()
         deadline = time.monotonic() + JOIN_SECONDS
         ended = True
-        for group in (self._readers, [self.writer]):
+        for group in (tuple(self._readers), (self.writer,)):
             for worker in group:
                 worker.stop(now=True)
             for worker in group:
-                ended &= worker.join(max(0.0, deadline - time.monotonic()))
-        self.backend.dispose()
+                ended &= worker.join(max(0.1, deadline - time.monotonic()))
+        self._dispose()
         registry.discard(self)
         if ended:  # else the straggler may still post: better a descriptor too many than one that is somebody else's
             self.waker.dispose()
+        if forgotten:
+            warnings.warn(
+                f"the pool of database {self.name!r} was not closed: its event loop was thrown away open. Close the loop,"
+                " or `await db.close()` on it",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def _dispose(self) -> None:
+        """Once: a pool that cannot be opened hears of it, and then of its writer's end."""
+        if not self._disposed:
+            self._disposed = True
+            self.backend.dispose()
+
+    def readers(self) -> list[Worker]:
+        """The workers that read. Any thread."""
+        return list(self._readers)
+
+    def attends(self, worker: Worker) -> bool:
+        """Whether the worker attends to a transaction or a stream, and so to nothing else. Any thread."""
+        return any(lease.worker is worker and not lease.ended for lease in tuple(self.transactions))
 
     def disown(self) -> list[Session]:
         """In a forked child: this pool is the parent's. Gives the sessions that must never be touched."""

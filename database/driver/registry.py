@@ -1,24 +1,36 @@
-"""The pools of this process: closed at exit, let alone after a fork.
+"""The pools of this process: closed at exit, made to step aside for a fork.
 
 Worker threads are daemons, so that a pool that nobody closed never hangs the interpreter. But a daemon thread that
 still runs while the interpreter is taken apart may crash it, and a connection that is not closed leaves its `-wal`
 file behind. So at exit all pools are closed and their threads joined.
 
-After a fork the child has the pools' memory, but not their threads, and must neither use nor close the connections:
-they belong to the parent, and closing one would drop locks or delete files under its feet.
+Fork. A child has the pools' memory, but not their threads, and must neither use nor close the parent's connections.
+That is not enough, though: what a process knows of its file locks is kept per file, not per connection, by SQLite. A
+child that inherits this knowledge believes that it holds locks which only the parent has; it would write to a WAL that
+the parent, on closing, deletes under its feet (commits that were answered are lost), or find the file locked for ever.
+So before a fork every worker closes its connection and waits at a safe place (no thread is inside the engine, whose
+mutexes a child inherits locked); behind it the parent's workers open their connections anew. A worker that attends to a
+transaction cannot do that. Then the child gets an error when it opens the same database, instead of a damaged one.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
+import time
+from threading import Event
 from typing import TYPE_CHECKING
+
+from database.driver.worker import Servable, Worker, here
+from database.errors import DatabaseError
 
 if TYPE_CHECKING:
     from database.driver.pool import Pool
 
 __all__ = ["add", "discard", "pools"]
+
+FORK_SECONDS = 1.0
+"""How long a fork waits for running statements to end."""
 
 _pools: set[Pool] = set()
 
@@ -44,13 +56,81 @@ def _close_all() -> None:
         pool.close_now()
 
 
+class _Retreat:
+    """What a worker finds in its inbox before a fork: it closes its connection and waits until the fork is over."""
+
+    __slots__ = ("back", "before", "gone", "over", "void")
+
+    def __init__(self, before: _Retreat | None) -> None:
+        self.before = before
+        """The writer's retreat: readers come back behind it, for it creates what they open."""
+        self.gone = Event()
+        self.over = Event()
+        self.back = Event()
+        self.void = False
+        """It came too late, and nobody waits for it any more."""
+
+    def serve(self, worker: Worker) -> Servable | None:
+        """Worker thread. Gives the lane that the worker was staying with."""
+        if not self.void:
+            self._step_aside(worker)
+        pool = worker.pool
+        if worker is pool.writer:
+            return pool.writes if pool.opened else None
+        return pool.reads if worker in pool.reads.serving else None
+
+    def _step_aside(self, worker: Worker) -> None:
+        opened = worker.session is not None
+        worker.retreat()
+        self.gone.set()
+        self.over.wait()
+        try:
+            if opened and worker.role == "writer":
+                worker.ready()
+        except DatabaseError:  # logged; the next request tries again, and is told
+            pass
+        finally:
+            self.back.set()
+        if self.before is not None:
+            self.before.back.wait()
+
+
+_retreats: list[_Retreat] = []
+
+
+def _step_aside() -> None:
+    deadline = time.monotonic() + FORK_SECONDS
+    for pool in tuple(_pools):
+        # A fork may happen on a worker's own thread, which cannot wait for itself.
+        free = [each for each in (*pool.readers(), pool.writer) if each is not here.worker and not pool.attends(each)]
+        writer = _Retreat(None)
+        if pool.writer not in free:
+            writer.back.set()
+        readers = [(worker, _Retreat(writer)) for worker in free if worker is not pool.writer]
+        for group in (readers, [(pool.writer, writer)] if pool.writer in free else []):  # the writer closes last
+            for worker, retreat in group:
+                worker.inbox.put(retreat)
+            for _, retreat in group:
+                if not retreat.gone.wait(max(0.0, deadline - time.monotonic())):
+                    retreat.void = True
+                _retreats.append(retreat)
+
+
+def _go_on() -> None:
+    for retreat in _retreats:
+        if retreat.void:
+            retreat.back.set()
+        retreat.over.set()
+    _retreats.clear()
+
+
 def _forget_in_child() -> None:
+    _retreats.clear()
     for pool in _pools:
         for session in pool.disown():
-            # An extra reference, never given back: not even the child's own exit may finalize the connection.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.raw))
+            session.disown()
     _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(before=_step_aside, after_in_parent=_go_on, after_in_child=_forget_in_child)

@@ -156,6 +156,11 @@ class Waker:
         """Whether the loop is running right now, so that its pools are its own to close."""
         raise NotImplementedError
 
+    def is_current(self) -> bool:
+        """Whether the caller runs on this loop; not so where a coroutine of a loop that is gone is thrown away."""
+        loop = current_loop()
+        return loop is not None and loop is self.loop()
+
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
         raise NotImplementedError
@@ -214,6 +219,20 @@ class _SentinelTimer:
             handle.cancel()
 
 
+class _WeakTimer:
+    """A timer of asyncio's, not kept alive: its handle leads to its loop, which shall be garbage when nobody wants it."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: asyncio.TimerHandle) -> None:
+        self._handle = weakref.ref(handle)
+
+    def cancel(self) -> None:
+        handle = self._handle()
+        if handle is not None:
+            handle.cancel()
+
+
 class _TaskCallback:
     """A task's done-callback that can be taken back."""
 
@@ -255,6 +274,7 @@ class _AsyncioRequest(Request):
     """
 
     __slots__ = ("_asyncio_future_blocking", "context")
+    context: Context | None
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if not self.answered:
@@ -339,7 +359,7 @@ class AsyncioWaker(Waker):
         if hasattr(os, "eventfd"):
             descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             try:
-                loop.add_reader(descriptor, self._rung, descriptor)
+                Context().run(loop.add_reader, descriptor, self._rung, descriptor)
             except NotImplementedError:  # a loop without readers
                 os.close(descriptor)
             else:
@@ -385,16 +405,20 @@ class AsyncioWaker(Waker):
                 if wakeup is not None:
                     request.waiter = None
                     request.context.run(wakeup, _DONE)
+                    request.context = (
+                        None  # workers and tracebacks keep requests, but shall not keep their tasks' context
+                    )
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
-        return asyncio.get_running_loop().call_later(seconds, function)
+        # In a context of nobody's: the timer would keep the caller's, and all that it holds, for its time.
+        return _WeakTimer(asyncio.get_running_loop().call_later(seconds, function, context=Context()))
 
     def on_end(self, function: Callable[[], None]) -> Timer:
         sentinel = _Sentinel(function)
-        handle = asyncio.get_running_loop().call_later(FAR_AWAY, sentinel.ring)
+        handle = asyncio.get_running_loop().call_later(FAR_AWAY, sentinel.ring, context=Context())
         return _SentinelTimer(handle, sentinel)
 
     def spawn(self, function: Callable[[], Awaitable[Any]]) -> None:

@@ -33,7 +33,7 @@ from threading import Lock, Thread, local
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from database.driver.backend import Interrupted, Role, Session
+from database.driver.backend import Alone, Interrupted, Role, Session
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Request
 from database.driver.wakeup import Notice
 from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
@@ -100,6 +100,7 @@ class Worker:
     __slots__ = (
         "__weakref__",
         "_guard",
+        "_last",
         "_on_slow",
         "_opened",
         "_stopping",
@@ -144,6 +145,7 @@ class Worker:
         self.yielding = False
         """Whether it is to leave its lane at the next opportunity. Set by the loop's thread."""
         self.session: Session | None = None
+        self._last: Session | None = None
         self.current: Request | None = None
         self.answers: list[Request] = []
         self.threshold: float | None = None
@@ -201,12 +203,16 @@ class Worker:
     def stop(self, *, now: bool = False) -> None:
         """Ends the thread once it has done what its inbox holds; `now` also stops what it is doing."""
         if now:
-            self._stopping = True
-            with self._guard:
-                current = self.current
-                if current is not None and current.kind < COMMIT and self.session is not None:
-                    self.session.interrupt()
+            self.hurry()
         self.inbox.put(STOP)
+
+    def hurry(self) -> None:
+        """Stops what runs, and what is to run, but for a commit that has begun."""
+        self._stopping = True
+        with self._guard:
+            current = self.current
+            if current is not None and current.kind < COMMIT and self.session is not None:
+                self.session.interrupt()
 
     def join(self, seconds: float) -> bool:
         """Waits for the thread's end; False if it did not come in time."""
@@ -238,7 +244,7 @@ class Worker:
 
     def _open(self) -> BaseException | None:
         try:
-            self.session = self.backend.connect(self.role, self._progress)
+            self.session = self._last = self.backend.connect(self.role, self._progress)
         except BaseException as error:
             if not isinstance(error, DatabaseError):
                 failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
@@ -260,7 +266,9 @@ class Worker:
     def _progress(self) -> bool:
         """The session's progress handler: true stops the statement."""
         request = self.current
-        if request is None or request.kind >= COMMIT:
+        if request is None:
+            return self._stopping and self.session is None  # while a connection is opened, not while it commits
+        if request.kind >= COMMIT:
             return False
         if request.cancelled or self._stopping:
             return True
@@ -370,7 +378,7 @@ class Worker:
     def _called_off() -> BaseException:
         return TransactionError("the caller of this function was cancelled; what it did is rolled back")
 
-    def step(self, session: Session, method: str, argument: Any) -> None:
+    def step(self, session: Any, method: str, argument: Any) -> None:
         """Runs one of the session's own methods, with its errors mapped."""
         try:
             getattr(session, method)(argument)
@@ -378,22 +386,24 @@ class Worker:
             raise self.translate(error, None) from error
 
     def renew(self, session: Session, *, keep: bool, readonly: bool) -> None:
-        """Ends the open transaction, or within a group its savepoint, and opens the next."""
+        """Ends the open transaction, or within a group its savepoint, and opens the next.
+
+        Raises:
+            Alone: A member of a group wants to commit, which in a group nobody can do before all do.
+        """
+        if self.grouping and keep:
+            raise Alone
         try:
             if self.grouping:
-                if keep:
-                    session.release(0)
-                else:
-                    session.undo(0)
+                session.undo(0)
                 session.savepoint(0)
             else:
                 if keep:
-                    session.commit()
-                    self.commits += 1
+                    self.commit(session)
                 else:
                     session.rollback()
                     self.rollbacks += 1
-                session.begin(readonly=readonly)
+                self.begin(self.current, readonly=readonly)
         except BaseException as error:
             raise self.translate(error, None) from error
 
@@ -423,7 +433,7 @@ class Worker:
         """The package's error for the driver's; gives up a connection that can no longer be trusted."""
         if isinstance(error, Interrupted):
             return error
-        session = self.session
+        session = self._last  # also if it has been given up meanwhile: it knows its errors
         translated = error
         if self._stopping:
             translated = PoolClosedError("the pool was closed while this statement ran")
@@ -432,7 +442,7 @@ class Worker:
                 translated = session.translate(error, None, None)
             else:
                 translated = session.translate(error, request.sql, request.params)
-            if self.backend.is_broken(error):
+            if self.session is not None and self.backend.is_broken(error):
                 self.discard()
         if translated is not error and translated.__cause__ is None:
             translated.__cause__ = error
@@ -443,6 +453,11 @@ class Worker:
     def discard(self) -> None:
         """Gives the connection up: the next request opens another."""
         self._close()
+
+    def retreat(self) -> None:
+        """Closes the connection before a fork; the next request opens another, which does not count as replaced."""
+        self._close()
+        self._opened = False
 
     def patiently(self, request: Request | None, step: Any, *arguments: Any) -> Any:
         """Runs a step again and again while somebody else holds a lock, until `busy_timeout` is used up.
@@ -472,7 +487,7 @@ class Worker:
             # Of the last try, what it may have waited by itself; the rest is work.
             self.locked += until - began + min(perf_counter() - until, self.backend.busy_slice)
 
-    def begin(self, request: Request, *, readonly: bool) -> Session:
+    def begin(self, request: Request | None, *, readonly: bool) -> Session:
         """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
         session = self.session or self.ready()
         began = 0.0 if self.threshold is None else perf_counter()
@@ -480,6 +495,7 @@ class Worker:
             session.begin(readonly=readonly)
         except BaseException as error:
             if not self.backend.is_busy(error):
+                self.rollback()  # should it have begun all the same, the next statement would not be committed
                 raise
             if began:
                 self.locked += perf_counter() - began
@@ -526,8 +542,9 @@ class Worker:
         self.grouping = False
         if request.cancelled and request.error is None:
             request.error = Interrupted()
-        session = self.session
-        if session is None or not session.in_transaction:
+        if self.session is not session or not session.in_transaction:
+            if request.error is None:  # a function that took no notice of it
+                request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
             return
         try:
             if request.error is None:

@@ -6,8 +6,8 @@ that set something) the authorizer refuses: SQLite asks it about every statement
 COMMIT, SAVEPOINT and the like to this module, so that nothing sent as SQL text, nor a function given the raw
 connection, can end a transaction that the package manages.
 
-The statements of this module carry a trailing comment. SQLite's statement cache goes by the text, and what comes out
-of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
+The statements of this module carry a trailing comment that nobody can guess. `sqlite3`'s statement cache goes by the
+text, and what comes out of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
 
 Facts this rests on (sqlite.org/c3ref/set_authorizer.html, /lang_transaction.html, /wal.html):
 BEGIN IMMEDIATE on a read-only connection pins its snapshot at once and takes no lock; setting an authorizer anew makes
@@ -17,6 +17,7 @@ SQLite prepare all statements again; a connection that closes last checkpoints a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sqlite3
 import time
@@ -47,6 +48,11 @@ PROGRESS_STEPS = 10_000
 FEW = 64
 """Fewer rows than this are made at once; more, when they are looked at."""
 
+_MARK = f"--{os.urandom(8).hex()}"
+_BEGIN = f"BEGIN IMMEDIATE {_MARK}"
+_COMMIT = f"COMMIT {_MARK}"
+_ROLLBACK = f"ROLLBACK {_MARK}"
+
 _READ_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 )
@@ -67,14 +73,18 @@ _BROKEN = frozenset(
     }
 )
 
-_SAVEPOINT = "SAVEPOINT level_0 --*"
-_RELEASE = "RELEASE level_0 --*"
+_SAVEPOINT = f"SAVEPOINT level_0 {_MARK}"
+_RELEASE = f"RELEASE level_0 {_MARK}"
 """Around every unit of a group, so not put together each time."""
 
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
 _write_locks: dict[str, Lock] = {}
 """The right to write to a file, within this process: each event loop's pool has a writer of its own."""
+
+
+_inherited: set[tuple[int, int]] = set()
+"""Files that the parent had open, in the middle of something, when this process was forked: device and inode."""
 
 
 def _renew_locks() -> None:
@@ -92,8 +102,10 @@ class SqliteSession:
         "_admitting",
         "_cursor",
         "_failing",
+        "_identity",
         "_lock",
         "_locked",
+        "_patience",
         "_progress",
         "_restricted",
         "_schema_writable",
@@ -102,9 +114,21 @@ class SqliteSession:
         "readonly",
     )
 
-    def __init__(self, raw: sqlite3.Connection, lock: Lock, progress: Callable[[], bool], *, readonly: bool) -> None:
+    def __init__(
+        self,
+        raw: sqlite3.Connection,
+        lock: Lock,
+        progress: Callable[[], bool],
+        *,
+        readonly: bool,
+        patience: float = 0.0,
+        identity: tuple[int, int] = (0, 0),
+    ) -> None:
         self.raw = raw
         self.readonly = readonly
+        self._patience = patience
+        """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
+        self._identity = identity
         self._lock = lock
         self._locked = False
         self._progress = progress
@@ -125,11 +149,16 @@ class SqliteSession:
 
     @property
     def in_transaction(self) -> bool:
-        """See `Session`."""
-        return self.raw.in_transaction
+        """See `Session`. A connection that was given up has none."""
+        try:
+            return self.raw.in_transaction
+        except sqlite3.ProgrammingError:
+            return False
 
     def try_lock(self, seconds: float) -> bool:
         """See `Session`."""
+        if self._locked:
+            return True
         self._locked = self._lock.acquire(timeout=seconds) if seconds else self._lock.acquire(blocking=False)
         return self._locked
 
@@ -148,14 +177,14 @@ class SqliteSession:
 
     def begin(self, *, readonly: bool) -> None:
         """See `Session`."""
-        self._control("BEGIN IMMEDIATE --*")
+        self._control(_BEGIN)
         if readonly and not self.readonly:
             self.restrict(True)
 
     def commit(self) -> None:
         """See `Session`."""
         self._close_streams()
-        self._control("COMMIT --*")
+        self._control(_COMMIT)
         if self._restricted and not self.readonly:
             self.restrict(False)
 
@@ -163,22 +192,22 @@ class SqliteSession:
         """See `Session`."""
         self._close_streams()
         if self.raw.in_transaction:
-            self._control("ROLLBACK --*")
+            self._control(_ROLLBACK)
         if self._restricted and not self.readonly:
             self.restrict(False)
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
-        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} --*")
+        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
 
     def release(self, number: int) -> None:
         """See `Session`."""
-        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} --*")
+        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
 
     def undo(self, number: int) -> None:
         """See `Session`."""
-        self._control(f"ROLLBACK TO level_{number} --*")
-        self._control(f"RELEASE level_{number} --*")
+        self._control(f"ROLLBACK TO level_{number} {_MARK}")
+        self._control(f"RELEASE level_{number} {_MARK}")
 
     def restrict(self, readonly: bool) -> None:
         """See `Session`. Setting the authorizer anew has every cached statement checked again."""
@@ -279,7 +308,13 @@ class SqliteSession:
                 if statement.hint == analysis.HINT_VACUUM:
                     self._vacuum(statement, None)
                     continue
-                cursor.execute(text)
+                patience = _Patience(0 if self.raw.in_transaction else self._patience, self._progress)
+                while True:  # outside of a transaction each statement is its own, and waits for its own lock
+                    try:
+                        cursor.execute(text)
+                        break
+                    except sqlite3.OperationalError as error:
+                        patience.wait(error)
                 if cursor.description is not None:
                     cursor.fetchall()
         finally:
@@ -372,7 +407,10 @@ class SqliteSession:
     def call(self, function: Any, arguments: Any, _extra: Any = None) -> Any:
         """Runs a function of the user's on the raw connection."""
         try:
-            return function(self.raw, *arguments)
+            result = function(self.raw, *arguments)
+            if isinstance(result, sqlite3.Cursor):
+                result.close()  # half read, it would keep its snapshot, and pin the WAL, for as long as it is kept
+            return result
         finally:
             self.raw.row_factory = Row
             if self._restricted:
@@ -380,13 +418,19 @@ class SqliteSession:
 
     def initialise(self, scripts: list[str], patience: float) -> None:
         """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
-        self.begin_patiently(patience)
+        waiting = _Patience(patience, self._progress)
+        while not self.try_lock(0.01) and waiting.left():  # another event loop's pool may be writing
+            pass
         try:
-            for script in scripts:
-                self.execute_script(script)
-            self.commit()
+            self.begin_patiently(patience)
+            try:
+                for script in scripts:
+                    self.execute_script(script)
+                self.commit()
+            finally:
+                self.rollback()
         finally:
-            self.rollback()
+            self.unlock()
 
     def begin_patiently(self, seconds: float) -> None:
         """Begins a write transaction, waiting that long for other processes, unless the caller goes away."""
@@ -484,6 +528,12 @@ class SqliteSession:
         finally:
             if held:
                 self.unlock()
+
+    def disown(self) -> None:
+        """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
+        # An extra reference, never given back: not even the child's own exit may finalize the connection.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
+        _inherited.add(self._identity)
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
@@ -587,6 +637,9 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
         if not readonly:
             file.parent.mkdir(parents=True, exist_ok=True)
             _create(file, exist_ok=True)
+        identity = _identity(file)
+        if identity in _inherited:
+            raise errors.ConnectionFailedError(str(path), _FORKED)
         raw = sqlite3.connect(
             _uri(file, "ro" if readonly else "rw"),
             uri=True,
@@ -598,17 +651,41 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
     except (OSError, sqlite3.Error) as error:
         raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
     try:
-        _apply(raw, settings, path, readonly=readonly)
+        _apply(raw, settings, path, progress, readonly=readonly)
     except BaseException as error:
         raw.close()
         if isinstance(error, sqlite3.Error):
             raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
         raise
     lock = _write_locks.setdefault(os.path.realpath(file), Lock())
-    return SqliteSession(raw, lock, progress, readonly=readonly)
+    return SqliteSession(
+        raw, lock, progress, readonly=readonly, patience=settings.busy_timeout / 1000, identity=identity
+    )
 
 
-def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, readonly: bool) -> None:
+class _Patience:
+    """Waits for another process's lock, in slices, until its time is used up or the caller has gone."""
+
+    __slots__ = ("_deadline", "_progress")
+
+    def __init__(self, seconds: float, progress: Callable[[], bool]) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._progress = progress
+
+    def wait(self, error: sqlite3.OperationalError) -> None:
+        """Called after an error: returns when it is time to try again, raises it when there is nothing to wait for."""
+        if not is_busy(error) or not self.left():
+            raise error
+        time.sleep(0.002)
+
+    def left(self) -> bool:
+        """Whether there is time left, and a caller who waits."""
+        return time.monotonic() < self._deadline and not self._progress()
+
+
+def _apply(
+    raw: sqlite3.Connection, settings: SqliteSettings, path: str, progress: Callable[[], bool], *, readonly: bool
+) -> None:
     wanted: list[tuple[str, object, object]] = [
         ("cache_size", settings.cache_size, settings.cache_size),
         ("foreign_keys", int(settings.foreign_keys), int(settings.foreign_keys)),
@@ -616,7 +693,7 @@ def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, read
     ]
     # The journal mode is the file's, or the writer's to set; a reader only sees that it is as it should be.
     journal = (settings.journal_mode, settings.journal_mode.lower())
-    deadline = time.monotonic() + settings.busy_timeout / 1000
+    patience = _Patience(settings.busy_timeout / 1000, progress)
     while True:
         try:
             if readonly:
@@ -634,9 +711,7 @@ def _apply(raw: sqlite3.Connection, settings: SqliteSettings, path: str, *, read
                 _expect(path, name, raw.execute(f"PRAGMA {name}").fetchone()[0], shown)
             return
         except sqlite3.OperationalError as error:
-            if not is_busy(error) or time.monotonic() >= deadline:
-                raise
-            time.sleep(0.005)
+            patience.wait(error)
 
 
 def _expect(path: str, name: str, found: object, wanted: object) -> None:
@@ -649,6 +724,18 @@ def _expect(path: str, name: str, found: object, wanted: object) -> None:
 
 def _uri(path: Path, mode: str) -> str:
     return f"{path.absolute().as_uri()}?mode={mode}"
+
+
+_FORKED = (
+    "this process was forked while its parent had a transaction or a statement running on this database. SQLite keeps"
+    " its locks per process, so using the file here could lose data. Fork when the database is at rest, or start the"
+    " process by multiprocessing's 'spawn' or 'forkserver'"
+)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _create(path: Path, *, exist_ok: bool = False) -> None:

@@ -1,0 +1,1 @@
+"""Nothing lost, nothing leaked, nothing hung: the package under attack."""
