@@ -61,13 +61,18 @@ class _Server:
         """When each was opened, in seconds since the epoch."""
         self.wake, self._woken = socket.socketpair()
         self._socket: socket.socket | None = None
+        self._path: Path | None = None
+        """Where the socket is, once it is there."""
         self._thread = threading.Thread(target=self._run, name="database-monitor", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, which removes the socket. Does not wait for it."""
+        """Removes the socket and ends its thread. Does not wait for that: the process may end sooner."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
         with contextlib.suppress(OSError):
             self.wake.send(b"x")
 
@@ -87,6 +92,7 @@ class _Server:
             self.wake.close()
             self._woken.close()
             return
+        self._path = path
         try:
             for stale in self.folder.glob(f"*{SUFFIX}"):
                 if stale != path:
