@@ -507,14 +507,10 @@ class Database:
 
     async def offload(self, job: Any, *, readonly: bool) -> Any:
         """Sends a coroutine function to the database's thread; see `database.offload`."""
-        from database.offload import drive  # noqa: PLC0415  - it needs this module
-
-        if self._engine is None:
-            self._resolve()
         level = self.current.get()
         assert not isinstance(level, Transaction) or level.root.session is None  # there, it is an ordinary level
         pool = level.pool if isinstance(level, Transaction) else self.pool()
-        request = pool.request(UNIT, drive, job, None, None, job)
+        request = pool.request(UNIT, job.drive, job, None, None, job)
         try:
             result, callbacks = await self._send_request(pool, request, readonly=readonly)
         except Exception:

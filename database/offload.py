@@ -19,7 +19,7 @@ from database.transaction import Origin, Transaction
 if TYPE_CHECKING:
     from database.handle import Database
 
-__all__ = ["Job", "drive"]
+__all__ = ["Job"]
 
 
 class Job:
@@ -70,45 +70,45 @@ class Job:
     def __str__(self) -> str:
         return f"offloaded {self.origin()}"
 
+    @staticmethod
+    def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
+        """Runs the function to its end; gives its result and what it handed to `on_commit`. Worker's thread.
 
-def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
-    """Runs the function to its end; gives its result and what it handed to `on_commit`. Worker's thread.
-
-    Raises:
-        TransactionError: It awaited something else than this database, or left its transaction unusable.
-    """
-    worker = here.worker
-    assert worker is not None
-    root = Transaction(job.database, worker.pool, job.origin, readonly=job.readonly)
-    root.session, root.worker = session, worker
-    context = job.context.copy()
-    context.run(job.database.current.set, root)
-    coroutine = job.function(*job.args, **job.kwargs)
-    try:
-        context.run(coroutine.send, None)
-    except StopIteration as stop:
-        result = stop.value
-    except Exception as error:
-        if _wants_a_loop(error):
-            raise _foreign(job) from error
-        raise
-    else:
-        foreign = _foreign(job)
-        with contextlib.suppress(BaseException):
-            context.run(coroutine.throw, foreign)  # its own `finally` blocks run; what they do is rolled back
-        with contextlib.suppress(BaseException):
-            coroutine.close()
-        raise foreign
-    finally:
-        root.ended = True
-        job.committed |= root.committed
-    if root.doom is not None:
-        raise TransactionError(root.doom)
-    if root.top is not root:
-        raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
-    for method, argument in root.controls:
-        worker.step(session, method, argument)
-    return result, root.callbacks
+        Raises:
+            TransactionError: It awaited something else than this database, or left its transaction unusable.
+        """
+        worker = here.worker
+        assert worker is not None
+        root = Transaction(job.database, worker.pool, job.origin, readonly=job.readonly)
+        root.session, root.worker = session, worker
+        context = job.context.copy()
+        context.run(job.database.current.set, root)
+        coroutine = job.function(*job.args, **job.kwargs)
+        try:
+            context.run(coroutine.send, None)
+        except StopIteration as stop:
+            result = stop.value
+        except Exception as error:
+            if _wants_a_loop(error):
+                raise _foreign(job) from error
+            raise
+        else:
+            foreign = _foreign(job)
+            with contextlib.suppress(BaseException):
+                context.run(coroutine.throw, foreign)  # its own `finally` blocks run; what they do is rolled back
+            with contextlib.suppress(BaseException):
+                coroutine.close()
+            raise foreign
+        finally:
+            root.ended = True
+            job.committed |= root.committed
+        if root.doom is not None:
+            raise TransactionError(root.doom)
+        if root.top is not root:
+            raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
+        for method, argument in root.controls:
+            worker.step(session, method, argument)
+        return result, root.callbacks
 
 
 def _foreign(job: Job) -> TransactionError:

@@ -33,7 +33,7 @@ import anyio
 
 from database.driver.lease import Lease
 from database.driver.pool import aside
-from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
+from database.driver.request import COMMIT, MANY, ROLLBACK, STATEMENT, UNIT, Control, Request
 from database.driver.wakeup import Timer, current_task, task_name
 from database.errors import (
     ConnectionPoolExhaustedError,
@@ -211,8 +211,17 @@ class Transaction:
         root = self.root
         if self.ended or root.doom is not None:
             raise self.refusal()
-        if root.session is not None:
-            request.result = root.run_inline(request)
+        session = root.session
+        if session is not None:
+            if request.kind == STATEMENT and not root.controls:
+                worker = root.worker
+                try:
+                    worker.run_inline(request)  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+                except BaseException as error:
+                    root._check_inline(error)
+                    raise
+            else:
+                request.result = root.run_inline(request)
             request.answered = True
             return request
         lease = root.lease
@@ -308,14 +317,22 @@ class Transaction:
         try:
             result = worker.run_inline(request)
         except BaseException as error:
-            if worker.session is not session or not session.in_transaction:
-                self.doom = f"the transaction has been rolled back after an error: {error}"
-            elif atomic:
+            if self._check_inline(error) and atomic:
                 self._steps(("undo", INLINE))
             raise
         if atomic:
             self._steps(("release", INLINE))
         return result
+
+    def _check_inline(self, error: BaseException) -> bool:
+        """After an error: whether the transaction is still there."""
+        worker, session = self.worker, self.session
+        assert worker is not None
+        assert session is not None
+        if worker.session is session and session.in_transaction:
+            return True
+        self.doom = f"the transaction has been rolled back after an error: {error}"
+        return False
 
     def _steps(self, *steps: Control) -> None:
         """Opens and closes savepoints. Where that fails, nobody knows any more what a level would undo."""
