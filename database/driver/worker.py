@@ -51,7 +51,7 @@ SLOW_TICKS = 8
 BATCH_SECONDS = 0.001
 """An answer is not held back for longer than this for the sake of a batch."""
 
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 
 ENDED_BY_ITSELF = "the database has rolled the transaction back by itself; nothing of it is kept"
 
