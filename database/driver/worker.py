@@ -321,6 +321,11 @@ class Worker:
             self.current = request
             return True
 
+    def turn_to(self, request: Request) -> None:
+        """Of several requests that were sent together, this one is waited for now."""
+        self._ticks = 0
+        self.current = request
+
     def left(self) -> None:
         """After `enter`: nothing is current any more."""
         with self._guard:
