@@ -391,7 +391,7 @@ class Pool:
             granted = lease.granted_at
             if granted == 0.0 or lease.ended or lease.reported or now - granted < patience:
                 continue
-            waiting = len(self._line if lease.readonly else self.writes.queue)
+            waiting = len(self._line if lease.readonly or not self.single_writer else self.writes.queue)
             if waiting:
                 lease.reported = True
                 self._report(lease.holder(), lease.number, lease.readonly, now - granted, waiting)
@@ -399,6 +399,8 @@ class Pool:
 
     def _report_unit(self, now: float, patience: float) -> None:
         """Likewise what runs on the writer without a lease: `db.run`, `offload=True`, `execute_many`, a slow write."""
+        if not isinstance(self.writes, WriteLane):
+            return
         current, waiting = self.writer.current, len(self.writes.queue)
         seen = self._seen
         if current is None or not waiting or self.writes.lease is not None:
