@@ -202,6 +202,7 @@ class SharedLane(ReadLane):
                 break
             requests.append(request)
         again: list[Request] = []
+        answered: set[Request] = set()
         threshold = worker.threshold
         began = 0.0
 
@@ -219,6 +220,7 @@ class SharedLane(ReadLane):
                 seconds = perf_counter() - began
                 if seconds >= threshold:
                     worker.observer.statement(request, seconds, worker.name)
+            answered.add(request)
             worker.answers.append(request)
 
         try:
@@ -228,7 +230,7 @@ class SharedLane(ReadLane):
             worker.left()
             translated = worker.translate(error, None)
             for request in requests:
-                if request.error is None and request.result is None:
+                if request not in answered:
                     request.error = translated
                     worker.answers.append(request)
             return

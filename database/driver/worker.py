@@ -475,6 +475,8 @@ class Worker:
         """
         began = until = perf_counter()
         deadline = began + self.backend.busy_timeout
+        if self._on_slow is not None:
+            self._on_slow()  # whoever waits behind this one need not wait for a lock of somebody else's
         try:
             while True:
                 until = perf_counter()

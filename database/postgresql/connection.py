@@ -207,7 +207,7 @@ class PostgresqlSession:
         self._woken.setblocking(False)
         self._waker.setblocking(False)
         self._failing: tuple[Statement, Any] | None = None
-        """The write of a batch that has just failed."""
+        """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
         self._ticks = 0
         self._cancelled = 0.0
         """When a cancellation was sent last; 0 if none was."""
@@ -460,7 +460,7 @@ class PostgresqlSession:
             return
         status = self._pg.transaction_status
         if status == _INERROR:
-            if getattr(error, "sqlstate", None) in AGAIN:
+            if str(getattr(error, "sqlstate", "")).startswith("40"):  # "transaction rollback", by the standard
                 self.rollback()
             elif self._beginning is not None:
                 self._prefix = [b"ROLLBACK", self._beginning]
@@ -1149,6 +1149,13 @@ class PostgresqlSession:
     def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""
         method, params, record = arguments
+        try:
+            return self._call_aiosql(statement, method, params, record)
+        except Exception:
+            self._failing = statement, params  # the error names the user's parameters, not ours
+            raise
+
+    def _call_aiosql(self, statement: Statement, method: Any, params: Any, record: Any) -> Any:
         if method.__name__ == "insert_returning" and not statement.returns_rows:
             return self.execute(statement, params).lastrowid
         if self._began:

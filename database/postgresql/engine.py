@@ -29,7 +29,7 @@ except ImportError as error:
 
 __all__ = ["ENGINE"]
 
-PATIENCE = 5.0
+PATIENCE = 2.0
 """Seconds for which a single statement is run again after deadlocks and serialization failures."""
 
 _INIT_LOCK = 0x6A6F6275

@@ -89,6 +89,7 @@ class Engine:
     refusing_trigger: str = REFUSING_TRIGGER
     driver_error: type[Exception] = sqlite3.IntegrityError
     pool_size: int = 2
+    first_worker: str = "database-default-writer"
     public: types.ModuleType = field(init=False)
 
     def __post_init__(self) -> None:

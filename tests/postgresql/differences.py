@@ -26,6 +26,7 @@ DIFFERENCES: dict[str, str] = {
     "test_detached_write_within_ones_own_write_transaction": WRITERS,
     "test_an_autocommit_write_waits_for_the_open_transaction": WRITERS,
     "test_readonly_neither_waits_for_the_writer_nor_holds_it_up": WRITERS,
+    "test_which_unit_of_work_held_the_writer": WRITERS,
     "test_writes_at_once_share_commits": GROUPS,
     # There is no file.
     "test_a_directory_as_path": FILES,
@@ -60,6 +61,7 @@ ONE_CONNECTION = frozenset(
     [
         "test_a_cancelled_waiter_leaves_the_queue",
         "test_close_tells_those_who_wait",
+        "test_who_held_the_writer",
         "test_single_writes_and_transactions_share_one_line",
         "test_writers_are_served_in_their_order",
     ]

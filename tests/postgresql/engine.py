@@ -57,7 +57,7 @@ CREATE EVENT TRIGGER count_by_itself ON ddl_command_end WHEN TAG IN ('CREATE TAB
 
 REFUSING_TRIGGER = """
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = 'serialization_failure'; END $$;
+    $$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = 'transaction_rollback'; END $$;
 CREATE TRIGGER refuse BEFORE INSERT ON item FOR EACH ROW WHEN (new.value = 'rollback') EXECUTE FUNCTION refuse();
 """
 
@@ -93,6 +93,7 @@ class PostgresqlEngine(Engine):
 
     schema: str = SCHEMA
     refusing_trigger: str = REFUSING_TRIGGER
+    first_worker: str = "database-default-1"
     driver_error: type[Exception] = psycopg.errors.IntegrityError
 
     def __post_init__(self) -> None:
