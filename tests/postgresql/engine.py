@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,7 @@ def oracle() -> psycopg.Connection[tuple[Any, ...]]:
         connection.execute("SET client_min_messages = warning")
         connection.execute(ORACLE + COUNTING)
         _oracles[os.getpid()] = connection
+        atexit.register(connection.close)
     return connection
 
 
