@@ -22,6 +22,7 @@ which it did); sql-begin.html; libpq-cancel.html.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import select
 import socket
 import time
@@ -1196,6 +1197,10 @@ class PostgresqlSession:
         finally:
             self._woken.close()
             self._waker.close()
+
+    def disown(self) -> None:
+        """See `Session`. An extra reference, never given back: libpq must not say goodbye in the parent's name."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
