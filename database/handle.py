@@ -169,7 +169,7 @@ class Database:
         self.pool()  # the primary's comes first: it resolves the settings, and prepares the database
         loop = current_loop()
         pool = self._replica_pools.get(id(loop))
-        if pool is not None and pool.waker.loop is loop:
+        if pool is not None and pool.loop() is loop:
             return pool
         backend = cast("Any", self.engine.replica_backend)(self._settings)
         return self.pool() if backend is None else self._make_pool(loop, backend, self._replica_pools, "-replica")

@@ -108,6 +108,7 @@ async def test_reads_go_to_the_replica(cluster: Cluster) -> None:
     async with db.transaction(readonly=True):
         with pytest.raises(errors.ReadOnlyTransactionError):
             await db.execute("INSERT INTO note (id) VALUES (1)")
+    assert len(db.pools()) == 2, "one for the primary, one for the replicas, however many transactions"
 
 
 async def test_without_replicas_reads_go_to_the_primary(cluster: Cluster) -> None:
