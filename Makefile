@@ -8,15 +8,20 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo demo-postgresql test check docs bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.test  ## the job service on the sample crontab, under asyncio, then trio; database in data/
 	$(BIN)/python docs/examples/jobu.py --backend asyncio --jobs 500 docs/examples/sample.crontab
 	@echo
 	$(BIN)/python docs/examples/jobu.py --backend trio --jobs 500 docs/examples/sample.crontab
+
+demo-postgresql: $(VENV)/.test  ## the same job service on PostgreSQL, by configuration alone; the server is a temporary one
+	$(BIN)/python -m tests.postgresql.server $(BIN)/python docs/examples/jobu.py --backend asyncio --jobs 500
+	@echo
+	$(BIN)/python -m tests.postgresql.server $(BIN)/python docs/examples/jobu.py --backend trio --jobs 500
 
 test: $(VENV)/.check  ## the tests, with branch coverage, on each Python found (ARGS="-k pool" goes to pytest)
 	$(BIN)/coverage run -m pytest $(ARGS)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from database import errors
     from database.neutral import transactional, transactional_readonly
+    from database.queries import load_queries
     from database.registry import close_all, configure, get_db, lifespan
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "errors",
     "get_db",
     "lifespan",
+    "load_queries",
     "transactional",
     "transactional_readonly",
 ]
@@ -32,6 +34,8 @@ def __getattr__(name: str) -> Any:
         found: Any = import_module("database.errors")
     else:
         module = "database.neutral" if name.startswith("transactional") else "database.registry"
+        if name == "load_queries":
+            module = "database.queries"
         found = getattr(import_module(module), name)
     globals()[name] = found  # asked only once
     return found

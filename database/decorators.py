@@ -14,7 +14,18 @@ from database.driver.worker import here
 from database.errors import DatabaseBusyError, TransactionError
 from database.handle import Database
 from database.offload import Job
-from database.transaction import PROPAGATIONS, Origin, Propagation, TimeLimit, Transaction, enter, leave
+from database.transaction import (
+    PROPAGATIONS,
+    Isolation,
+    Options,
+    Origin,
+    Propagation,
+    TimeLimit,
+    Transaction,
+    enter,
+    leave,
+    options_of,
+)
 
 __all__ = ["Decorator", "make_decorator"]
 
@@ -35,6 +46,8 @@ class Decorator(Protocol):
         retries: int = ...,
         propagation: Propagation = ...,
         offload: bool = ...,
+        isolation: Isolation | None = ...,
+        replica: bool = ...,
     ) -> Callable[[F], F]: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Decorates, or makes a decorator."""
@@ -59,6 +72,8 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
         retries: int = 0,
         propagation: Propagation = "nested",
         offload: bool = False,
+        isolation: Isolation | None = None,
+        replica: bool = True,
     ) -> Any:
         """Runs a coroutine function in a transaction: commit when it returns, rollback on any exception.
 
@@ -66,10 +81,15 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
             function: The coroutine function, where the decorator is used without arguments.
             db: The database's name; or several, committed in the order named.
             timeout: Seconds for all of it, waiting included; then `TransactionTimeoutError`.
-            retries: How often to run it again after `DatabaseBusyError`, as long as nothing of it is committed.
+            retries: How often to run it again after `DatabaseBusyError` (somebody's lock, a deadlock, a serialization
+                failure), as long as nothing of it is committed.
             propagation: What to do when a transaction is open already; see `db.transaction()`.
             offload: Runs the whole function on the database's own thread: one hop however many statements. It may await
                 nothing but this database's calls.
+            isolation: `read committed`, `repeatable read` or `serializable`; None leaves it to the configuration. SQLite
+                is always serializable.
+            replica: Whether a read-only transaction may run on a replica, where any are configured: a replica lags behind,
+                so what this task has just written may be missing there.
 
         Raises:
             TypeError: The function is no coroutine function.
@@ -77,6 +97,7 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
         """
         names = (db,) if isinstance(db, str) else tuple(db)
         _check(name, names, timeout, retries, propagation, offload)
+        options = options_of(isolation, replica)
 
         def decorate(function: Any) -> Any:
             if not inspect.iscoroutinefunction(function):
@@ -85,7 +106,7 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
                     " function that uses a connection there is db.run()"
                 )
             databases = [get_db(each) for each in names]
-            runner = _make_runner(databases, function, name, timeout, propagation, offload, readonly)
+            runner = _make_runner(databases, function, name, timeout, propagation, offload, readonly, options)
             return _wrap(function, runner, retries)
 
         return decorate if function is None else decorate(function)
@@ -164,6 +185,7 @@ def _make_runner(
     propagation: str,
     offload: bool,
     readonly: bool,
+    options: Options | None,
 ) -> Callable[..., Any]:
     what = f"@{name} {function.__qualname__}()"
     code = function.__code__ if hasattr(function, "__code__") else None
@@ -173,13 +195,13 @@ def _make_runner(
 
         async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
             return await _run_on_several(
-                databases, function, args, kwargs, origin, readonly, propagation, levels, limit
+                databases, function, args, kwargs, origin, readonly, propagation, levels, limit, options
             )
 
     else:
         database = databases[0]
         variable = database.current
-        can_open = propagation in ("nested", "required")
+        can_open = options is None and propagation in ("nested", "required")
 
         async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
             if offload and not _is_inline(database):
@@ -188,14 +210,17 @@ def _make_runner(
                     levels.append(job)
                 if limit is not None:
                     limit.offloading(job)
-                return await database.offload(job, readonly=readonly)
+                return await database.offload(job, readonly=readonly, options=options)
             entered: Any
             token: Any
             if can_open and variable.get() is None:  # as `enter` would do it, without its detours
-                entered = Transaction(database, database.pool(), origin(), readonly=readonly)
+                pool = database.reading_pool(None) if readonly else database.pool()
+                entered = Transaction(database, pool, origin(), readonly=readonly)
                 token = variable.set(entered)
             else:
-                entered, token = await enter(database, origin(), readonly=readonly, propagation=propagation)
+                entered, token = await enter(
+                    database, origin(), readonly=readonly, propagation=propagation, options=options
+                )
             if levels is not None and isinstance(entered, Transaction):
                 levels.append(entered)
             try:
@@ -244,11 +269,12 @@ async def _run_on_several(
     propagation: str,
     levels: Levels,
     limit: TimeLimit | None,
+    options: Options | None,
 ) -> Any:
     entered: list[tuple[Database, Any, Any]] = []
     try:
         for database in databases:
-            level, token = await enter(database, origin(), readonly=readonly, propagation=propagation)
+            level, token = await enter(database, origin(), readonly=readonly, propagation=propagation, options=options)
             entered.append((database, level, token))
             if levels is not None and isinstance(level, Transaction):
                 levels.append(level)

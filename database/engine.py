@@ -25,6 +25,7 @@ class Engine:
         backend: Makes the driver's backend from a database's settings.
         adapter: aiosql's synchronous adapter for this engine.
         single_writer: Whether two write transactions on one database can only wait for each other.
+        replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Engine:
     backend: Callable[[Any], Backend]
     adapter: Any
     single_writer: bool
+    replica_backend: Callable[[Any], Backend | None] | None = None
 
 
 def load(name: str) -> Engine:

@@ -43,6 +43,8 @@ from database.stream import Stream
 from database.transaction import (
     Detached,
     Entered,
+    Isolation,
+    Options,
     Origin,
     Propagation,
     TimeLimit,
@@ -51,13 +53,15 @@ from database.transaction import (
     detached,
     enter,
     leave,
+    options_of,
+    refuse_isolation,
     run_callbacks,
 )
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from database.driver.backend import Observer
+    from database.driver.backend import Backend, Observer
     from database.migrations import Migration, MigrationReport, MigrationStatus
 
 __all__ = ["Database", "TransactionContext"]
@@ -79,7 +83,7 @@ class AiosqlQuery(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-Parked = tuple[dict[int, Pool], ContextVar[Transaction | Detached | None]]
+Parked = tuple[dict[int, Pool], dict[int, Pool], ContextVar[Transaction | Detached | None]]
 Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
@@ -100,6 +104,7 @@ class Database:
         self._observer: logs.LogObserver | None = None
         self._statements: dict[Any, Statement] = {}
         self._pools: dict[int, Pool] = {}
+        self._replica_pools: dict[int, Pool] = {}
         """By the identity of their event loop."""
         self._recent: Pool | None = None
         """The one that was used last: mostly there is but one loop."""
@@ -155,6 +160,20 @@ class Database:
         self._recent = pool
         return pool
 
+    def reading_pool(self, options: Options | None) -> Pool:
+        """The pool for a read-only transaction: the replicas', if there are any and they will do."""
+        if self._engine is None:
+            self._resolve()
+        if cast("Engine", self._engine).replica_backend is None or (options is not None and not options.replica):
+            return self.pool()
+        self.pool()  # the primary's comes first: it resolves the settings, and prepares the database
+        loop = current_loop()
+        pool = self._replica_pools.get(id(loop))
+        if pool is not None and pool.loop() is loop:
+            return pool
+        backend = cast("Any", self.engine.replica_backend)(self._settings)
+        return self.pool() if backend is None else self._make_pool(loop, backend, self._replica_pools, "-replica")
+
     def _open_pool(self, loop: object | None) -> Pool:
         if loop is None:
             if here.worker is not None:
@@ -165,10 +184,14 @@ class Database:
             raise TransactionError(
                 f"database {self.name!r} can only be used inside asyncio or trio, and none is running"
             )
+        return self._make_pool(loop, None, self._pools, "")
+
+    def _make_pool(self, loop: object | None, backend: Backend | None, pools: dict[int, Pool], suffix: str) -> Pool:
         ticket = object()
         settings.hold(ticket, self.name)
         try:
-            self._resolve()
+            if backend is None:
+                self._resolve()
             chosen = cast("settings.Settings", self._settings)
             logs.set_up(chosen.logging)
             key = id(loop)
@@ -178,12 +201,13 @@ class Database:
                 settings.release(ticket)
                 if monitor is not None:
                     monitor.withdraw(pool)
-                if self._pools.get(key) is pool:
-                    del self._pools[key]
+                for each in (self._pools, self._replica_pools):
+                    if each.get(key) is pool:
+                        del each[key]
                 if self._recent is pool:
                     self._recent = None
 
-            backend = self.engine.backend(chosen)
+            backend = backend or self.engine.backend(chosen)
             observer = cast("Observer", self.observer)
             instrumentation = logs.instrumentation
             if instrumentation is not None:
@@ -192,7 +216,7 @@ class Database:
                 backend,
                 create_waker(),
                 observer,
-                name=self.name,
+                name=f"{self.name}{suffix}",
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
                 long_read=chosen.logging.long_read_s,
@@ -203,9 +227,9 @@ class Database:
         except BaseException:
             settings.release(ticket)
             raise
-        self._pools[key] = pool
+        pools[key] = pool
         if monitor is not None:
-            monitor.offer(chosen.monitor, pool)
+            monitor.offer(chosen.monitor, pool)  # type: ignore[union-attr]
         return pool
 
     def _analyse(self, query: Query) -> Statement:
@@ -277,8 +301,9 @@ class Database:
             f"a read-only transaction refuses this {statement.verb}; nothing was executed: {statement.sql[:500]}"
         )
 
-    @staticmethod
-    def _refuse_waiting_for_itself(level: Detached) -> None:
+    def _refuse_waiting_for_itself(self, level: Detached) -> None:
+        if not self.engine.single_writer:
+            return
         outer = level.outer
         if outer is None or outer.ended or outer.root.readonly or outer.root.lease is None:
             return
@@ -403,13 +428,16 @@ class Database:
 
     def _send_unit(
         self, kind: int, operation: Any, what: Any, params: Any, extra: Any = None, *, label: object = None,
-        readonly: bool = False,
+        readonly: bool = False, options: Options | None = None,
     ) -> Awaitable[Any]:  # fmt: skip
         """Hands several statements over as one; gives what their answer is to be awaited from."""
         level = self.current.get()
-        pool = level.pool if isinstance(level, Transaction) else self.pool()
-        if isinstance(level, Transaction) and level.readonly and kind == MANY and not level.ended:
-            raise self._read_only(cast("Statement", what))
+        if isinstance(level, Transaction):
+            if level.readonly and kind == MANY and not level.ended:
+                raise self._read_only(cast("Statement", what))
+            pool = level.pool
+        else:
+            pool = self.reading_pool(options) if readonly else self.pool()
         request = pool.request(kind, operation, what, params, extra, label)
         return self._send_request(pool, request, readonly=readonly)
 
@@ -505,11 +533,18 @@ class Database:
             await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})", readonly=readonly),
         )
 
-    async def offload(self, job: Any, *, readonly: bool) -> Any:
+    async def offload(self, job: Any, *, readonly: bool, options: Options | None = None) -> Any:
         """Sends a coroutine function to the database's thread; see `database.offload`."""
         level = self.current.get()
         assert not isinstance(level, Transaction) or level.root.session is None  # there, it is an ordinary level
-        pool = level.pool if isinstance(level, Transaction) else self.pool()
+        if isinstance(level, Transaction):
+            pool = level.pool
+            if options is not None:
+                refuse_isolation(level, options)
+        else:
+            pool = self.reading_pool(options) if readonly else self.pool()
+            if options is not None:
+                job.isolation = options.isolation
         request = pool.request(UNIT, job.drive, job, None, None, job)
         try:
             result, callbacks = await self._send_request(pool, request, readonly=readonly)
@@ -544,7 +579,13 @@ class Database:
     # Transactions
 
     def transaction(
-        self, readonly: bool = False, timeout: float | None = None, propagation: Propagation = "nested"
+        self,
+        readonly: bool = False,
+        timeout: float | None = None,
+        propagation: Propagation = "nested",
+        *,
+        isolation: Isolation | None = None,
+        replica: bool = True,
     ) -> TransactionContext:
         """A transaction: `async with db.transaction() as tx: ...`. Commits at the end, rolls back on any exception.
 
@@ -553,8 +594,11 @@ class Database:
             timeout: Seconds for all of it, waiting included; then `TransactionTimeoutError`.
             propagation: What to do when a transaction is open already: `nested` (a savepoint), `required` (join),
                 `requires_new`, `mandatory`, `supports`, `not_supported` or `never`.
+            isolation: `read committed`, `repeatable read` or `serializable`; see `@transactional`.
+            replica: Whether a read-only transaction may run on a replica, if there are any.
         """
-        return TransactionContext(self, _origin("db.transaction()", 1), readonly, timeout, propagation)
+        options = options_of(isolation, replica)
+        return TransactionContext(self, _origin("db.transaction()", 1), readonly, timeout, propagation, options)
 
     async def begin(self, readonly: bool = False) -> Transaction:
         """Begins a transaction that `commit()` or `rollback()` ends; within one, a nested level of it.
@@ -833,24 +877,26 @@ class Database:
 
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""
-        return list(self._pools.values())
+        return [*self._pools.values(), *self._replica_pools.values()]
 
     def park(self) -> Parked:
         """Puts this handle's pools and transactions aside, as if it had never been used; see `database.sandbox`."""
-        parked = self._pools, self.current
-        self._pools, self._recent = {}, None
+        parked = self._pools, self._replica_pools, self.current
+        self._pools, self._replica_pools, self._recent = {}, {}, None
         self.current = ContextVar(f"database {self.name}", default=None)
         return parked
 
     def unpark(self, parked: Parked) -> None:
         """Takes up what `park` has put aside. What has been opened since must have been closed."""
-        pools, self.current = parked
+        pools, replica_pools, self.current = parked
         self._recent = None
         self._pools = {key: pool for key, pool in pools.items() if not pool.closing}
+        self._replica_pools = {key: pool for key, pool in replica_pools.items() if not pool.closing}
 
     def forget_pools(self) -> None:
         """In a forked child: the pools are the parent's."""
         self._pools.clear()
+        self._replica_pools.clear()
         self._recent = None
 
 
@@ -860,22 +906,30 @@ class TransactionContext:
     __slots__ = ("_arguments", "_database", "_entered", "_scope", "_timeout", "_token")
 
     def __init__(
-        self, database: Database, origin: Origin, readonly: bool, timeout: float | None, propagation: str
+        self,
+        database: Database,
+        origin: Origin,
+        readonly: bool,
+        timeout: float | None,
+        propagation: str,
+        options: Options | None,
     ) -> None:
         self._database = database
-        self._arguments = (origin, readonly, propagation)
+        self._arguments = (origin, readonly, propagation, options)
         self._timeout = timeout
         self._scope: TimeLimit | None = None
         self._entered: Entered | None = None
         self._token: Any = None
 
     async def __aenter__(self) -> Transaction:
-        origin, readonly, propagation = self._arguments
+        origin, readonly, propagation, options = self._arguments
         if self._timeout is not None:
             self._scope = TimeLimit(self._timeout, origin)
             self._scope.start()
         try:
-            self._entered, self._token = await enter(self._database, origin, readonly=readonly, propagation=propagation)
+            self._entered, self._token = await enter(
+                self._database, origin, readonly=readonly, propagation=propagation, options=options
+            )
         except BaseException as error:
             if self._scope is not None:
                 self._scope.stop(error)

@@ -31,6 +31,7 @@ class Job:
         "context",
         "database",
         "function",
+        "isolation",
         "kwargs",
         "origin",
         "readonly",
@@ -66,6 +67,8 @@ class Job:
         self.result: Any = None
         self.running = False
         """Whether it was still running when its cancelled caller went on."""
+        self.isolation: str | None = None
+        """Of the transaction that is begun for it, if one is."""
 
     def __str__(self) -> str:
         return f"offloaded {self.origin()}"
@@ -81,6 +84,9 @@ class Job:
         assert worker is not None
         root = Transaction(job.database, worker.pool, job.origin, readonly=job.readonly)
         root.session, root.worker = session, worker
+        if job.isolation is not None:
+            root.isolation = job.isolation
+            worker.step(session, "isolation", job.isolation)
         context = job.context.copy()
         context.run(job.database.current.set, root)
         coroutine = job.function(*job.args, **job.kwargs)

@@ -185,4 +185,7 @@ def db_path(request: pytest.FixtureRequest) -> Path:
 
     if not request.getfixturevalue("_database_layers"):
         raise pytest.UsageError("db_path goes with db or db_file, which must stand before it")
-    return Path(settings.current().find("default")[1].path)
+    found = settings.current().find("default")[1]
+    if not isinstance(found, settings.SqliteSettings):
+        raise pytest.UsageError("db_path goes with a database that is a file")
+    return Path(found.path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from database.statements import Row
     from database.stream import Stream
 
-__all__ = ["LoadedQueries", "LoadedQuery", "load"]
+__all__ = ["LoadedQueries", "LoadedQuery", "load", "load_queries"]
 
 if TYPE_CHECKING:
 
@@ -76,28 +76,32 @@ class _Adapter:
     def __init__(self, adapter: Any) -> None:
         self._sync = adapter
 
+    def _method(self, conn: Database, name: str) -> Any:
+        """The method of the synchronous adapter that fits the database."""
+        return getattr(self._sync, name)
+
     def process_sql(self, query_name: str, op_type: Any, sql: str) -> str:
         return cast("str", self._sync.process_sql(query_name, op_type, sql))
 
     def select(
         self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None
     ) -> AsyncIterator[Any]:
-        return _Rows(lambda: conn.call_aiosql(self._sync.select, sql, parameters, record_class, record=True))
+        return _Rows(lambda: conn.call_aiosql(self._method(conn, "select"), sql, parameters, record_class, record=True))
 
     async def select_one(self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None) -> Any:
-        return await conn.call_aiosql(self._sync.select_one, sql, parameters, record_class, record=True)
+        return await conn.call_aiosql(self._method(conn, "select_one"), sql, parameters, record_class, record=True)
 
     async def select_value(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
-        return await conn.call_aiosql(self._sync.select_value, sql, parameters)
+        return await conn.call_aiosql(self._method(conn, "select_value"), sql, parameters)
 
     def select_cursor(self, conn: Database, _name: str, sql: str, parameters: Any) -> Stream[Any]:
         return conn.stream(sql, parameters)
 
     async def insert_returning(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
-        return await conn.call_aiosql(self._sync.insert_returning, sql, parameters)
+        return await conn.call_aiosql(self._method(conn, "insert_returning"), sql, parameters)
 
     async def insert_update_delete(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
-        return await conn.call_aiosql(self._sync.insert_update_delete, sql, parameters)
+        return await conn.call_aiosql(self._method(conn, "insert_update_delete"), sql, parameters)
 
     async def insert_update_delete_many(self, conn: Database, _name: str, sql: str, parameters: Any) -> Any:
         return (await conn.execute_many(sql, parameters)).rowcount
@@ -108,14 +112,45 @@ class _Adapter:
         return "DONE"
 
 
+class _Neutral(_Adapter):
+    """For whatever engine the database turns out to be of: the SQL stays as it is written, and engines know `:name`."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._adapters: dict[str, Any] = {}
+
+    def process_sql(self, query_name: str, op_type: Any, sql: str) -> str:
+        return sql
+
+    def _method(self, conn: Database, name: str) -> Any:
+        engine = conn.engine
+        adapter = self._adapters.get(engine.name)
+        if adapter is None:
+            adapter = self._adapters[engine.name] = engine.adapter()
+        return getattr(adapter, name)
+
+
+def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any] | None = None) -> LoadedQueries:
+    """Loads an aiosql file, or a folder of them, for databases of any engine.
+
+    Args:
+        path: The file or folder.
+        record_classes: Classes by the names that `-- record_class:` comments give.
+
+    Raises:
+        ConfigurationError: It cannot be read, or aiosql cannot parse it.
+    """
+    return load(path, None, record_classes)
+
+
 def load(
-    path: str | os.PathLike[str], adapter: Callable[[], Any], record_classes: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], adapter: Callable[[], Any] | None, record_classes: Mapping[str, Any] | None = None
 ) -> LoadedQueries:
     """Loads a file, or a folder of files.
 
     Args:
         path: The file or folder.
-        adapter: Makes aiosql's synchronous adapter.
+        adapter: Makes aiosql's synchronous adapter; None for the one that fits each database.
         record_classes: By the name that a query's `-- record_class:` comment gives.
 
     Raises:
@@ -148,7 +183,7 @@ def load(
             "LoadedQueries",
             load(
                 Path(path),
-                lambda: _Adapter(adapter()),
+                lambda: _Neutral() if adapter is None else _Adapter(adapter()),
                 record_classes=dict(record_classes or {}),
                 kwargs_only=False,
                 mandatory_parameters=False,

@@ -32,7 +32,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
@@ -48,6 +48,7 @@ __all__ = [
     "MEMORY",
     "Configuration",
     "LoggingSettings",
+    "PostgresqlSettings",
     "Settings",
     "SqliteSettings",
     "configure",
@@ -135,8 +136,76 @@ class SqliteSettings:
     logging: LoggingSettings = LoggingSettings()
 
 
-Settings: TypeAlias = SqliteSettings
-"""The settings of one database of any engine; becomes a union as engines are added."""
+@dataclass(frozen=True, slots=True)
+class PostgresqlSettings:
+    """One PostgreSQL database.
+
+    What says where it is and who is there goes to libpq, which knows more ways to say so:
+    https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+
+    Attributes:
+        name: The name that `get_db()` is called with.
+        conninfo: A connection string or URI; the keys below override its parts. Never shown, for it may hold a password.
+        host: Name, address or directory of the socket; several, separated by commas, are tried in their order.
+        port: A number, or one for each host.
+        dbname: The database's name on the server.
+        user: The role.
+        password_env: The environment variable that holds the password; read at each connection.
+        password_file: The file that holds the password (a mounted secret); read at each connection.
+        sslmode: How much TLS is asked for.
+        sslrootcert: File of the certificate authorities.
+        sslcert: File of the client's certificate.
+        sslkey: File of its key.
+        target_session_attrs: Which server will do; None: one that takes writes, where several hosts are named.
+        application_name: What the server's views and logs call these connections.
+        options: Command-line options for the server process, such as `-c search_path=app`.
+        connect_timeout: Seconds for one attempt to connect to one host.
+        reconnect_timeout: Seconds for which a lost connection is tried to be made again, with growing pauses.
+        pool_size: The most connections of one event loop; reads and writes share them.
+        pool_timeout: Seconds to wait for a connection.
+        lock_timeout: Milliseconds to wait for another transaction's lock; 0: for ever.
+        statement_timeout: Milliseconds that one statement may take; 0: any.
+        isolation: Of transactions that may write, and of single statements.
+        prepare_threshold: Executions from which a statement is prepared on the server; 0: never.
+        statement_rollback: Whether a failed statement undoes only itself and its transaction goes on, as on SQLite.
+        lastrowid: Whether an INSERT tells the generated key, as on SQLite.
+        replicas: What of the connection string is different on the replicas; read-only transactions run there.
+        init_sql: Path of the file that creates the schema; `""`: none; None: the packaged one.
+        logging: What is logged.
+    """
+
+    name: str
+    conninfo: str | None = field(default=None, repr=False)
+    host: str | None = None
+    port: str | None = None
+    dbname: str | None = None
+    user: str | None = None
+    password_env: str | None = None
+    password_file: str | None = None
+    sslmode: str | None = None
+    sslrootcert: str | None = None
+    sslcert: str | None = None
+    sslkey: str | None = None
+    target_session_attrs: str | None = None
+    application_name: str | None = None
+    options: str | None = None
+    connect_timeout: int = 10
+    reconnect_timeout: float = 30.0
+    pool_size: int = 10
+    pool_timeout: float = 30.0
+    lock_timeout: int = 30_000
+    statement_timeout: int = 0
+    isolation: str = "READ COMMITTED"
+    prepare_threshold: int = 5
+    statement_rollback: bool = True
+    lastrowid: bool = True
+    replicas: str | None = field(default=None, repr=False)
+    init_sql: str | None = None
+    logging: LoggingSettings = LoggingSettings()
+
+
+Settings: TypeAlias = SqliteSettings | PostgresqlSettings
+"""The settings of one database of any engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -704,6 +773,29 @@ def _monitor(item: _Item) -> str | None:
     return path
 
 
+def _text(item: _Item) -> str | None:
+    if item.value is None:
+        return None
+    if not isinstance(item.value, str) or not item.value.strip() or "\0" in item.value:
+        raise _Unfit("text, or null")
+    return item.value
+
+
+def _ports(item: _Item) -> str | None:
+    value = item.value
+    if value is None:
+        return None
+    ports = value.split(",") if isinstance(value, str) else [str(value)]
+    for port in ports:
+        if isinstance(value, bool) or not port.strip().isdecimal() or not 0 < int(port) < 65536:
+            raise _Unfit("a port from 1 to 65535, or several, separated by commas")
+    return ",".join(port.strip() for port in ports)
+
+
+def _file(item: _Item) -> str | None:
+    return None if item.value is None else _path_text(item, "a file's path, or null")
+
+
 # --- The schema ---------------------------------------------------------------------------------------------
 
 
@@ -718,6 +810,7 @@ class _Section:
         own: Keys of which each database must give one, for they are not inherited.
         identity: What no two databases may have in common, if there is such a thing; it is shown in messages.
         private: Keys that are not inherited either, but may be left out.
+        kept: Keys of `own` that are inherited nevertheless, where a database gives the other one.
     """
 
     engine: str
@@ -726,6 +819,7 @@ class _Section:
     own: tuple[str, ...]
     identity: Callable[[Any], str | None]
     private: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 def _file_identity(settings: SqliteSettings) -> str | None:
@@ -768,6 +862,41 @@ _SECTIONS: dict[str, _Section] = {
         identity=_file_identity,
         private=("migrations",),
     ),
+    "postgresql": _Section(
+        engine="postgresql",
+        build=PostgresqlSettings,
+        rules={
+            "conninfo": _text,
+            "host": _text,
+            "port": _ports,
+            "dbname": _text,
+            "user": _text,
+            "password_env": _text,
+            "password_file": _file,
+            "sslmode": _choice("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+            "sslrootcert": _file,
+            "sslcert": _file,
+            "sslkey": _file,
+            "target_session_attrs": _choice("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+            "application_name": _text,
+            "options": _text,
+            "connect_timeout": _whole(1, 3600),
+            "reconnect_timeout": _duration("seconds"),
+            "pool_size": _whole(1, 1000),
+            "pool_timeout": _duration("seconds"),
+            "lock_timeout": _whole(0, 2**31 - 1),
+            "statement_timeout": _whole(0, 2**31 - 1),
+            "isolation": _choice("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"),
+            "prepare_threshold": _whole(0, 1_000_000),
+            "statement_rollback": _boolean,
+            "lastrowid": _boolean,
+            "replicas": _text,
+            "init_sql": _init_sql,
+        },
+        own=("conninfo", "dbname"),
+        identity=lambda settings: None,  # two names for one database do no harm: nobody keeps a lock on it
+        kept=("conninfo",),
+    ),
 }
 
 
@@ -806,7 +935,8 @@ def _read_section(section: _Section, item: _Item) -> dict[str, Settings]:
         add(_DEFAULT, item, fields, values, logging)
     elif not others:
         raise item.error("missing; without it, there must be `databases`", section.own[0])
-    inherited = {key: value for key, value in values.items() if key not in (*section.own, *section.private)}
+    private = (*section.own, *section.private)
+    inherited = {key: value for key, value in values.items() if key not in private or key in section.kept}
     for name, other in others.items():
         if name == _DEFAULT:
             raise other.error(f"the database {_DEFAULT!r} is configured by the keys of {_dotted(item.keys)} itself")

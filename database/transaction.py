@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import anyio
 
@@ -49,14 +49,50 @@ if TYPE_CHECKING:
     from database.driver.worker import Worker
     from database.handle import Database
 
-__all__ = ["PROPAGATIONS", "Detached", "Origin", "Propagation", "Transaction"]
+__all__ = [
+    "ISOLATIONS",
+    "PROPAGATIONS",
+    "Detached",
+    "Isolation",
+    "Options",
+    "Origin",
+    "Propagation",
+    "Transaction",
+    "options_of",
+]
 
 PROPAGATIONS: Final = frozenset(
     {"nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"}
 )
 Propagation = Literal["nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"]
 
+ISOLATIONS: Final = frozenset({"read committed", "repeatable read", "serializable"})
+Isolation = Literal["read committed", "repeatable read", "serializable"]
+
 Callback = Callable[[], Any]
+
+
+class Options(NamedTuple):
+    """What is asked of a transaction that has to be begun, beyond the ordinary."""
+
+    isolation: str | None = None
+    """In capitals; None leaves it to the configuration."""
+    replica: bool = True
+    """Whether a read-only one may run on a replica."""
+
+
+def options_of(isolation: str | None, replica: bool) -> Options | None:
+    """The options; None where all is as usual.
+
+    Raises:
+        ValueError: There is no such isolation.
+    """
+    if isolation is None and replica:
+        return None
+    if isolation is not None and isolation not in ISOLATIONS:
+        raise ValueError(f"isolation {isolation!r} is unknown; it is one of {', '.join(sorted(ISOLATIONS))}")
+    return Options(None if isolation is None else isolation.upper(), replica)
+
 
 _numbers = itertools.count(1)
 
@@ -122,6 +158,7 @@ class Transaction:
         "dooms",
         "ended",
         "firm",
+        "isolation",
         "lease",
         "manual",
         "number",
@@ -179,6 +216,7 @@ class Transaction:
             self.top: Transaction = self
             self.controls: list[Control] = []
             self.doom: str | None = None
+            self.isolation: str | None = None
             self._turns: deque[tuple[Transaction, anyio.Event]] = deque()
             self.savepoint = False
         else:
@@ -246,6 +284,8 @@ class Transaction:
         lease = root.lease
         if lease is None:
             lease = root.lease = root._new_lease()
+            if root.isolation is not None:
+                request.controls = [("isolation", root.isolation), *(request.controls or ())]
         lease.submit(request)
         try:
             return await request
@@ -479,6 +519,8 @@ class Transaction:
         try:
             worker.renew(session, keep=keep, readonly=self.readonly)
             self.committed |= keep
+            if self.isolation is not None:
+                worker.step(session, "isolation", self.isolation)
         except BaseException as error:
             self.doom = f"the transaction has been rolled back after an error: {error}"
             raise
@@ -594,7 +636,13 @@ Entered: TypeAlias = Transaction | _Joined
 
 
 async def enter(
-    database: Database, origin: Origin, *, readonly: bool, propagation: str, manual: bool = False
+    database: Database,
+    origin: Origin,
+    *,
+    readonly: bool,
+    propagation: str,
+    manual: bool = False,
+    options: Options | None = None,
 ) -> tuple[Entered, Any]:
     """Opens or joins a transaction as `propagation` says; gives it with the context variable's token.
 
@@ -614,7 +662,9 @@ async def enter(
     if propagation == "nested" or propagation == "required":
         if level is None:
             outer = found.outer if isinstance(found, Detached) else None
-            return _open(database, origin, variable, readonly=readonly, outer=outer, manual=manual)
+            return _open(database, origin, variable, readonly=readonly, outer=outer, manual=manual, options=options)
+        if options is not None:
+            refuse_isolation(level, options)
         _refuse_writing_in_readonly(level, readonly)
         if propagation == "required" and readonly == level.readonly:
             return _Joined(level), None
@@ -625,7 +675,9 @@ async def enter(
         nested = Transaction(database, level.pool, origin, readonly=readonly, parent=level, manual=manual)
         nested.dooms = propagation == "required"
         return nested, variable.set(nested)
-    return await _enter_rarely(database, origin, level, found, readonly=readonly, propagation=propagation)
+    return await _enter_rarely(
+        database, origin, level, found, readonly=readonly, propagation=propagation, options=options
+    )
 
 
 async def _enter_rarely(
@@ -636,6 +688,7 @@ async def _enter_rarely(
     *,
     readonly: bool,
     propagation: str,
+    options: Options | None,
 ) -> tuple[Entered, Any]:
     variable = database.current
     if propagation not in PROPAGATIONS:
@@ -645,12 +698,12 @@ async def _enter_rarely(
     if propagation == "mandatory" and level is None:
         raise TransactionError("propagation 'mandatory': no transaction is open, and this function needs one")
     if propagation in ("mandatory", "supports") and level is not None:
-        return await enter(database, origin, readonly=readonly, propagation="required")
+        return await enter(database, origin, readonly=readonly, propagation="required", options=options)
     if propagation == "requires_new":
         if level is not None and level.root.session is not None:
             raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
         _refuse_write_within_write(database, level, found, readonly)
-        return _open(database, origin, variable, readonly=readonly, outer=level, manual=False)
+        return _open(database, origin, variable, readonly=readonly, outer=level, manual=False, options=options)
     if propagation == "not_supported":
         if level is not None and level.root.session is not None:
             raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
@@ -666,9 +719,23 @@ def _open(
     readonly: bool,
     outer: Transaction | None,
     manual: bool,
+    options: Options | None,
 ) -> tuple[Transaction, Any]:
-    root = Transaction(database, database.pool(), origin, readonly=readonly, outer=outer, manual=manual)
+    pool = database.reading_pool(options) if readonly else database.pool()
+    root = Transaction(database, pool, origin, readonly=readonly, outer=outer, manual=manual)
+    if options is not None:
+        root.isolation = options.isolation
     return root, variable.set(root)
+
+
+def refuse_isolation(level: Transaction, options: Options) -> None:
+    """A transaction has one isolation, from its beginning. Where there is but one anyway, all are content."""
+    wanted, root = options.isolation, level.root
+    if wanted is not None and wanted != root.isolation and not level.database.engine.single_writer:
+        raise TransactionError(
+            f"isolation {wanted.lower()!r} can only be chosen where the transaction begins; this one was begun by"
+            f" {root.origin()} with {'the configured isolation' if root.isolation is None else root.isolation.lower()}"
+        )
 
 
 def _refuse_writing_in_readonly(level: Transaction, readonly: bool) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+from database import registry
+from database.handle import Database
 from tests.contract.support import Engine, collected, is_idle, worker_threads
+from tests.postgresql.differences import differs, needs_one_connection
 
 MakeDb = Callable[..., Awaitable[Any]]
 
@@ -31,10 +35,57 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(params=["sqlite3"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+@pytest.fixture(params=["sqlite3", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """The engine under test."""
-    return Engine(request.param, tmp_path)
+    engine = make_engine(request.param, tmp_path)
+    if request.param == "postgresql" and needs_one_connection(request.node):
+        engine.pool_size = 1
+    with handles_of(engine):
+        yield engine
+    engine.dispose()
+
+
+@contextmanager
+def handles_of(engine: Engine) -> Iterator[None]:
+    """Lets the engine-neutral handles of this process be of that engine, whichever they have been of.
+
+    An application has one configuration; only here do handles, made at import time by decorated functions of the tests,
+    live through two engines.
+    """
+    before = dict(registry._handles)
+    pins: list[tuple[Database, Any]] = []
+    for name in engine.databases:
+        handle = before.get((None, name)) or registry.get_db(name)
+        pins.append((handle, handle._wanted_engine))
+        handle._wanted_engine = handle._engine = None
+        for key in [key for key in registry._handles if key[1] == name]:
+            del registry._handles[key]
+        registry._handles[None, name] = registry._handles[engine.name, name] = handle
+    try:
+        yield
+    finally:
+        registry._handles.clear()
+        registry._handles.update(before)
+        for handle, pin in pins:
+            handle._wanted_engine, handle._engine = pin, None
+
+
+def make_engine(name: str, directory: Path) -> Engine:
+    """An engine with nothing in its databases; skips where it cannot be had."""
+    if name == "sqlite3":
+        return Engine(name, directory)
+    from tests.postgresql.engine import PostgresqlEngine  # needs psycopg only where it is used
+
+    return PostgresqlEngine(name, directory)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what must differ on PostgreSQL: `tests/postgresql/differences.py` says why, and where the tests are."""
+    out = [item for item in items if differs(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
 
 
 @pytest.fixture

@@ -82,8 +82,54 @@ def test_the_example_in_the_shipped_file_works():
     """The commented-out database of config/database.yaml is right as it stands."""
     lines = (REPOSITORY / "config/database.yaml").read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.strip() == "databases:") + 1
-    text = "\n".join(lines[:start] + [line.replace("# ", "", 1) for line in lines[start:]])
+    end = lines.index("", start)
+    text = "\n".join(lines[:start] + [line.replace("# ", "", 1) for line in lines[start:end]])
     assert load(text).find("audit")[1].synchronous == "FULL"
+
+
+def test_the_postgresql_section_in_the_shipped_file_works():
+    """So is the commented-out section of the other engine: every key is known, and what it shows are the defaults."""
+    lines = (REPOSITORY / "config/database.yaml").read_text(encoding="utf-8").splitlines()
+    start = lines.index("  # postgresql:")
+    configuration = load("\n".join(["database:", *[line.replace("# ", "", 1) for line in lines[start:]]]))
+    engine, default = configuration.find("default")
+    audit = configuration.find("audit")[1]
+    assert engine == "postgresql"
+    assert (audit.dbname, audit.host) == ("audit", default.host)
+    known = settings.PostgresqlSettings(name="")
+    for key in ("pool_size", "pool_timeout", "connect_timeout", "reconnect_timeout", "lock_timeout", "isolation"):
+        assert getattr(default, key) == getattr(known, key)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{host: a}", "postgresql.conninfo: missing"),
+        ("{dbname: a, password: hunter2}", "unknown key; did you mean"),
+        ("{dbname: a, port: hunter2}", "a port from 1 to 65535"),
+        ("{dbname: a, isolation: serialisable}", "did you mean 'SERIALIZABLE'"),
+        ("{dbname: a, conninfo: [hunter2]}", "text, or null"),
+        ("{dbname: a, sslmode: full}", "one of disable, allow"),
+    ],
+)
+def test_a_wrong_postgresql_section(section: str, message: str):
+    """What is wrong in the section is named with file, line and key; what may be a secret is not."""
+    with pytest.raises(ConfigurationError) as caught:
+        load(f"database:\n  postgresql: {section}")
+    assert message in str(caught.value)
+    assert ":2: database.postgresql" in str(caught.value)
+    if "port" not in section:
+        assert "hunter2" not in str(caught.value)
+
+
+def test_conninfo_is_not_in_the_repr_and_may_be_inherited():
+    """A connection string may hold a password: it is in no repr. A database that names only `dbname` shares the rest."""
+    configuration = load(
+        "database:\n  postgresql: {conninfo: 'host=a password=hunter2', replicas: 'host=b password=hunter2',"
+        " databases: {audit: {dbname: audit}}}"
+    )
+    assert "hunter2" not in repr(configuration)
+    assert configuration.find("audit")[1].conninfo == "host=a password=hunter2"
 
 
 def test_the_contracts_example():
@@ -581,7 +627,7 @@ def test_a_wrong_path(written, message):
         ("databse:\n", "1: databse: unknown key; did you mean 'database'?"),
         ("database: {}\nother: 1\n", "2: other: unknown key; known: database"),
         ("sqlite: {path: x}", "1: sqlite: unknown key; known: database"),
-        ("\ndatabase:\n", "2: database: empty; expected one of sqlite"),
+        ("\ndatabase:\n", "2: database: empty; expected one of sqlite, postgresql"),
         ("database: []", "1: database: expected a mapping, got a list"),
         ("database:\n  sqlite3: {path: x}\n", "2: database.sqlite3: unknown key; did you mean 'sqlite'?"),
         ("database:\n  sqlite: x.db\n", "2: database.sqlite: expected a mapping, got 'x.db' (str)"),
@@ -605,7 +651,7 @@ def test_a_wrong_structure(text, message):
     ("mapping", "message"),
     [
         ({}, "database: missing; all settings stand below it"),
-        ({"database": None}, "database: empty; expected one of sqlite"),
+        ({"database": None}, "database: empty; expected one of sqlite, postgresql"),
         ({"database": []}, "database: expected a mapping, got a list"),
         ({"database": {"sqlite": ()}}, "database.sqlite: expected a mapping, got a list"),
         ({1: 2}, "expected keys that are strings, got 1 (int); put it in quotes"),

@@ -369,5 +369,17 @@ def stubs(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@guarded
+def copy(context: typer.Context) -> None:
+    """Copies tables from one engine to the other: `copy sqlite:default postgresql:default`; `copy --help` tells the rest."""
+    from database.copy import main  # noqa: PLC0415
+
+    raise typer.Exit(main(context.args))
+
+
 # pyright sees no use of what only typer calls.
-_ = cast("object", (check, stats, top, init, migrate, backup, import_, export, shell, bench, stubs))
+_ = cast("object", (check, stats, top, init, migrate, backup, import_, export, shell, bench, stubs, copy))

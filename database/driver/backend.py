@@ -13,7 +13,7 @@ from typing import Any, Protocol
 __all__ = ["Alone", "Backend", "Interrupted", "Observer", "Role", "Session"]
 
 Role = str
-"""`"reader"` or `"writer"`."""
+"""`"reader"` or `"writer"`; `"shared"` where all connections do both."""
 
 Operation = Callable[[Any, Any, Any, Any], Any]
 """`(session, statement, parameters, extra) -> result`, run on the session's own thread."""
@@ -73,6 +73,10 @@ class Session(Protocol):
 
     def undo(self, number: int) -> None:
         """Undoes what level `number` did, and closes it."""
+        ...
+
+    def isolation(self, level: str) -> None:
+        """Sets the isolation of the transaction that has just been begun: a level of the SQL standard, in capitals."""
         ...
 
     def restrict(self, readonly: bool) -> None:
@@ -166,6 +170,12 @@ class Backend:
         busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
+        single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
+            do both, and whoever needs one takes any.
+        may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
+        run_together: Executes such statements in one round trip, each its own transaction and its own success or failure.
+            It is given the session, the requests, and what to call before one's answer is waited for and when it is
+            there (the error with it); it gives back those of which nothing has happened, to be run again, alone.
     """
 
     description: str
@@ -176,3 +186,8 @@ class Backend:
     busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
+    single_writer: bool = True
+    may_join: Callable[[Any], bool] | None = None
+    run_together: (
+        Callable[[Any, list[Any], Callable[[Any], None], Callable[[Any, BaseException | None], None]], list[Any]] | None
+    ) = None

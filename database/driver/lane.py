@@ -58,6 +58,11 @@ class ReadLane:
 
     # Loop thread
 
+    @property
+    def served(self) -> bool:
+        """Whether a worker is at the queue, and will empty it."""
+        return bool(self.serving)
+
     def submit(self, request: Request) -> None:
         """Queues a read, and has a reader come if none is at it."""
         request.home = self
@@ -194,6 +199,11 @@ class WriteLane:
         """The transaction that has the writer now. Set on the worker's thread, for messages."""
 
     # Loop thread
+
+    @property
+    def served(self) -> bool:
+        """Whether the worker is at the queue, and will empty it."""
+        return self.active and self.lease is None
 
     def submit(self, item: Request | Lease) -> None:
         """Queues a write or a transaction."""

@@ -192,7 +192,7 @@ class Lease:
         if self.transaction and session is not None and request is not None:
             outcome = "committed" if request.kind == COMMIT and request.error is None else "rolled back"
             worker.observer.transaction(self, outcome, perf_counter() - self.granted_at)
-        if self.readonly:
+        if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.reader_free(worker))
 
     def _answer_the_rest(self) -> None:

@@ -1,4 +1,4 @@
-"""The pool: one writer, some readers, and who gets them.
+"""The pool: one writer, some readers, and who gets them; or connections that are all alike.
 
 One pool per database and event loop. The writer is opened first (it creates what is missing and is the only one that
 writes and checkpoints) and closed last. Readers are opened when they are first needed. A CapacityLimiter counts the
@@ -7,6 +7,9 @@ readers that are given to somebody.
 Who gets a reader stands in one line, `_line`, first come, first served: leases (read-only transactions, streams) and
 the read lane, which takes its turn like everybody else. Writers stand in the line of the write lane, and the writer
 serves nothing but that.
+
+Where the backend says that there is no single writer, no connection is special: all stand where the readers do, and
+leases that write stand in the same line. The first one is opened first, for it prepares the database.
 
 Threads. Every decision is made in a synchronous function on the loop's thread, so nothing can come between deciding
 and acting, and no cancellation can strand a connection: a task that goes away merely takes its request out of a queue.
@@ -37,6 +40,7 @@ from database.driver.courtesy import Courtesy
 from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, Request
+from database.driver.shared import SharedLane
 from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker, here
 from database.errors import (
@@ -63,7 +67,8 @@ class PoolStats:
         pool_size: Readers there may be.
         readers_open: Reader connections that are open.
         readers_in_use: Readers that serve somebody.
-        writer_in_use: 1 while the writer serves somebody, else 0.
+        writer_in_use: 1 while the writer serves somebody, else 0; where all connections read and write, how many
+            serve somebody who writes.
         waiting: Transactions and streams that wait for a connection.
         queued: Autocommit statements that wait for their turn.
         acquired_total: Connections handed to transactions and streams.
@@ -141,9 +146,17 @@ class Pool:
         self._disposed = False
         self._closers: list[Request] = []
 
-        self.writer = Worker(f"database-{name}-writer", "writer", self)
-        self.reads = ReadLane(self)
-        self.writes = WriteLane(self, self.writer)
+        self.single_writer = backend.single_writer
+        self.reads: ReadLane
+        self.writes: WriteLane | SharedLane
+        if self.single_writer:
+            self.writer = Worker(f"database-{name}-writer", "writer", self)
+            self.reads = ReadLane(self)
+            self.writes = WriteLane(self, self.writer)
+        else:  # `writer` is only the first among equals here
+            self.writer = Worker(f"database-{name}-1", "shared", self)
+            self.reads = SharedLane(self, readonly=True)
+            self.writes = SharedLane(self, readonly=False)
         self._courtesy = Courtesy(self)
         self._end = waker.on_end(self.close_now)
         registry.add(self)
@@ -156,9 +169,13 @@ class Pool:
             self._fail(error)
             return
         self.opened = True
+        if not self.single_writer:
+            self._readers.append(self.writer)
+            self._idle.append(self.writer)
         if self.closing:
             return
-        self.writer.inbox.put(self.writes)
+        if isinstance(self.writes, WriteLane):
+            self.writer.inbox.put(self.writes)
         self._assign()
 
     def _fail(self, error: BaseException) -> None:
@@ -187,6 +204,9 @@ class Pool:
         """Puts somebody in line for a reader."""
         if isinstance(claimant, ReadLane):
             claimant.claiming = True
+            if isinstance(claimant, SharedLane):
+                self._line.insert(claimant.position(self._line), claimant)
+                return
         self._line.append(claimant)
 
     def reader_free(self, worker: Worker) -> None:
@@ -213,6 +233,9 @@ class Pool:
             claimant = line.popleft()
             if self._long_timer is None and self.long_read is not None:
                 self._long_timer = self.waker.call_later(self.long_read, self._check_long_reads)
+            if isinstance(claimant, SharedLane) and (place := claimant.position(line)):
+                line.insert(place, claimant)  # what it stood there for has been done
+                claimant = line.popleft()
             if isinstance(claimant, ReadLane):
                 claimant.given(worker)
             else:
@@ -220,10 +243,25 @@ class Pool:
 
     def _add_reader(self) -> Worker:
         number = len(self._readers) + 1
-        worker = Worker(f"database-{self.name}-reader-{number}", "reader", self)
+        if self.single_writer:
+            worker = Worker(f"database-{self.name}-reader-{number}", "reader", self)
+        else:
+            worker = Worker(f"database-{self.name}-{number}", "shared", self)
         self._readers.append(worker)
         worker.start(None, lambda: self._reader_closed(worker))
         return worker
+
+    def first_lease(self) -> Lease | None:
+        """The lease that gets a connection next. Any thread: at most the two lanes stand before it."""
+        line = self._line
+        try:
+            for position in range(3):
+                claimant = line[position]
+                if isinstance(claimant, Lease):
+                    return claimant
+        except IndexError:
+            pass
+        return None
 
     # Workers at work
 
@@ -235,6 +273,8 @@ class Pool:
     @property
     def working(self) -> bool:
         """Whether a worker has something to do, and so needs the GIL."""
+        if not isinstance(self.writes, WriteLane):  # those wait for a server, not for the GIL
+            return False
         lease = self.writes.lease
         if not self.writer.sleeping and (lease is None or not lease.mailbox.empty() or self.writer.current is not None):
             return True
@@ -244,9 +284,9 @@ class Pool:
 
     def withdraw(self, lease: Lease) -> bool:
         """Takes a lease out of its line; False if it has been granted."""
-        line = self._line if lease.readonly else self.writes.queue
+        line = self._line if lease.readonly or not self.single_writer else self.writes.queue
         try:
-            line.remove(lease)
+            line.remove(lease)  # type: ignore[arg-type]
         except ValueError:
             return False
         self.transactions.discard(lease)
@@ -351,7 +391,7 @@ class Pool:
             granted = lease.granted_at
             if granted == 0.0 or lease.ended or lease.reported or now - granted < patience:
                 continue
-            waiting = len(self._line if lease.readonly else self.writes.queue)
+            waiting = len(self._line if lease.readonly or not self.single_writer else self.writes.queue)
             if waiting:
                 lease.reported = True
                 self._report(lease.holder(), lease.number, lease.readonly, now - granted, waiting)
@@ -359,6 +399,8 @@ class Pool:
 
     def _report_unit(self, now: float, patience: float) -> None:
         """Likewise what runs on the writer without a lease: `db.run`, `offload=True`, `execute_many`, a slow write."""
+        if not isinstance(self.writes, WriteLane):
+            return
         current, waiting = self.writer.current, len(self.writes.queue)
         seen = self._seen
         if current is None or not waiting or self.writes.lease is not None:
@@ -377,7 +419,10 @@ class Pool:
     def _exhausted(self, item: Lease | Request, now: float) -> ConnectionPoolExhaustedError:
         waited = now - item.queued_at
         reading = (isinstance(item, Lease) and item.readonly) or item.home is self.reads
-        what = f"no reader connection (of {self.size})" if reading else "the one writer connection was not"
+        if not self.single_writer:
+            what = f"none of {self.size} connections was"
+        else:
+            what = f"no reader connection (of {self.size})" if reading else "the one writer connection was not"
         holders = "; ".join(self.holders(readonly=reading)) or "autocommit statements"
         return ConnectionPoolExhaustedError(
             f"database {self.name!r}: {what} free within {waited:.3g} s (pool_timeout is {self.timeout:g} s)."
@@ -387,9 +432,15 @@ class Pool:
     def holders(self, *, readonly: bool) -> list[str]:
         """Who holds what since when."""
         now = perf_counter()
-        leases = [lease for lease in self.transactions if lease.worker is not None and lease.readonly is readonly]
+        shared = not self.single_writer
+        leases = [
+            lease for lease in self.transactions if lease.worker is not None and (shared or lease.readonly is readonly)
+        ]
         found = [f"{lease.holder()}, for {now - lease.granted_at:.3g} s" for lease in leases if not lease.ended]
-        workers = self.reads.serving if readonly else {self.writer}
+        if isinstance(self.writes, SharedLane):
+            workers = self.reads.serving | self.writes.serving
+        else:
+            workers = self.reads.serving if readonly else {self.writer}
         for worker in workers:
             current = worker.current
             if current is not None and (readonly or not leases):
@@ -413,8 +464,8 @@ class Pool:
     def _refuse_all(self, error: Callable[[], BaseException], *, all_of_them: bool = True) -> None:
         """Refuses what waits; or only what no worker will come to any more: a served lane is emptied first."""
         for queue in (self._line, self.reads.queue, self.writes.queue):
-            served = (queue is self.reads.queue and self.reads.serving) or (
-                queue is self.writes.queue and self.writes.active and self.writes.lease is None
+            served = (queue is self.reads.queue and self.reads.served) or (
+                queue is self.writes.queue and self.writes.served
             )
             for item in tuple(queue):
                 if served and not all_of_them and not isinstance(item, Lease):
@@ -432,14 +483,15 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """What the pool is doing. Loop thread."""
-        workers = (self.writer, *self._readers)
+        workers = (self.writer, *self._readers) if self.single_writer else tuple(self._readers)
+        in_use = int(self.reader_limiter.borrowed_tokens) - self.reads.idle
         writing = tuple(self.writes.queue)
         leases = sum(1 for item in writing if isinstance(item, Lease))
         return PoolStats(
             pool_size=self.size,
             readers_open=sum(1 for worker in self._readers if worker.session is not None),
-            readers_in_use=int(self.reader_limiter.borrowed_tokens) - self.reads.idle,
-            writer_in_use=int(self.writes.active),
+            readers_in_use=in_use - self._writers_in_use(),
+            writer_in_use=self._writers_in_use() if isinstance(self.writes, SharedLane) else int(self.writes.active),
             waiting=sum(1 for item in self._line if isinstance(item, Lease)) + leases,
             queued=len(self.reads.queue) + len(writing) - leases,
             acquired_total=sum(worker.acquired for worker in workers),
@@ -451,6 +503,13 @@ class Pool:
             grouped_total=self.writer.grouped,
             replaced_total=sum(worker.replaced for worker in workers),
         )
+
+    def _writers_in_use(self) -> int:
+        """Connections that serve writes among those that could read as well."""
+        if not isinstance(self.writes, SharedLane):
+            return 0
+        leases = sum(1 for lease in self.transactions if lease.worker is not None and not lease.readonly)
+        return min(leases + len(self.writes.serving), int(self.reader_limiter.borrowed_tokens))
 
     # Closing
 
@@ -529,9 +588,20 @@ class Pool:
     def _reader_closed(self, worker: Worker) -> None:
         self._readers.remove(worker)
         if self.closing and not self._readers:
-            self.writer.stop()
+            if self.single_writer:
+                self.writer.stop()
+            else:
+                self._all_closed()
 
     def _writer_closed(self) -> None:
+        if self.writer in self._readers:
+            self._reader_closed(self.writer)
+        else:
+            self._all_closed()
+
+    def _all_closed(self) -> None:
+        if self.closed:  # it could not be opened, and everybody has been told
+            return
         self.closed = True
         self._forget_timer()
         registry.discard(self)

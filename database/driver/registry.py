@@ -101,6 +101,8 @@ _retreats: list[_Retreat] = []
 def _step_aside() -> None:
     deadline = time.monotonic() + FORK_SECONDS
     for pool in tuple(_pools):
+        if not pool.single_writer:  # a connection to a server has no locks on files that a child could upset
+            continue
         # A fork may happen on a worker's own thread, which cannot wait for itself.
         free = [each for each in (*pool.readers(), pool.writer) if each is not here.worker and not pool.attends(each)]
         writer = _Retreat(None)

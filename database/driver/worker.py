@@ -321,6 +321,11 @@ class Worker:
             self.current = request
             return True
 
+    def turn_to(self, request: Request) -> None:
+        """Of several requests that were sent together, this one is waited for now."""
+        self._ticks = 0
+        self.current = request
+
     def left(self) -> None:
         """After `enter`: nothing is current any more."""
         with self._guard:
@@ -470,6 +475,8 @@ class Worker:
         """
         began = until = perf_counter()
         deadline = began + self.backend.busy_timeout
+        if self._on_slow is not None:
+            self._on_slow()  # whoever waits behind this one need not wait for a lock of somebody else's
         try:
             while True:
                 until = perf_counter()

@@ -209,6 +209,9 @@ class SqliteSession:
         self._control(f"ROLLBACK TO level_{number} {_MARK}")
         self._control(f"RELEASE level_{number} {_MARK}")
 
+    def isolation(self, level: str) -> None:
+        """See `Session`. There is but one level here, and it is the strictest."""
+
     def restrict(self, readonly: bool) -> None:
         """See `Session`. Setting the authorizer anew has every cached statement checked again."""
         self._restricted = readonly

@@ -1,4 +1,4 @@
-"""A small job service on `database.sqlite3`: reads a crontab, queues runs of its jobs, lets workers do them.
+"""A small job service on `database`: reads a crontab, queues runs of its jobs, lets workers do them.
 
     python docs/examples/jobu.py --backend trio --jobs 1000 --workers 8 /etc/crontab
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 import secrets
 import signal
@@ -33,8 +32,7 @@ import anyio
 from anyio.abc import TaskStatus
 from crontab import Crontab, Entry, read_crontab, split_command
 
-from database import errors
-from database.sqlite3 import configure, get_db, lifespan, load_queries, transactional, transactional_readonly
+from database import configure, errors, get_db, lifespan, load_queries, transactional, transactional_readonly
 
 HERE = Path(__file__).parent
 POLL_SECONDS = 0.05
@@ -107,7 +105,9 @@ async def store_jobs(entries: list[Entry]) -> tuple[int, int, int, int]:
     rows = [{"name": e.name, "cron_expr": e.schedule, "handler": e.command} for e in entries]
     written = await db.execute_many(queries.upsert_job, rows)
     new = await db.fetch_value(queries.count_jobs) - before
-    disabled = await db.execute(queries.disable_jobs_but, {"names": json.dumps([e.name for e in entries])})
+    kept = {entry.name for entry in entries}
+    enabled = [row["name"] for row in await db.fetch_all(queries.get_all_jobs, {"enabled": 1})]
+    disabled = await db.execute_many(queries.disable_job, [{"name": name} for name in enabled if name not in kept])
     return new, written.rowcount - new, len(rows) - written.rowcount, disabled.rowcount
 
 
@@ -219,7 +219,9 @@ def echo(job: Job) -> str:
 
 async def work(worker: str, seconds: float, report: Report) -> None:
     """Does runs until none is queued."""
-    while claimed := await claim_run(worker):
+    while (claimed := await claim_run(worker)) or await db.fetch_value(queries.count_queued_runs):
+        if claimed is None:  # another worker was quicker
+            continue
         run, job = claimed
         report.executed[run.id] += 1
         await anyio.sleep(seconds)

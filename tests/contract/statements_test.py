@@ -159,7 +159,7 @@ async def test_script_inside_a_transaction_stays_inside(db: Any, engine: Engine)
     with pytest.raises(LookupError):
         async with db.transaction():
             await add(db, "before")
-            await db.execute_script("INSERT INTO jobs (name) VALUES ('x'); CREATE TABLE t (a);")
+            await db.execute_script("INSERT INTO jobs (name) VALUES ('x'); CREATE TABLE t (a TEXT);")
             assert engine.committed() == []
             await add(db, "after")
             raise LookupError

@@ -67,6 +67,13 @@ INSERT INTO note (text) VALUES ('first; with a semicolon');
 """
 
 
+REFUSING_TRIGGER = """
+CREATE TRIGGER refuse BEFORE INSERT ON item WHEN new.value = 'rollback'
+BEGIN SELECT RAISE(ROLLBACK, 'refused'); END;
+"""
+"""Makes the insertion of 'rollback' an error that undoes the whole transaction."""
+
+
 @dataclass
 class Engine:
     """One engine under test: its public module and what the tests need from outside the package.
@@ -79,6 +86,10 @@ class Engine:
     schema: str = SCHEMA
     queries: str = QUERIES
     databases: tuple[str, ...] = ("default", "audit")
+    refusing_trigger: str = REFUSING_TRIGGER
+    driver_error: type[Exception] = sqlite3.IntegrityError
+    pool_size: int = 2
+    first_worker: str = "database-default-writer"
     public: types.ModuleType = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +102,7 @@ class Engine:
         """The configuration of one test: small, quick, with nothing from the packaged init.sql."""
         section: dict[str, Any] = {
             "path": str(self.path()),
-            "pool_size": 2,
+            "pool_size": self.pool_size,
             "pool_timeout": 5,
             "init_sql": "",
             "synchronous": "OFF",  # no test pulls the plug, and thousands of files are closed
@@ -100,6 +111,10 @@ class Engine:
         if audit is not None:
             section["databases"] = {"audit": {"path": str(self.path("audit")), **audit}}
         return {"database": {"sqlite": section}}
+
+    def code(self, name: str) -> tuple[int | str, str]:
+        """The code and the name that an error has on this engine, by SQLite's name of it."""
+        return getattr(sqlite3, name), name
 
     def load_queries(self) -> Any:
         file = self.directory / "queries.sql"
@@ -127,6 +142,9 @@ class Engine:
             yield connection
         finally:
             connection.close()
+
+    def dispose(self) -> None:
+        """Removes what the test has left; for SQLite, pytest's directories are enough."""
 
     def open_files(self) -> list[str]:
         """The database files this process holds open, one entry a descriptor; empty where the OS does not
@@ -242,9 +260,15 @@ async def gather(*calls: Callable[[], Awaitable[Any]]) -> list[Any]:
 @asynccontextmanager
 async def held(db: Any, *, readonly: bool = False, count: int = 1) -> AsyncIterator[anyio.Event]:
     """`count` other tasks hold a transaction each (and so a connection), until the block or the event ends
-    them.
+    them. Where no connection is the one writer, all that are free are held: only then does a writer wait.
     """
     release = anyio.Event()
+    if not db.engine.single_writer:
+        if db.stats().pool_size == 0:
+            await db.open()
+        taken = sum(1 for lease in db.pool().transactions if lease.worker is not None and not lease.ended)
+        free = db.stats().pool_size - taken
+        count = min(count, free) if readonly else free
 
     async def hold_a_connection(*, task_status: anyio.abc.TaskStatus[None]) -> None:
         async with db.transaction(readonly=readonly):

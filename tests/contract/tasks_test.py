@@ -549,10 +549,7 @@ async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure:
     """Of many at once, committed in groups, those that fail undo only themselves; an answer means
     committed.
     """
-    await db.execute_script(
-        "CREATE TRIGGER refuse BEFORE INSERT ON item WHEN new.value = 'rollback' "
-        "BEGIN SELECT RAISE(ROLLBACK, 'refused'); END;"
-    )
+    await db.execute_script(engine.refusing_trigger)
 
     @transactional(offload=True)
     async def work(number: int) -> int:
@@ -598,10 +595,7 @@ async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure:
 @pytest.mark.parametrize("failure", ["constraint", "rollback", "deferred"])
 async def test_group_of_all_kinds(db: Any, engine: Engine, failure: str) -> None:
     """Single writes, `run` and offloaded functions share commits; each failure is its own caller's alone."""
-    await db.execute_script(
-        "CREATE TRIGGER refuse BEFORE INSERT ON item WHEN new.value = 'rollback' "
-        "BEGIN SELECT RAISE(ROLLBACK, 'refused'); END;"
-    )
+    await db.execute_script(engine.refusing_trigger)
     bad = {
         "constraint": "INSERT INTO jobs (name) VALUES ('taken')",
         "rollback": "INSERT INTO item (value) VALUES ('rollback')",

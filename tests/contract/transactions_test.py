@@ -148,10 +148,7 @@ async def test_statement_that_rolls_back_the_transaction(db: Any, engine: Engine
     """When the database itself has undone the whole transaction, nothing of it goes on as if it were still
     there.
     """
-    await db.execute_script(
-        "CREATE TRIGGER refuse BEFORE INSERT ON item WHEN new.value = 'rollback' "
-        "BEGIN SELECT RAISE(ROLLBACK, 'refused'); END;"
-    )
+    await db.execute_script(engine.refusing_trigger)
     with pytest.raises(errors.DatabaseError):
         async with db.transaction():
             await add(db, "a")

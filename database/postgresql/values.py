@@ -1,0 +1,215 @@
+"""Rows out of PostgreSQL, parameters into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
+from datetime import date, datetime
+from datetime import time as time_of_day
+from enum import Enum
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any, ClassVar, cast
+
+from database.postgresql.analysis import Plan
+
+__all__ = ["BindError", "Row", "bind", "coercion", "row_class"]
+
+
+class BindError(TypeError):
+    """The parameters do not fit the statement."""
+
+
+class Row(tuple[Any, ...]):
+    """A row: a sequence of values that also knows their names.
+
+    `row[0]`, `row["name"]` (case does not matter), `row[1:3]`, `len(row)`, `dict(row)`, `Entity(**row)`, and iteration
+    over the values.
+    """
+
+    __slots__ = ()
+    names: ClassVar[tuple[str, ...]] = ()
+    positions: ClassVar[dict[str, int]] = {}
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            position = self.positions.get(key)
+            if position is None:
+                position = self.positions.get(key.lower())
+                if position is None:
+                    raise IndexError(f"no column is named {key!r}; there are {', '.join(self.names)}")
+            key = position
+        return super().__getitem__(key)
+
+    def __repr__(self) -> str:
+        return f"Row({', '.join(f'{name}={value!r}' for name, value in zip(self.names, self, strict=True))})"
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Row):
+            return self.names == other.names and super().__eq__(other)
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+    def keys(self) -> list[str]:
+        """The columns' names in order."""
+        return list(self.names)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of that column, or `default` if there is no such column."""
+        try:
+            return self[name]
+        except IndexError:
+            return default
+
+    def values(self) -> tuple[Any, ...]:
+        """The values in order."""
+        return tuple(self)
+
+    def items(self) -> ItemsView[str, Any]:
+        """Names and values in order."""
+        return dict(zip(self.names, self, strict=True)).items()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.names, tuple(self))
+
+
+def _unpickled(names: tuple[str, ...], values: tuple[Any, ...]) -> Row:
+    return row_class(names)(values)
+
+
+@lru_cache(maxsize=2000)
+def row_class(names: tuple[str, ...]) -> type[Row]:
+    """The class of rows with these columns; of columns with one name, the first is found by it."""
+    positions: dict[str, int] = {}
+    for position, name in enumerate(names):
+        positions.setdefault(name, position)
+    for position, name in enumerate(names):
+        positions.setdefault(name.lower(), position)
+    return type("Row", (Row,), {"__slots__": (), "names": names, "positions": positions})
+
+
+_PLAIN = frozenset({int, float, str, bytes, type(None), bool, datetime})
+_is_plain = _PLAIN.issuperset
+
+
+def _adapt(value: Any) -> Any:
+    """What psycopg has no adapter for, or would adapt otherwise than on SQLite."""
+    if isinstance(value, Enum):
+        return _adapt(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    return value
+
+
+def bind(plan: Plan, params: Any) -> Sequence[Any]:
+    """The values of a plan's parameters, in order: from a sequence, a mapping, or an object with attributes.
+
+    Raises:
+        BindError: They are none of these, not as many as there are placeholders, or one that is named is missing.
+    """
+    names = plan.names
+    values: Sequence[Any]
+    if names is not None:
+        values = _named(names, params)
+    else:
+        kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+        if kind is tuple or kind is list:
+            values = params
+        elif params is None:
+            values = ()
+        elif isinstance(params, Mapping) or _no_parameters(params):
+            if plan.count:
+                raise (
+                    _unfit(params)
+                    if not isinstance(params, Mapping)
+                    else BindError("positional placeholders take a sequence of values, not a mapping")
+                )
+            if not isinstance(params, Mapping):
+                raise _unfit(params)
+            values = ()
+        elif isinstance(params, Sequence):
+            values = list(cast("Iterable[Any]", params))
+        elif plan.count == 0:
+            values = ()
+        else:
+            raise BindError("positional placeholders take a sequence of values, not an object")
+        if len(values) != plan.count:
+            raise BindError(f"the statement has {plan.count} placeholders, and {len(values)} values were given")
+    if _is_plain(map(type, values)):
+        return values
+    return [_adapt(value) for value in values]
+
+
+def _no_parameters(params: Any) -> bool:
+    return isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type))
+
+
+def _named(names: tuple[str, ...], params: Any) -> list[Any]:
+    kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+    if kind is dict or isinstance(params, (Mapping, Row)):
+        try:
+            return [params[name] for name in names]
+        except LookupError:
+            missing = [name for name in names if name not in params.keys()]  # noqa: SIM118  - a row has no `in` for names
+            raise BindError(f"no value was given for {', '.join(f':{name}' for name in missing)}") from None
+    if params is None:
+        raise BindError(f"no value was given for {', '.join(f':{name}' for name in names)}")
+    if _no_parameters(params):
+        raise _unfit(params)
+    if isinstance(params, Sequence):  # as on SQLite: named placeholders take a sequence in the order of their names
+        values = list(cast("Iterable[Any]", params))
+        if len(values) != len(names):
+            raise BindError(f"the statement has {len(names)} placeholders, and {len(values)} values were given")
+        return values
+    try:
+        return [getattr(params, name) for name in names]
+    except AttributeError as error:
+        raise BindError(f"no value was given for :{error.name}") from None
+
+
+def _unfit(params: Any) -> BindError:
+    shown = f"the class {params.__name__}" if isinstance(params, type) else type(params).__name__
+    return BindError(
+        f"parameters must be a mapping, a sequence or an object with attributes, not {shown};"
+        " a single value is written as (value,)"
+    )
+
+
+# Where a parameter's type does not fit: SQLite stores anything anywhere, and code that comes from there relies on it.
+
+_INTEGERS = frozenset({20, 21, 23})
+_NUMBERS = frozenset({700, 701, 1700})
+_TEXTS = frozenset({25, 1042, 1043, 19, 18})
+_BOOLEAN = 16
+
+
+def _as_text(value: Any) -> Any:
+    if value is None or isinstance(value, (str, bytes)):
+        return value
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, datetime):
+        return value.isoformat(" ")
+    if isinstance(value, (date, time_of_day)):
+        return value.isoformat()
+    return str(value)
+
+
+def _as_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else value
+
+
+def _as_boolean(value: Any) -> Any:
+    return bool(value) if isinstance(value, int) else value
+
+
+def coercion(oid: int) -> Callable[[Any], Any] | None:
+    """How a value becomes one of the type that the server wants; None where it is left as it is."""
+    if oid in _TEXTS:
+        return _as_text
+    if oid in _INTEGERS or oid in _NUMBERS:
+        return _as_integer
+    if oid == _BOOLEAN:
+        return _as_boolean
+    return None

@@ -1,0 +1,1 @@
+"""PostgreSQL: what the contract does not say, and what must differ from it."""
