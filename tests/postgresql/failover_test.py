@@ -165,29 +165,44 @@ async def test_failover_under_load(cluster: Cluster) -> None:
                 if after >= 200:
                     enough.set()
 
+    held, killed = anyio.Event(), anyio.Event()
+
+    async def in_the_middle() -> None:
+        """Whatever the others were doing at that moment, this one is in a transaction and must notice."""
+        with pytest.raises(errors.DatabaseError) as caught:
+            async with db.transaction():
+                await db.execute("INSERT INTO note (id, text) VALUES (0, 'lost')")
+                held.set()
+                await killed.wait()
+                await db.execute("INSERT INTO note (id, text) VALUES (-1, 'lost')")
+        failures.append(caught.value)
+
     with anyio.fail_after(60):
         async with anyio.create_task_group() as group:
             for _ in range(WORKERS):
                 group.start_soon(work)
             await eventually(lambda: len(answered) > 200, "the load is on", within=20)
+            group.start_soon(in_the_middle)
+            await held.wait()
             await anyio.to_thread.run_sync(cluster.primary.kill)
+            killed.set()
             await anyio.to_thread.run_sync(cluster.replica.promote)
             promoted = True
             await enough.wait()
 
-    assert failures, "somebody must have noticed"
     assert {type(failure) for failure in failures} <= {
         errors.QueryExecutionError,
         errors.ConnectionFailedError,
         errors.TransactionError,
         errors.ConnectionPoolExhaustedError,
     }
-    lost = [failure for failure in failures if "connection to the server was lost" in str(failure)]
-    assert lost
-    assert "may have taken effect or not" in str(lost[0])
+    for failure in failures:
+        if "connection to the server was lost" in str(failure):
+            assert "may have taken effect or not" in str(failure)
     with psycopg.connect(cluster.replica.conninfo()) as connection:
         kept = {number for (number,) in connection.execute("SELECT id FROM note")}
     assert answered <= kept, f"lost: {sorted(answered - kept)}"
+    assert not kept & {0, -1}, "a transaction that its caller saw fail"
 
 
 async def test_a_restarted_server_is_not_noticed(cluster: Cluster) -> None:
