@@ -94,3 +94,20 @@ def test_no_plain_tuple_is_ever_seen() -> None:
     """Whatever way a row is reached, it is a `Row`."""
     rows = lazy()
     assert {type(row) for row in [*rows, rows[0], *rows[1:], *reversed(rows), rows.pop(), *rows.copy()]} == {Row}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000])
+async def test_every_size_of_result(db: Any, count: int) -> None:
+    """Whatever its size, a result is a list of rows, the same as streamed, and readable after the pool has gone."""
+    await db.execute_many("INSERT INTO item (id, value) VALUES (?, ?)", [(n, f"value {n}") for n in range(count)])
+    sql = "SELECT id, value FROM item ORDER BY id"
+    rows = await db.fetch_all(sql)
+    async with db.stream(sql, chunk_size=7) as stream:
+        streamed = [row async for row in stream]
+    made = await db.fetch_all(sql, record_class=lambda **columns: columns)
+    await db.close()
+    assert isinstance(rows, list)
+    assert [tuple(row) for row in rows] == [(n, f"value {n}") for n in range(count)]
+    assert [dict(row) for row in streamed] == [dict(row) for row in rows] == made
+    assert {type(row) for row in rows} <= {Row}
