@@ -53,16 +53,7 @@ def _backend(settings: PostgresqlSettings) -> Backend:
             good = True
         return session
 
-    return Backend(
-        description=describe(settings),
-        connect=connect,
-        is_busy=is_busy,
-        is_broken=is_broken,
-        busy_timeout=PATIENCE,
-        single_writer=False,
-        may_join=may_join,
-        run_together=PostgresqlSession.run_together,
-    )
+    return _shared(describe(settings), connect)
 
 
 def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
@@ -77,8 +68,13 @@ def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
         good = True
         return session
 
+    return _shared(f"{describe(settings)} (replicas)", connect)
+
+
+def _shared(description: str, connect: Callable[[Role, Callable[[], bool]], PostgresqlSession]) -> Backend:
+    """A backend whose connections are all alike."""
     return Backend(
-        description=f"{describe(settings)} (replicas)",
+        description=description,
         connect=connect,
         is_busy=is_busy,
         is_broken=is_broken,
