@@ -89,7 +89,8 @@ class Engine:
     refusing_trigger: str = REFUSING_TRIGGER
     driver_error: type[Exception] = sqlite3.IntegrityError
     pool_size: int = 2
-    first_worker: str = "database-default-writer"
+    writers: frozenset[str] = frozenset({"database-default-writer"})
+    """The workers that may execute a write."""
     public: types.ModuleType = field(init=False)
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ class PostgresqlEngine(Engine):
 
     schema: str = SCHEMA
     refusing_trigger: str = REFUSING_TRIGGER
-    first_worker: str = "database-default-1"
+    writers: frozenset[str] = frozenset({"database-default-1", "database-default-2"})
     driver_error: type[Exception] = psycopg.errors.IntegrityError
 
     def __post_init__(self) -> None:
