@@ -157,14 +157,9 @@ class ReadLane:
             try:
                 request = popleft()
             except IndexError:
-                worker.sleeping = True
-                worker.flush()
-                if worker.yielding:
+                word = worker.rest(queue)
+                if word is None:
                     break
-                if queue and worker.sleeping:
-                    worker.sleeping = False
-                    continue
-                word = worker.inbox.get()
                 if word is not WAKE:
                     return word
                 worker.attend(on_slow)
@@ -246,12 +241,7 @@ class WriteLane:
             try:
                 item = popleft()
             except IndexError:
-                worker.sleeping = True
-                worker.flush()
-                if queue and worker.sleeping:
-                    worker.sleeping = False
-                    continue
-                word = worker.inbox.get()
+                word = worker.rest(queue)
                 if word is not WAKE:
                     return word
                 worker.attend()

@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from queue import SimpleQueue
 from threading import Lock, Thread, local
 from time import perf_counter
@@ -290,6 +290,21 @@ class Worker:
         if answers:
             self.answers = []
             self.waker.post(answers)
+
+    def rest(self, queue: Collection[object]) -> Servable | None:
+        """The lane is empty: posts the answers, and sleeps until there is something to do. See "Sleep" above.
+
+        Returns:
+            WAKE to look at the lane again, None to leave it, or what is to be served in its place.
+        """
+        self.sleeping = True
+        self.flush()
+        if self.yielding:
+            return None
+        if queue and self.sleeping:
+            self.sleeping = False
+            return WAKE
+        return self.inbox.get()
 
     def finish(self, notice: Notice) -> None:
         """Posts the answers together with a notice to the pool."""
