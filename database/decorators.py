@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Coroutine
-from contextvars import copy_context
 from typing import Any, Protocol, TypeVar, overload
 
 import anyio
 
+from database.driver.request import UNIT
 from database.driver.worker import here
 from database.errors import DatabaseBusyError, TransactionError
 from database.handle import Database
-from database.offload import Job
+from database.offload import Job, Offloaded
 from database.transaction import (
     PROPAGATIONS,
     Isolation,
@@ -25,6 +25,7 @@ from database.transaction import (
     enter,
     leave,
     options_of,
+    run_callbacks,
 )
 
 __all__ = ["Decorator", "make_decorator"]
@@ -106,8 +107,22 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
                     " function that uses a connection there is db.run()"
                 )
             databases = [get_db(each) for each in names]
-            runner = _make_runner(databases, function, name, timeout, propagation, offload, readonly, options)
-            return _wrap(function, runner, retries)
+            origin = _make_origin(name, function)
+            run = _make_runner(databases, function, origin, timeout, propagation, offload, readonly, options)
+            if retries:
+                wrapper = _make_retrying(run, retries)
+            elif (
+                timeout is not None
+                or options is not None
+                or propagation not in ("nested", "required")
+                or len(databases) > 1
+            ):
+                wrapper = _make_ordinary(run)
+            elif offload:
+                wrapper = _make_offloading(run, databases[0], function, origin, readonly)
+            else:
+                wrapper = _make_opening(run, databases[0], function, origin, readonly)
+            return functools.update_wrapper(wrapper, function)
 
         return decorate if function is None else decorate(function)
 
@@ -149,30 +164,85 @@ def _describe(function: Any) -> str:
 Levels = list[Transaction | Job] | None
 """Where a run notes what it has begun, if somebody wants to know whether it may be run again."""
 
-Runner = Callable[[tuple[Any, ...], dict[str, Any]], Coroutine[Any, Any, Any]]
+Runner = Callable[[tuple[Any, ...], dict[str, Any], Levels, TimeLimit | None], Coroutine[Any, Any, Any]]
+"""Runs the function in whatever way was asked for, and wherever it is called."""
 
 
-def _wrap(function: Any, runner: Callable[..., Any], retries: int) -> Any:
-    if retries == 0:
+def _make_origin(name: str, function: Any) -> Callable[[], Origin]:
+    what = f"@{name} {function.__qualname__}()"
+    code = function.__code__ if hasattr(function, "__code__") else None
+    return functools.partial(Origin, what, code, 0 if code is None else code.co_firstlineno)
 
-        @functools.wraps(function)
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await runner(args, kwargs, None, None)
 
-    else:
+def _make_ordinary(run: Runner) -> Any:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await run(args, kwargs, None, None)
 
-        @functools.wraps(function)
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for left in range(retries, -1, -1):
-                levels: list[Transaction | Job] = []
-                try:
-                    return await runner(args, kwargs, levels, None)
-                except DatabaseBusyError:
-                    # Within an outer transaction only the whole of that could be run again.
-                    again = all(level.parent is None and not level.committed for level in levels)
-                    if not left or not again:
-                        raise
-            raise AssertionError
+    return wrapper
+
+
+def _make_retrying(run: Runner, retries: int) -> Any:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        for left in range(retries, -1, -1):
+            levels: list[Transaction | Job] = []
+            try:
+                return await run(args, kwargs, levels, None)
+            except DatabaseBusyError:
+                # Within an outer transaction only the whole of that could be run again.
+                again = all(level.parent is None and not level.committed for level in levels)
+                if not left or not again:
+                    raise
+        raise AssertionError
+
+    return wrapper
+
+
+def _make_opening(run: Runner, database: Database, function: Any, origin: Callable[[], Origin], readonly: bool) -> Any:
+    """A wrapper without detours for what is done most: no transaction is open, so one is begun."""
+    variable = database.current
+
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if variable.get() is not None:
+            return await run(args, kwargs, None, None)
+        pool = database.reading_pool(None) if readonly else database.pool()
+        root = Transaction(database, pool, origin(), readonly=readonly)
+        token = variable.set(root)
+        try:
+            result = await function(*args, **kwargs)
+        except BaseException as error:
+            await leave(root, token, error)
+            raise
+        await leave(root, token, None)
+        return result
+
+    return wrapper
+
+
+def _make_offloading(
+    run: Runner, database: Database, function: Any, origin: Callable[[], Origin], readonly: bool
+) -> Any:
+    """The same for a function that is run on the database's thread."""
+    variable = database.current
+    offloaded = Offloaded(database, function, origin(), readonly=readonly)
+    drive = Job.drive
+
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if variable.get() is not None:
+            return await run(args, kwargs, None, None)
+        job = Job(offloaded, args, kwargs)
+        pool = database.reading_pool(None) if readonly else database.pool()
+        request = pool.request(UNIT, drive, job, None, None, job)
+        (pool.reads if readonly else pool.writes).submit(request)
+        try:
+            result, callbacks = await request
+        except Exception:
+            raise
+        except BaseException:
+            await job.called_off(request, alone=True)
+            raise
+        if callbacks:
+            await run_callbacks(callbacks)
+        return result
 
     return wrapper
 
@@ -180,17 +250,13 @@ def _wrap(function: Any, runner: Callable[..., Any], retries: int) -> Any:
 def _make_runner(
     databases: list[Database],
     function: Any,
-    name: str,
+    origin: Callable[[], Origin],
     timeout: float | None,
     propagation: str,
     offload: bool,
     readonly: bool,
     options: Options | None,
-) -> Callable[..., Any]:
-    what = f"@{name} {function.__qualname__}()"
-    code = function.__code__ if hasattr(function, "__code__") else None
-    origin = functools.partial(Origin, what, code, 0 if code is None else code.co_firstlineno)
-
+) -> Runner:
     if len(databases) > 1:
 
         async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
@@ -200,27 +266,19 @@ def _make_runner(
 
     else:
         database = databases[0]
-        variable = database.current
-        can_open = options is None and propagation in ("nested", "required")
+        offloaded = Offloaded(database, function, origin(), readonly=readonly)
 
         async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
             if offload and not _is_inline(database):
-                job = Job(database, function, args, kwargs, copy_context(), origin(), readonly=readonly)
+                job = Job(offloaded, args, kwargs)
                 if levels is not None:
                     levels.append(job)
                 if limit is not None:
                     limit.offloading(job)
                 return await database.offload(job, readonly=readonly, options=options)
-            entered: Any
-            token: Any
-            if can_open and variable.get() is None:  # as `enter` would do it, without its detours
-                pool = database.reading_pool(None) if readonly else database.pool()
-                entered = Transaction(database, pool, origin(), readonly=readonly)
-                token = variable.set(entered)
-            else:
-                entered, token = await enter(
-                    database, origin(), readonly=readonly, propagation=propagation, options=options
-                )
+            entered, token = await enter(
+                database, origin(), readonly=readonly, propagation=propagation, options=options
+            )
             if levels is not None and isinstance(entered, Transaction):
                 levels.append(entered)
             try:
@@ -256,7 +314,7 @@ def _is_inline(database: Database) -> bool:
     if here.worker is None:
         return False
     level = database.current.get()
-    return isinstance(level, Transaction) and level.root.session is not None
+    return isinstance(level, Transaction) and level.session is not None
 
 
 async def _run_on_several(

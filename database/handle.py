@@ -20,8 +20,6 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
-import anyio
-
 from database import engine as engines
 from database import logs, settings
 from database.batch import Batch
@@ -35,10 +33,9 @@ from database.errors import (
     ConfigurationError,
     DatabaseError,
     QueryExecutionError,
-    ReadOnlyTransactionError,
     TransactionError,
 )
-from database.statements import CONTROL, OTHER, READ, WRITE, Result, Row, Statement, TypedQuery
+from database.statements import CONTROL, READ, WRITE, Result, Row, Statement, TypedQuery
 from database.stream import Stream
 from database.transaction import (
     Detached,
@@ -274,13 +271,14 @@ class Database:
 
     # Statements
 
-    def _send(self, operation: Any, statement: Statement, params: Any, extra: Any) -> Awaitable[Any]:
-        """Hands a statement over; gives what its answer is to be awaited from."""
-        level = self.current.get()
+    def _send(
+        self, level: Transaction | Detached | None, operation: Any, statement: Statement, params: Any, extra: Any
+    ) -> Awaitable[Any]:
+        """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
         if level is not None and type(level) is not Detached:
             transaction: Transaction = level  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
-            if transaction.readonly and statement.kind != READ and not transaction.ended and not _asks(statement):
-                raise self._read_only(statement)
+            if transaction.readonly and statement.kind != READ:
+                transaction.refuse_write(statement)
             return transaction.send(transaction.pool.request(STATEMENT, operation, statement, params, extra))
         pool = self._recent
         if pool is None or pool.loop() is not current_loop():
@@ -295,11 +293,6 @@ class Database:
             request = pool.request(kind, operation, statement, params, extra)
             pool.writes.submit(request)
         return request
-
-    def _read_only(self, statement: Statement) -> ReadOnlyTransactionError:
-        return ReadOnlyTransactionError(
-            f"a read-only transaction refuses this {statement.verb}; nothing was executed: {statement.sql[:500]}"
-        )
 
     def _refuse_waiting_for_itself(self, level: Detached) -> None:
         if not self.engine.single_writer:
@@ -332,7 +325,10 @@ class Database:
             raise self._unfit("execute", statement)
         if type(query) is not str:
             self._check_operation("execute", query)
-        result: Result = await self._send(self._operations.execute, statement, params, None)
+        level = self.current.get()
+        if level is not None and level.session is not None:
+            return cast("Result", level.execute_here(self._operations.execute, statement, params, None))
+        result: Result = await self._send(level, self._operations.execute, statement, params, None)
         return result
 
     @overload
@@ -361,7 +357,10 @@ class Database:
         statement = self._rows_from("fetch_one", query)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_one", query)
-        return await self._send(self._operations.fetch_one, statement, params, record_class)
+        level = self.current.get()
+        if level is not None and level.session is not None:
+            return level.execute_here(self._operations.fetch_one, statement, params, record_class)
+        return await self._send(level, self._operations.fetch_one, statement, params, record_class)
 
     @overload
     async def fetch_all(
@@ -380,7 +379,10 @@ class Database:
         statement = self._rows_from("fetch_all", query)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_all", query)
-        rows: list[Any] = await self._send(self._operations.fetch_all, statement, params, record_class)
+        level = self.current.get()
+        if level is not None and level.session is not None:
+            return cast("list[Any]", level.execute_here(self._operations.fetch_all, statement, params, record_class))
+        rows: list[Any] = await self._send(level, self._operations.fetch_all, statement, params, record_class)
         return rows
 
     async def fetch_value(self, query: Query, params: Parameters = None, *, default: Any = None) -> Any:
@@ -388,7 +390,10 @@ class Database:
         statement = self._rows_from("fetch_value", query)
         if type(query) is not str:
             self._check_operation("fetch_value", query)
-        return await self._send(self._operations.fetch_value, statement, params, default)
+        level = self.current.get()
+        if level is not None and level.session is not None:
+            return level.execute_here(self._operations.fetch_value, statement, params, default)
+        return await self._send(level, self._operations.fetch_value, statement, params, default)
 
     @staticmethod
     def _check_operation(method: str, query: Any) -> Callable[..., Any] | None:
@@ -433,8 +438,8 @@ class Database:
         """Hands several statements over as one; gives what their answer is to be awaited from."""
         level = self.current.get()
         if isinstance(level, Transaction):
-            if level.readonly and kind == MANY and not level.ended:
-                raise self._read_only(cast("Statement", what))
+            if level.readonly and kind == MANY:
+                level.refuse_write(cast("Statement", what))
             pool = level.pool
         else:
             pool = self.reading_pool(options) if readonly else self.pool()
@@ -534,10 +539,11 @@ class Database:
         )
 
     async def offload(self, job: Any, *, readonly: bool, options: Options | None = None) -> Any:
-        """Sends a coroutine function to the database's thread; see `database.offload`."""
+        """Sends a call of a coroutine function to the database's thread; see `database.offload`."""
         level = self.current.get()
-        assert not isinstance(level, Transaction) or level.root.session is None  # there, it is an ordinary level
+        alone = not isinstance(level, Transaction)
         if isinstance(level, Transaction):
+            assert level.session is None  # there, it is an ordinary level
             pool = level.pool
             if options is not None:
                 refuse_isolation(level, options)
@@ -551,13 +557,7 @@ class Database:
         except Exception:
             raise
         except BaseException:
-            job.running = request.cancelled and not request.answered
-            if request.answered and request.error is None and not isinstance(level, Transaction):
-                # Cancelled, but committed already: those who wait for the commit are told.
-                job.whole = True
-                job.result, callbacks = request.result
-                with anyio.CancelScope(shield=True):
-                    await run_callbacks(callbacks)
+            await job.called_off(request, alone=alone)
             raise
         if callbacks:
             if isinstance(level, Transaction):
@@ -574,7 +574,10 @@ class Database:
         if statement.kind == CONTROL:
             raise self._unfit("this query", statement)
         arguments = (method, params, (record_class,) if record else None)
-        return await self._send(self._operations.call_aiosql, statement, arguments, None)
+        level = self.current.get()
+        if level is not None and level.session is not None:
+            return level.execute_here(self._operations.call_aiosql, statement, arguments, None)
+        return await self._send(level, self._operations.call_aiosql, statement, arguments, None)
 
     # Transactions
 
@@ -610,7 +613,7 @@ class Database:
         origin.set_task()
         entered, _ = await enter(self, origin, readonly=readonly, propagation="nested", manual=True)
         level = cast("Transaction", entered)
-        if level.root.session is None:
+        if level.session is None:
             level.watch = level.pool.waker.on_task_end(level.roll_back_unattended)
         return level
 
@@ -652,7 +655,7 @@ class Database:
         """Returns once everything that was handed over so far has been executed. It does not commit."""
         level = self._open_level("flush")
         if level is not None:
-            if level.root.lease is not None or level.root.session is not None:
+            if level.root.lease is not None or level.session is not None:
                 await level.run(level.pool.request(STATEMENT, _nothing, None, None, None, "flush"), in_turn=False)
             return
         await self.open()
@@ -728,7 +731,7 @@ class Database:
             )
         level = self.current.get()
         if isinstance(level, Transaction) and level.readonly:
-            raise self._read_only(statement)
+            level.refuse_write(statement)
         return statement
 
     # The rest
@@ -970,11 +973,6 @@ def _monitor(chosen: settings.Settings) -> Any:
 def _origin(what: str, depth: int) -> Origin:
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
     return Origin(what, frame.f_code, frame.f_lineno)
-
-
-def _asks(statement: Statement) -> bool:
-    """Whether only the engine can say that a statement changes nothing."""
-    return statement.kind == OTHER and statement.verb in ("PRAGMA", "EXPLAIN")
 
 
 def _nothing(_session: Any, _statement: Any, _params: Any, _extra: Any) -> None:

@@ -9,69 +9,86 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Coroutine
-from contextvars import Context
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 from database.driver.worker import here
 from database.errors import TransactionError
-from database.transaction import Origin, Transaction
+from database.transaction import Origin, Transaction, run_callbacks
 
 if TYPE_CHECKING:
+    from database.driver.request import Request
     from database.handle import Database
 
-__all__ = ["Job"]
+__all__ = ["Job", "Offloaded"]
 
 
-class Job:
-    """What is to be driven. It can be driven again: the group it was part of may have been rolled back."""
+class Offloaded:
+    """A decorated function: what is the same for all its calls."""
 
-    __slots__ = (
-        "args",
-        "committed",
-        "context",
-        "database",
-        "function",
-        "isolation",
-        "kwargs",
-        "origin",
-        "readonly",
-        "result",
-        "running",
-        "whole",
-    )
-
-    parent = None
+    __slots__ = ("database", "function", "origin", "readonly")
 
     def __init__(
         self,
         database: Database,
         function: Callable[..., Coroutine[Any, Any, Any]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: Context,
         origin: Origin,
         *,
         readonly: bool,
     ) -> None:
         self.database = database
         self.function = function
-        self.args = args
-        self.kwargs = kwargs
-        self.context = context
         self.origin = origin
         self.readonly = readonly
-        self.committed = False
-        """Whether it has committed a part of its work by itself, so that it may not be run again."""
-        self.whole = False
-        """Whether it has been committed although its caller was cancelled; then `result` is what it returned."""
-        self.result: Any = None
-        self.running = False
-        """Whether it was still running when its cancelled caller went on."""
-        self.isolation: str | None = None
-        """Of the transaction that is begun for it, if one is."""
+
+
+class Job:
+    """One call, to be driven. It can be driven again: the group it was part of may have been rolled back.
+
+    What is seldom set has its value in the class: one of these is made for every call.
+    """
+
+    parent = None
+    committed = False
+    """Whether it has committed a part of its work by itself, so that it may not be run again."""
+    whole = False
+    """Whether it has been committed although its caller was cancelled; then `result` is what it returned."""
+    result: Any = None
+    running = False
+    """Whether it was still running when its cancelled caller went on."""
+    isolation: str | None = None
+    """Of the transaction that is begun for it, if one is."""
+
+    def __init__(self, offloaded: Offloaded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.offloaded = offloaded
+        self.args = args
+        self.kwargs = kwargs
+        self.context = copy_context()
 
     def __str__(self) -> str:
-        return f"offloaded {self.origin()}"
+        return f"offloaded {self.offloaded.origin()}"
+
+    @property
+    def function(self) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """What is called."""
+        return self.offloaded.function
+
+    async def called_off(self, request: Request, *, alone: bool) -> None:
+        """Its caller has been cancelled.
+
+        Args:
+            request: What it travelled in.
+            alone: Whether it was a transaction of its own, not a part of its caller's.
+        """
+        self.running = request.cancelled and not request.answered
+        if alone and request.answered and request.error is None:
+            # Committed already: those who wait for the commit are told.
+            self.whole = True
+            self.result, callbacks = request.result
+            with anyio.CancelScope(shield=True):
+                await run_callbacks(callbacks)
 
     @staticmethod
     def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
@@ -82,14 +99,16 @@ class Job:
         """
         worker = here.worker
         assert worker is not None
-        root = Transaction(job.database, worker.pool, job.origin, readonly=job.readonly)
+        offloaded = job.offloaded
+        database = offloaded.database
+        root = Transaction(database, worker.pool, offloaded.origin, readonly=offloaded.readonly)
         root.session, root.worker = session, worker
         if job.isolation is not None:
             root.isolation = job.isolation
             worker.step(session, "isolation", job.isolation)
         context = job.context.copy()
-        context.run(job.database.current.set, root)
-        coroutine = job.function(*job.args, **job.kwargs)
+        context.run(database.current.set, root)
+        coroutine = offloaded.function(*job.args, **job.kwargs)
         try:
             context.run(coroutine.send, None)
         except StopIteration as stop:
@@ -107,7 +126,8 @@ class Job:
             raise foreign
         finally:
             root.ended = True
-            job.committed |= root.committed
+            if root.committed:
+                job.committed = True
         if root.doom is not None:
             raise TransactionError(root.doom)
         if root.top is not root:
@@ -121,8 +141,8 @@ def _foreign(job: Job) -> TransactionError:
     name = getattr(job.function, "__qualname__", repr(job.function))
     return TransactionError(
         f"{name}() runs with offload=True, on the database's own thread, where only calls of database"
-        f" {job.database.name!r} may be awaited; it awaited something else, so it has been rolled back. Await that outside,"
-        " or leave offload=True away."
+        f" {job.offloaded.database.name!r} may be awaited; it awaited something else, so it has been rolled back."
+        " Await that outside, or leave offload=True away."
     )
 
 

@@ -42,12 +42,14 @@ from database.errors import (
     TransactionError,
     TransactionTimeoutError,
 )
+from database.statements import OTHER, READ
 
 if TYPE_CHECKING:
-    from database.driver.backend import Session
+    from database.driver.backend import Operation, Session
     from database.driver.pool import Pool
     from database.driver.worker import Worker
     from database.handle import Database
+    from database.statements import Statement
 
 __all__ = [
     "ISOLATIONS",
@@ -137,6 +139,8 @@ class Detached:
 
     __slots__ = ("outer",)
 
+    session = None
+
     def __init__(self, outer: Transaction | None) -> None:
         self.outer = outer
 
@@ -144,37 +148,33 @@ class Detached:
 class Transaction:
     """One level of a transaction. `db.transaction()` gives it; there is no need to make one.
 
-    The statements go through the database's handle; this object ends or goes on with its level.
+    The statements go through the database's handle; this object ends or goes on with its level. What is seldom set has
+    its value in the class: one of these is made for every transaction.
     """
 
-    __slots__ = (
-        "_turns",
-        "callbacks",
-        "committed",
-        "controls",
-        "database",
-        "depth",
-        "doom",
-        "dooms",
-        "ended",
-        "firm",
-        "isolation",
-        "lease",
-        "manual",
-        "number",
-        "origin",
-        "outer",
-        "parent",
-        "pool",
-        "readonly",
-        "root",
-        "savepoint",
-        "session",
-        "top",
-        "watch",
-        "whole",
-        "worker",
-    )
+    ended = False
+    committed = False
+    """Whether anything of it has been made permanent already."""
+    firm = False
+    """Whether its commit follows one on another database, so that no cancellation may come between."""
+    whole = False
+    """Whether all of it has, its end being over."""
+    dooms = False
+    """Whether a failure of this level is one of the whole (`required`)."""
+    savepoint = False
+    depth = 0
+    watch: Timer | None = None
+    session: Session | None = None
+    """Set where this is an offloaded function's: it runs next to this connection, on its thread."""
+
+    # Of roots only
+
+    worker: Worker | None = None
+    """Whose thread that is."""
+    lease: Lease | None = None
+    doom: str | None = None
+    isolation: str | None = None
+    _turns: deque[tuple[Transaction, anyio.Event]] | None = None
 
     def __init__(
         self,
@@ -195,32 +195,15 @@ class Transaction:
         self.outer = outer
         """The transaction that this root has suspended (`requires_new`)."""
         self.manual = manual
-        self.ended = False
-        self.committed = False
-        """Whether anything of it has been made permanent already."""
-        self.firm = False
-        """Whether its commit follows one on another database, so that no cancellation may come between."""
-        self.whole = False
-        """Whether all of it has, its end being over."""
-        self.dooms = False
-        """Whether a failure of this level is one of the whole (`required`)."""
         self.callbacks: list[Callback] = []
-        self.watch: Timer | None = None
-        self.worker: Worker | None = None
-        self.session: Session | None = None
         if parent is None:
             self.root: Transaction = self
-            self.depth = 0
             self.number = next(_numbers)
-            self.lease: Lease | None = None
             self.top: Transaction = self
             self.controls: list[Control] = []
-            self.doom: str | None = None
-            self.isolation: str | None = None
-            self._turns: deque[tuple[Transaction, anyio.Event]] = deque()
-            self.savepoint = False
         else:
             root = self.root = parent.root
+            self.session = parent.session
             self.depth = parent.depth + 1
             self.number = root.number
             # A read-only level has nothing to undo; it only restricts what is sent.
@@ -249,17 +232,8 @@ class Transaction:
         root = self.root
         if self.ended or root.doom is not None:
             raise self.refusal()
-        session = root.session
-        if session is not None:
-            if request.kind == STATEMENT and not root.controls:
-                worker = root.worker
-                try:
-                    worker.run_inline(request)  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
-                except BaseException as error:
-                    root._check_inline(error)
-                    raise
-            else:
-                request.result = root.run_inline(request)
+        if self.session is not None:
+            request.result = root.run_inline(request)
             request.answered = True
             return request
         lease = root.lease
@@ -275,7 +249,7 @@ class Transaction:
         root = self.root
         if self.ended or root.doom is not None:
             raise self.refusal()
-        if root.session is not None:
+        if self.session is not None:
             return root.run_inline(request)
         if in_turn and root.top is not self:
             await self.take_turn()
@@ -319,13 +293,16 @@ class Transaction:
         while root.top is not self:
             top = root.top
             turn = (self, anyio.Event())
-            root._turns.append(turn)
+            turns = root._turns
+            if turns is None:
+                turns = root._turns = deque()
+            turns.append(turn)
             try:
                 with anyio.move_on_after(timeout) as scope:
                     await turn[1].wait()
             finally:
-                if turn in root._turns:
-                    root._turns.remove(turn)
+                if turn in turns:
+                    turns.remove(turn)
                 elif root.top is self:
                     root._pass_turn()  # woken and cancelled at once: the next one must not be forgotten
             if scope.cancelled_caught:
@@ -339,12 +316,45 @@ class Transaction:
     def _pass_turn(self) -> None:
         """Wakes those whose level is innermost now, or has ended."""
         root = self.root
-        for turn in tuple(root._turns):
+        turns = root._turns or deque()
+        for turn in tuple(turns):
             if turn[0] is root.top or turn[0].ended:
-                root._turns.remove(turn)
+                turns.remove(turn)
                 turn[1].set()
 
+    def refuse_write(self, statement: Statement) -> None:
+        """For read-only transactions: refuses what writes, as far as that can be seen.
+
+        Raises:
+            ReadOnlyTransactionError: It writes.
+        """
+        asks = statement.kind == OTHER and statement.verb in ("PRAGMA", "EXPLAIN")  # of these, only the engine knows
+        if not asks and not self.ended:
+            raise ReadOnlyTransactionError(
+                f"a read-only transaction refuses this {statement.verb}; nothing was executed: {statement.sql[:500]}"
+            )
+
     # Inline: on the worker's thread
+
+    def execute_here(self, operation: Operation, statement: Statement, params: Any, extra: Any) -> Any:
+        """Executes a single statement right here, next to the connection."""
+        root = self.root
+        if self.readonly and statement.kind != READ:
+            self.refuse_write(statement)
+        if self.ended or root.doom is not None:
+            raise self.refusal()
+        worker = root.worker
+        assert worker is not None
+        if root.controls or worker.threshold is not None or worker.current.cancelled:  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+            return root.run_inline(self.pool.request(STATEMENT, operation, statement, params, extra))
+        # Most statements: not even a request is made for them, unless they fail.
+        worker.statements += 1
+        try:
+            return operation(root.session, statement, params, extra)
+        except BaseException as error:
+            failure = worker.translate(error, self.pool.request(STATEMENT, operation, statement, params, extra))
+            root._check_inline(failure)
+            raise failure from failure.__cause__
 
     def run_inline(self, request: Request) -> Any:
         """Executes a request right here, next to the connection."""
@@ -700,12 +710,12 @@ async def _enter_rarely(
     if propagation in ("mandatory", "supports") and level is not None:
         return await enter(database, origin, readonly=readonly, propagation="required", options=options)
     if propagation == "requires_new":
-        if level is not None and level.root.session is not None:
+        if level is not None and level.session is not None:
             raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
         _refuse_write_within_write(database, level, found, readonly)
         return _open(database, origin, variable, readonly=readonly, outer=level, manual=False, options=options)
     if propagation == "not_supported":
-        if level is not None and level.root.session is not None:
+        if level is not None and level.session is not None:
             raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
         return _Joined(None), variable.set(Detached(level))
     return _Joined(None), None  # supports or never, with no transaction open

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from database.driver.backend import Alone, Interrupted
 from database.driver.lease import Lease
@@ -253,7 +253,7 @@ class WriteLane:
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and queue and self._groupable(queue):
+                elif item.kind <= UNIT and self._is_groupable(queue):
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)
@@ -266,12 +266,12 @@ class WriteLane:
                 worker.flush()
 
     @staticmethod
-    def _groupable(queue: deque[Request | Lease]) -> bool:
+    def _is_groupable(queue: deque[Request | Lease]) -> bool:
+        """Whether what is next in line may share a commit."""
         try:
-            head = queue[0]
-        except IndexError:  # withdrawn a moment ago
+            return queue[0].kind <= UNIT
+        except IndexError:
             return False
-        return not isinstance(head, Lease) and head.kind <= UNIT
 
     def _lock(self, worker: Worker, item: Request | Lease) -> bool:
         """Takes the process-wide right to write: another event loop's pool may hold it."""
@@ -322,6 +322,7 @@ class WriteLane:
                 self._fail_those_who_waited_too(worker, first.error, began)
             return
         queue = self.queue
+        execute, atomically = worker.execute, worker.atomically
         members: list[Request] = []
         alone: Request | None = None
         request = first
@@ -330,26 +331,29 @@ class WriteLane:
                 request.error = Interrupted()
             else:
                 if request.kind == STATEMENT:
-                    worker.execute(request)
+                    execute(request)
                 else:
-                    worker.atomically(request)
-                if request.error is not None and (worker.session is not session or not session.in_transaction):
-                    self._again_alone(worker, members, request)
-                    return
-                if type(request.error) is Alone:
-                    alone = request
-                    break
+                    atomically(request)
+                if request.error is not None:
+                    if worker.session is not session or not session.in_transaction:
+                        self._again_alone(worker, members, request)
+                        return
+                    if type(request.error) is Alone:
+                        alone = request
+                        break
             members.append(request)
-            if len(members) >= GROUP_SIZE or not self._groupable(queue) or perf_counter() - began > GROUP_SECONDS:
+            if len(members) >= GROUP_SIZE or perf_counter() - began > GROUP_SECONDS:
                 break
             try:
+                if queue[0].kind > UNIT:
+                    break
                 item = queue.popleft()
             except IndexError:
                 break
-            if isinstance(item, Lease) or item.kind > UNIT:  # what was first in line has just been withdrawn
+            if item.kind > UNIT:  # what was first in line has just been withdrawn
                 queue.appendleft(item)
                 break
-            request = item
+            request = cast("Request", item)
         self._commit(worker, members)
         if alone is not None:
             alone.error = None
@@ -400,9 +404,10 @@ class WriteLane:
                 item = queue.popleft()
             except IndexError:
                 break
-            if isinstance(item, Lease) or item.kind > UNIT or item.queued_at > began:
+            if item.kind > UNIT or item.queued_at > began:
                 queue.appendleft(item)
                 break
+            item = cast("Request", item)
             item.error = DatabaseBusyError(
                 error.args[0], sql=str(item.label or item.sql), parameters=item.params,
                 code=error.code, code_name=error.code_name,

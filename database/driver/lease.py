@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from database.driver.backend import Interrupted, Session
-from database.driver.request import COMMIT, MANY, ROLLBACK, UNIT, Control, Request
+from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
 from database.errors import PoolClosedError, TransactionError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ INTERRUPTED = "a statement of this transaction was interrupted, so the whole of 
 
 class Lease:
     """What a transaction or a stream holds of the pool."""
+
+    kind: Final = LEASE
 
     __slots__ = (
         "cancelled",

@@ -11,6 +11,7 @@ from database.driver.backend import Operation
 __all__ = [
     "ALONE",
     "COMMIT",
+    "LEASE",
     "MANY",
     "ROLLBACK",
     "SCRIPT",
@@ -38,6 +39,8 @@ class Kind(IntEnum):
     """Several statements in one text, run one after the other as they come; never run again."""
     COMMIT = 5
     ROLLBACK = 6
+    LEASE = 7
+    """No request: what a `Lease` is, which stands in line with them."""
 
 
 # The hot path compares these by value; looking an enum's member up would cost as much as the comparison.
@@ -48,6 +51,7 @@ ALONE: Final = 3
 SCRIPT: Final = 4
 COMMIT: Final = 5
 ROLLBACK: Final = 6
+LEASE: Final = 7
 
 Control = tuple[str, Any]
 """A session's method and its argument, to be called before the request: `("savepoint", 1)`."""

@@ -31,6 +31,7 @@ from database import errors
 from database.driver.backend import Role
 from database.settings import SqliteSettings
 from database.sqlite3 import analysis
+from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
 from database.sqlite3.values import Row, Rows, bind, bind_many
 from database.statements import CONTROL, Result, Statement
 
@@ -198,11 +199,20 @@ class SqliteSession:
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
-        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
+        # Around every unit of a group, and so without `_control`.
+        self._admitting = True
+        try:
+            self._cursor.execute(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
+        finally:
+            self._admitting = False
 
     def release(self, number: int) -> None:
         """See `Session`."""
-        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
+        self._admitting = True
+        try:
+            self._cursor.execute(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
+        finally:
+            self._admitting = False
 
     def undo(self, number: int) -> None:
         """See `Session`."""
@@ -246,18 +256,14 @@ class SqliteSession:
         """Runs a statement for what it does."""
         cursor = self._cursor
         hint = statement.hint
-        if hint == analysis.HINT_UPSERT:
-            return self._upsert(statement, params)
-        if hint == analysis.HINT_VACUUM:
-            return self._vacuum(statement, params)
+        if hint and hint != HINT_INSERT:
+            return self._upsert(statement, params) if hint == HINT_UPSERT else self._vacuum(statement, params)
         cursor.execute(statement.sql, bind(params))
         if statement.returns_rows:
             cursor.fetchall()
         rowcount = cursor.rowcount
         # The tuple's own `__new__`: a NamedTuple's is Python code, and this is run for every write.
-        return _new_tuple(
-            Result, (rowcount, cursor.lastrowid if hint == analysis.HINT_INSERT and rowcount > 0 else None)
-        )
+        return _new_tuple(Result, (rowcount, cursor.lastrowid if hint and rowcount > 0 else None))
 
     def _upsert(self, statement: Statement, params: Any) -> Result:
         # An update leaves SQLite's last row id as it was; only if it moves has a row been added for certain.
@@ -308,7 +314,7 @@ class SqliteSession:
         try:
             for text in analysis.split(sql):
                 statement = analysis.analyse(text)
-                if statement.hint == analysis.HINT_VACUUM:
+                if statement.hint == HINT_VACUUM:
                     self._vacuum(statement, None)
                     continue
                 patience = _Patience(0 if self.raw.in_transaction else self._patience, self._progress)

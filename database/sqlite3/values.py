@@ -206,14 +206,17 @@ def bind(params: Any) -> Any:
         TypeError: They are none of these.
     """
     kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+    # Loops: for a handful of values they take less time than `_is_native` does to begin.
     if kind is dict:
-        if _is_native(map(type, params.values())):
-            return params
-        return {name: _adapt(value) for name, value in params.items()}
+        for value in params.values():
+            if type(value) not in _NATIVE:
+                return {name: _adapt(value) for name, value in params.items()}
+        return params
     if kind is tuple or kind is list:
-        if _is_native(map(type, params)):
-            return params
-        return [_adapt(value) for value in params]
+        for value in params:
+            if type(value) not in _NATIVE:
+                return [_adapt(value) for value in params]
+        return params
     if params is None:
         return ()
     if isinstance(params, Mapping):
