@@ -354,7 +354,9 @@ class Database:
         Raises:
             QueryExecutionError: It failed, or returns no rows (then nothing is executed).
         """
-        statement = self._rows_from("fetch_one", query)
+        statement = self._statements.get(query) or self._analyse(query)
+        if not statement.returns_rows:
+            raise self._unfit("fetch_one", statement)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_one", query)
         level = self.current.get()
@@ -376,7 +378,9 @@ class Database:
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., Any] | None = None
     ) -> list[Any]:
         """All rows. Arguments and errors as for `fetch_one`."""
-        statement = self._rows_from("fetch_all", query)
+        statement = self._statements.get(query) or self._analyse(query)
+        if not statement.returns_rows:
+            raise self._unfit("fetch_all", statement)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_all", query)
         level = self.current.get()
@@ -387,7 +391,9 @@ class Database:
 
     async def fetch_value(self, query: Query, params: Parameters = None, *, default: Any = None) -> Any:
         """The first column of the first row; `default` if there is no row. Other arguments and errors as `fetch_one`."""
-        statement = self._rows_from("fetch_value", query)
+        statement = self._statements.get(query) or self._analyse(query)
+        if not statement.returns_rows:
+            raise self._unfit("fetch_value", statement)
         if type(query) is not str:
             self._check_operation("fetch_value", query)
         level = self.current.get()

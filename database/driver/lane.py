@@ -173,10 +173,9 @@ class ReadLane:
             answers.append(request)
             if (slow or worker.yielding) and not pool.closing:
                 break
-            now = perf_counter()
-            if queue and (len(answers) >= BATCH_SIZE or now - since > BATCH_SECONDS):
+            if queue and (len(answers) >= BATCH_SIZE or perf_counter() - since > BATCH_SECONDS):
                 worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
-                since = now
+                since = perf_counter()
         worker.finish(lambda: self._left(worker))
         return None
 

@@ -14,9 +14,11 @@ Threads. Everything here runs on the worker's own thread but for `__init__`, `st
 Stopping a statement. The loop's thread sets `request.cancelled` and calls `interrupt`. Two things then stop the
 statement: the progress handler, which runs on this thread while a statement does, and the engine's own interrupt, for
 what the handler does not see (one long step, or the gap between two). The engine's interrupt hits whatever runs at
-that moment, so it may only be sent while it is certain *what* runs: `_guard` is held around sending it, and around the
-moment in which `current` ceases to be current. Thus it never hits the next request. The beginning needs no guard: the worker
-makes the request current first and looks at `cancelled` second, the other way round than the loop's thread.
+that moment, so it may only be sent while it is certain *what* runs. Both threads do two things in opposite order, so that
+one of them sees the other: the loop's thread sets `cancelled` (or `_stopping`) first and looks at `current` second; the
+worker changes `current` first and looks at `cancelled` second. At the beginning it then does not run the request; at the
+end it waits for `_guard`, which the loop's thread holds while it looks and interrupts, before it goes on to the next.
+Commits are entered under the guard, for they may not be interrupted at all.
 
 After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
 hangs an exit, and `database.driver.registry` stops them at exit.
@@ -186,7 +188,8 @@ class Worker:
             current, session = self.current, self.session
             if current is not None and current.kind < COMMIT and session is not None:
                 current.cancelled = True
-                session.interrupt()
+                if self.current is current:  # looked at once more, after `cancelled` has been set
+                    session.interrupt()
 
     def wake(self) -> None:
         """Tells it that there is something in its lane."""
@@ -195,6 +198,8 @@ class Worker:
     def call_off(self, request: Request) -> bool:
         """Keeps the request from being run; False if it runs, or has run, already."""
         with self._guard:
+            if request.kind < COMMIT:
+                request.cancelled = True
             if self.current is request or request.result is not None or request.error is not None:
                 return False
             request.cancelled = True
@@ -342,7 +347,7 @@ class Worker:
         self.current = request
 
     def left(self) -> None:
-        """After `enter`: nothing is current any more."""
+        """Nothing is current any more, and whoever was about to interrupt has done so."""
         with self._guard:
             self.current = None
 
@@ -361,12 +366,12 @@ class Worker:
             request.result = request.operation(  # type: ignore[misc]
                 self.session or self.ready(), request.sql, request.params, request.extra
             )
-            with self._guard:
-                self.current = None
+            self.current = None
+            if request.cancelled or self._stopping:
+                self.left()
         except BaseException as error:
             # The same once more, and not `finally`: most statements succeed, and pay for every line.
-            with self._guard:
-                self.current = None
+            self.left()
             self._failed(request, error, started)
         if threshold is not None:
             seconds = perf_counter() - started
