@@ -167,8 +167,12 @@ class Transaction:
     session: Session | None = None
     """Set where this is an offloaded function's: it runs next to this connection, on its thread."""
 
-    # Of roots only
+    _root: Transaction | None = None
 
+    # Of roots only. That a root is its own root, and mostly the top as well, is not kept in it: what refers to itself is
+    # garbage that only the collector finds, and a collection for every few hundred transactions costs more than they do.
+
+    _top: Transaction | None = None
     worker: Worker | None = None
     """Whose thread that is."""
     lease: Lease | None = None
@@ -197,12 +201,10 @@ class Transaction:
         self.manual = manual
         self.callbacks: list[Callback] = []
         if parent is None:
-            self.root: Transaction = self
             self.number = next(_numbers)
-            self.top: Transaction = self
             self.controls: list[Control] = []
         else:
-            root = self.root = parent.root
+            root = self._root = parent.root
             self.session = parent.session
             self.depth = parent.depth + 1
             self.number = root.number
@@ -213,6 +215,20 @@ class Transaction:
                 root.controls.append(("savepoint", self.depth))
             elif not parent.readonly:
                 root.controls.append(("restrict", True))
+
+    @property
+    def root(self) -> Transaction:
+        """The outermost level."""
+        return self._root or self
+
+    @property
+    def top(self) -> Transaction:
+        """Of a root: its innermost open level."""
+        return self._top or self
+
+    @top.setter
+    def top(self, level: Transaction) -> None:
+        self._top = None if level is self else level
 
     def __repr__(self) -> str:
         state = "ended" if self.ended else "open"
@@ -229,7 +245,7 @@ class Transaction:
 
     def send(self, request: Request) -> Awaitable[Any]:
         """Hands a request over, at once where nothing is in its way; gives what its answer is to be awaited from."""
-        root = self.root
+        root = self._root or self
         if self.ended or root.doom is not None:
             raise self.refusal()
         if self.session is not None:
@@ -237,7 +253,7 @@ class Transaction:
             request.answered = True
             return request
         lease = root.lease
-        if lease is None or lease.worker is None or root.top is not self:
+        if lease is None or lease.worker is None or (root._top or root) is not self:
             return self.run(request)
         if root.controls:
             request.controls, root.controls = root.controls, []
@@ -338,7 +354,7 @@ class Transaction:
 
     def execute_here(self, operation: Operation, statement: Statement, params: Any, extra: Any) -> Any:
         """Executes a single statement right here, next to the connection."""
-        root = self.root
+        root = self._root or self
         if self.readonly and statement.kind != READ:
             self.refuse_write(statement)
         if self.ended or root.doom is not None:

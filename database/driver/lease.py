@@ -108,6 +108,8 @@ class Lease:
         request.home = self
         if self.worker is None:
             self.pending.add(request)
+        elif self.pending:
+            self.pending.clear()  # granted; and each of these refers to this lease
         transactions = self.pool.transactions
         if request.kind >= COMMIT:
             transactions.discard(self)  # it is about to end; whoever closes the pool need not see to it

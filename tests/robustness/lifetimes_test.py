@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ import anyio
 import pytest
 
 from database import get_db, transactional
+from database.driver import wakeup
 from tests.contract.support import (
     SLOW_ROWS,
     SLOW_SELECT,
@@ -485,3 +487,101 @@ def test_the_startup_check_warns_once(tmp_path: Path, version: tuple[int, int, i
     ended = Program(code, tmp_path / "test.db").end().ok()
     assert ended.out == ("1 1\n" if version < (3, 51, 3) else "0 0\n")
     assert ended.err == ""
+
+
+# --- garbage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("work", ["statement", "interactive", "nested", "offload", "manual", "stream", "rolled back"])
+async def test_leaves_nothing_to_the_garbage_collector(db: Any, work: str) -> None:
+    """What a call has used is freed when it returns: nothing of it refers to itself, so the collector has no work."""
+
+    numbers = itertools.count()
+
+    @transactional
+    async def interactive() -> None:
+        await add(db, str(next(numbers)))
+        await names(db)
+
+    @transactional
+    async def nested() -> None:
+        await add(db, str(next(numbers)))
+        await interactive()
+
+    @transactional(offload=True)
+    async def offloaded() -> None:
+        await add(db, str(next(numbers)))
+        await interactive()
+
+    async def manual() -> None:
+        await db.begin()
+        await add(db, str(next(numbers)))
+        await db.commit()
+
+    async def stream() -> None:
+        async with db.stream("SELECT id FROM jobs") as rows:
+            async for _ in rows:
+                pass
+
+    async def rolled_back() -> None:
+        await db.begin()
+        await add(db, str(next(numbers)))
+        await db.rollback()
+
+    works: dict[str, Any] = {
+        "statement": lambda: add(db, str(next(numbers))), "interactive": interactive, "nested": nested, "offload": offloaded,
+        "manual": manual, "stream": stream, "rolled back": rolled_back,
+    }  # fmt: skip
+    ours = ("database.",)
+    for _ in range(3):
+        await works[work]()
+    await eventually(lambda: is_idle(db))
+    gc.collect()
+    gc.disable()
+    try:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        for _ in range(20):
+            await works[work]()
+        await eventually(lambda: is_idle(db))
+        gc.collect()
+        found = {type(each).__qualname__ for each in gc.garbage if type(each).__module__.startswith(ours)}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert found == set()
+
+
+async def test_trio_of_another_making(db: Any, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should trio change what a waiting task yields, its own function is used, and cancellation works all the same."""
+    if anyio_backend[0] != "trio":
+        pytest.skip("trio only")
+    await db.open()
+    lowlevel = wakeup._TrioRequest.lowlevel
+    assert wakeup._find_trap(lowlevel) is wakeup._TrioRequest.wait is not None
+
+    class Trap:
+        def __init__(self, abort: Any) -> None:
+            self.abort = abort
+
+    class Other:
+        Abort = lowlevel.Abort
+
+        @staticmethod
+        async def wait_task_rescheduled(abort: Any) -> None:
+            await Yielded(Trap(abort))
+
+    class Yielded:
+        def __init__(self, what: Any) -> None:
+            self.what = what
+
+        def __await__(self) -> Any:
+            yield self.what
+
+    assert wakeup._find_trap(Other) is None
+    monkeypatch.setattr(wakeup._TrioRequest, "wait", None)
+    await add(db, "a")
+    with anyio.move_on_after(0.05) as scope:
+        await db.fetch_value(SLOW_SELECT)
+    assert scope.cancelled_caught
+    assert await names(db) == ["a"]
