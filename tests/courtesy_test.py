@@ -15,12 +15,14 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
+        self.computed = 7.0
         self.working = True
         self.closed = False
         self.waker = self
         self.timer: tuple[float, Callable[[], None]] | None = None
         self.slept = 0
         monkeypatch.setattr(courtesy, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(courtesy, "thread_time", lambda: self.computed)
         monkeypatch.setattr(courtesy.time, "sleep", self._sleep)
 
     def _sleep(self, _seconds: float) -> None:
@@ -34,11 +36,13 @@ class World:
     def cancel(self) -> None:
         self.timer = None
 
-    def ring(self, late: float = 0.0) -> float:
-        """The timer rings, that many seconds late; gives for how long it had been set."""
+    def ring(self, late: float = 0.0, *, computing: bool = True) -> float:
+        """The timer rings, so many seconds late, for which the loop has computed or not; gives for how long it was set."""
         assert self.timer is not None
         (seconds, function), self.timer = self.timer, None
         self.now += seconds + late
+        if computing:
+            self.computed += late
         function()
         return seconds
 
@@ -69,6 +73,14 @@ def test_a_late_loop_sleeps_for_a_moment_each_time(world: World) -> None:
         assert world.timer[0] == courtesy.SOON
     world.ring()
     assert world.slept == 3
+
+
+def test_a_loop_that_waited_for_a_worker_is_left_alone(world: World) -> None:
+    """It is late because the worker has the GIL: there is nothing to give."""
+    courtesy.Courtesy(world).begin()  # type: ignore[arg-type]
+    for _ in range(3):
+        world.ring(late=0.001, computing=False)
+    assert world.slept == 0
 
 
 def test_an_idle_pool_has_no_timer(world: World) -> None:

@@ -9,13 +9,15 @@ So while a worker has something to do, a timer looks now and then whether the lo
 rested, and the timer looks half as often the next time. One that is late sleeps for a moment: some 60 µs, the least that
 an operating system's timer gives, and enough for a worker to execute a statement. An idle loop has no timer at all.
 
+A loop that is late without having computed was waiting for the GIL itself, which a worker had: that one needs no help.
+
 Loop thread.
 """
 
 from __future__ import annotations
 
 import time
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,13 +39,15 @@ MOMENT = 1e-6
 class Courtesy:
     """One pool's."""
 
-    __slots__ = ("_due", "_pool", "_seconds", "_timer")
+    __slots__ = ("_computed", "_due", "_pool", "_seconds", "_timer")
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._timer: Timer | None = None
         self._seconds = SOON
         self._due = 0.0
+        self._computed = 0.0
+        """Seconds of the CPU's time that the loop's thread had used at the last look."""
 
     def begin(self) -> None:
         """A worker has been woken."""
@@ -58,6 +62,7 @@ class Courtesy:
             timer.cancel()
 
     def _look_again(self) -> None:
+        self._computed = thread_time()
         self._due = perf_counter() + self._seconds
         self._timer = self._pool.waker.call_later(self._seconds, self._look)
 
@@ -67,7 +72,8 @@ class Courtesy:
         if not self._pool.working:
             self._timer = None
             return
-        if perf_counter() - self._due < LATE:
+        late = perf_counter() - self._due
+        if late < LATE or thread_time() - self._computed < late:
             self._seconds = min(2 * self._seconds, SELDOM)
         else:
             self._seconds = SOON
