@@ -5,11 +5,13 @@ when it is made to. A loop that is busy computing rests only for the microsecond
 to do, too short for a waiting thread to wake up; so a worker gets the GIL every 5 ms, needs it several times for one
 statement, and a point select takes tens of milliseconds, at times a second.
 
-So while a worker has something to do, a timer looks now and then whether the loop is late. A loop that is on time has
-rested, and the timer looks half as often the next time. One that is late sleeps for a moment: some 60 µs, the least that
-an operating system's timer gives, and enough for a worker to execute a statement. An idle loop has no timer at all.
+So while a worker has something to do, a timer looks now and then whether the loop has rested since the last time. It has
+not if its thread has computed nearly all the while; or if the timer rings late and the thread has computed for much of the
+time, for on a machine with other work to do nobody computes all the while. (A loop that is late without having computed
+was waiting for the GIL itself; and punctuality alone proves nothing, for timers and slices of work may be in step.)
 
-A loop that is late without having computed was waiting for the GIL itself, which a worker had: that one needs no help.
+A loop that has rested is looked at half as often the next time. One that has not sleeps for a moment: some 60 µs, the
+least that an operating system's timer gives, and enough for a worker to execute a statement. An idle loop has no timer at all.
 
 Loop thread.
 """
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Courtesy"]
 
-SOON = 0.0005
+SOON = 0.0016
 """Seconds to the next look at a loop that is busy."""
 SELDOM = 0.016
-"""Seconds to the next look at a loop that has been on time again and again."""
+"""Seconds to the next look at a loop that has rested again and again."""
 LATE = 0.0004
-"""Seconds of delay from which a loop counts as busy."""
+"""Seconds of delay that mean something."""
+MOST = 0.75
+"""Part of the time that a loop without a rest computes, at the least."""
+MUCH = 0.4
+"""The same of a loop that is late: it may not have had the CPU all the while."""
 MOMENT = 1e-6
 """Seconds to sleep; in fact as long as the operating system's timers are coarse (Linux: 50 µs more)."""
 
@@ -73,7 +79,8 @@ class Courtesy:
             self._timer = None
             return
         late = perf_counter() - self._due
-        if late < LATE or thread_time() - self._computed < late:
+        part = (thread_time() - self._computed) / (self._seconds + late)
+        if part < (MOST if late < LATE else MUCH):
             self._seconds = min(2 * self._seconds, SELDOM)
         else:
             self._seconds = SOON
