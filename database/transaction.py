@@ -139,7 +139,7 @@ class Detached:
 
     __slots__ = ("outer",)
 
-    session = None
+    session: None = None
 
     def __init__(self, outer: Transaction | None) -> None:
         self.outer = outer

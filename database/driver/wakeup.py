@@ -521,7 +521,8 @@ def _find_trap(lowlevel: Any) -> Callable[[Any], Any] | None:
     probe = lowlevel.wait_task_rescheduled(abort)
     trap: Any = probe.send(None)
     probe.close()
-    return type(trap) if vars(trap) == {"abort_func": abort} else None
+    kind: Callable[[Any], Any] = type(trap)  # pyright: ignore[reportUnknownVariableType]
+    return kind if vars(trap) == {"abort_func": abort} else None
 
 
 def _make_answer() -> Any:

@@ -11,6 +11,7 @@ A contender defines the methods it has something to say about; a workload runs i
 ``stream()``         all rows of ``bulk`` one by one: their number and sum of ids
 ``insert_many(..)``  rows into ``sink``, all or nothing
 ``slow(n)``          a statement that computes for a while
+``scan(n)``          a statement that reads ``n`` rows of ``bulk`` and adds them up; ours only
 ===================  ==============================================================
 """
 
@@ -22,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .store import ALL, FIRST, INSERT, NOTE, POINT, SINK, SLOW, UPDATE
+from .store import ALL, FIRST, INSERT, NOTE, POINT, SCAN, SINK, SLOW, UPDATE
 
 Kind = Literal["raw", "ours", "neighbour", "offloading neighbour"]
 BACKENDS = ("asyncio", "uvloop", "trio")
@@ -197,6 +198,10 @@ class Ours(_Ours):
 
     async def slow(self, n: int) -> int:
         value: int = await self.db.fetch_value(SLOW, (n,))
+        return value
+
+    async def scan(self, n: int) -> float:
+        value: float = await self.db.fetch_value(SCAN, (n,))
         return value
 
 

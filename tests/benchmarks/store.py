@@ -25,6 +25,7 @@ INSERT = "INSERT INTO log (item, note) VALUES (?, ?)"
 UPDATE = "UPDATE item SET hits = hits + 1 WHERE id = ?"
 ALL = "SELECT id, name, value FROM bulk"
 FIRST = "SELECT id, name, value FROM bulk WHERE id <= ?"
+SCAN = "SELECT sum(id * 3 + value) FROM bulk WHERE id <= ?"
 SINK = "INSERT INTO sink (name, value) VALUES (?, ?)"
 SLOW = "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < ?) SELECT count(*) FROM n"
 
