@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextvars import Context
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import anyio
 
@@ -521,8 +521,7 @@ def _find_trap(lowlevel: Any) -> Callable[[Any], Any] | None:
     probe = lowlevel.wait_task_rescheduled(abort)
     trap: Any = probe.send(None)
     probe.close()
-    kind: Callable[[Any], Any] = type(trap)  # pyright: ignore[reportUnknownVariableType]
-    return kind if vars(trap) == {"abort_func": abort} else None
+    return cast("Callable[[Any], Any]", type(trap)) if vars(trap) == {"abort_func": abort} else None
 
 
 def _make_answer() -> Any:
