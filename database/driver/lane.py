@@ -138,15 +138,17 @@ class ReadLane:
     def serve(self, worker: Worker) -> Servable | None:
         """Runs what waits, again and again, until the pool wants the worker for something else.
 
-        Or until another reader has taken over behind a slow statement: two busy threads are slower than one.
+        Or until another reader has taken over behind a slow statement: two busy threads are slower than one. Unless the
+        other one is busy with a slow statement, too: then SQLite computes most of the time, and each has a core of its own.
         """
         pool = self.pool
         slow = False
 
         def on_slow() -> None:
             nonlocal slow
-            slow = True
-            pool.waker.post([], lambda: self._held_up(worker))
+            if not slow:
+                slow = True
+                pool.waker.post([], lambda: self._held_up(worker))
 
         worker.attend(on_slow)
         queue = self.queue
@@ -157,6 +159,8 @@ class ReadLane:
             try:
                 request = popleft()
             except IndexError:
+                if slow:
+                    break  # whoever has taken over sleeps here
                 word = worker.rest(queue)
                 if word is None:
                     break
@@ -171,13 +175,18 @@ class ReadLane:
                 execute(request)
             answers = worker.answers  # another list, if the request before has been flushed in between
             answers.append(request)
-            if (slow or worker.yielding) and not pool.closing:
+            if ((slow and self._may_go(worker)) or worker.yielding) and not pool.closing:
                 break
             if queue and (len(answers) >= BATCH_SIZE or perf_counter() - since > BATCH_SECONDS):
                 worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
                 since = perf_counter()
         worker.finish(lambda: self._left(worker))
         return None
+
+    def _may_go(self, worker: Worker) -> bool:
+        """After a slow statement: whether the reader that has taken over copes alone, or somebody else waits for this one."""
+        other = self.resident
+        return self.pool.anybody_waits or other is None or other is worker or other.ticks == 0
 
 
 class WriteLane:

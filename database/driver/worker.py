@@ -107,7 +107,6 @@ class Worker:
         "_opened",
         "_stopping",
         "_thread",
-        "_ticks",
         "acquired",
         "answers",
         "backend",
@@ -128,6 +127,7 @@ class Worker:
         "sleeping",
         "statements",
         "threshold",
+        "ticks",
         "waited",
         "waker",
         "yielding",
@@ -158,7 +158,8 @@ class Worker:
         self.grouping = False
         """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
         self._guard = Lock()
-        self._ticks = 0
+        self.ticks = 0
+        """How often the progress handler has been called by the running statement."""
         self._on_slow: Callable[[], None] | None = None
         self._stopping = False
         self._opened = role == "writer"  # a reader opens at its first request, the writer at once
@@ -277,10 +278,10 @@ class Worker:
             return False
         if request.cancelled or self._stopping:
             return True
-        self._ticks += 1
-        if self._ticks == 1:
+        self.ticks += 1
+        if self.ticks == 1:
             self.flush()  # what is answered already need not wait for this one
-        elif self._ticks == SLOW_TICKS and self._on_slow is not None:
+        elif self.ticks == SLOW_TICKS and self._on_slow is not None:
             self._on_slow()
         return False
 
@@ -343,7 +344,7 @@ class Worker:
 
     def turn_to(self, request: Request) -> None:
         """Of several requests that were sent together, this one is waited for now."""
-        self._ticks = 0
+        self.ticks = 0
         self.current = request
 
     def left(self) -> None:
@@ -353,7 +354,7 @@ class Worker:
 
     def execute(self, request: Request) -> None:
         """Runs the request and keeps its result or its error in it."""
-        self._ticks = 0
+        self.ticks = 0
         self.statements += 1
         threshold = self.threshold
         started = 0.0 if threshold is None else perf_counter()

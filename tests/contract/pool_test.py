@@ -150,6 +150,37 @@ async def test_a_slow_read_holds_nobody_up(db: Any) -> None:
 
 
 @pytest.mark.anyio
+async def test_slow_reads_do_not_keep_the_readers(make_db: Any) -> None:
+    """Readers that go on with slow statements, one after the other, leave when a transaction waits; and none is lost."""
+    db = await make_db(pool_size=3)
+    slow = SLOW_SELECT.replace("100000000", "50000")
+    done = 0
+    stop = False
+
+    async def reader() -> None:
+        nonlocal done
+        while not stop:
+            assert await db.fetch_value(slow) == 50000
+            done += 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(12):
+            group.start_soon(reader)
+        await eventually(lambda: done > 12)
+        for _ in range(10):
+            before = done
+            async with db.transaction(readonly=True):
+                await names(db)
+            # The three that run, at the most as many that the lane had asked for a reader before; and answers of a batch.
+            assert done - before <= 12
+        stop = True
+    assert await gather(*[lambda: names(db)] * 50) == [[]] * 50
+    await usable(db)
+    async with held(db, readonly=True, count=3):
+        assert db.stats().readers_in_use == 3
+
+
+@pytest.mark.anyio
 async def test_readers_are_served_in_their_order(make_db: Any) -> None:
     """First come, first served, for readers too."""
     db = await make_db(pool_size=1)
