@@ -7,12 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from aiosql.adapters.pyformat import PyFormatAdapter
-
 from database import errors
 from database.driver.backend import Backend, Role
 from database.engine import Engine
 from database.postgresql import analysis
+from database.postgresql.adapter import adapter
 from database.settings import PostgresqlSettings
 
 try:
@@ -107,7 +106,7 @@ ENGINE = Engine(
     control_error=control_error,
     operations=PostgresqlSession,
     backend=cast("Any", _backend),
-    adapter=PyFormatAdapter,
+    adapter=adapter,
     single_writer=False,
     replica_backend=cast("Any", _replica_backend),
 )

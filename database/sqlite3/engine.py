@@ -7,17 +7,14 @@ import os
 import sqlite3
 from collections.abc import Callable
 from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any, cast
-
-from aiosql.adapters.sqlite3 import SQLite3Adapter
 
 from database import errors
 from database.driver.backend import Backend, Role
 from database.engine import Engine
 from database.settings import MEMORY, SqliteSettings
-from database.sqlite3 import analysis, memory
+from database.sqlite3 import analysis
+from database.sqlite3.adapter import adapter
 from database.sqlite3.connection import BUSY_SLICE, SqliteSession, control_error, is_broken, is_busy, open_session
 
 __all__ = ["ENGINE"]
@@ -46,6 +43,8 @@ def _backend(settings: SqliteSettings) -> Backend:
     dispose: Callable[[], None] = lambda: None  # noqa: E731  - replaced below
     path = settings.path
     if path == MEMORY:
+        from database.sqlite3 import memory  # noqa: PLC0415  - it needs modules that a file does not
+
         path, dispose = memory.acquire(settings.name)
 
     def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
@@ -88,6 +87,8 @@ def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
     if settings.init_sql == "" or (settings.init_sql is None and settings.migrations is not None):
         return
     if settings.init_sql is None:
+        from importlib import resources  # noqa: PLC0415  - slow to import, and done once
+
         source = resources.files("database.sqlite3") / "sql" / "init.sql"
         text = source.read_text("utf-8")
     else:
@@ -101,7 +102,7 @@ def _scripts(text: str) -> list[str]:
         return [text]
     from aiosql.query_loader import QueryLoader  # noqa: PLC0415  - most files are loaded once, at the first use
 
-    loader = QueryLoader(cast("Any", SQLite3Adapter)(), None, mandatory_parameters=False)
+    loader = QueryLoader(adapter(), None, mandatory_parameters=False)
     return [datum.sql for datum in loader.load_query_data_from_sql(text, [])]
 
 
@@ -111,6 +112,6 @@ ENGINE = Engine(
     control_error=control_error,
     operations=SqliteSession,
     backend=_backend,
-    adapter=SQLite3Adapter,
+    adapter=adapter,
     single_writer=True,
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, cast
+from typing import Any
 
 from database import queries, registry
 from database.decorators import make_decorator
 from database.handle import Database
 from database.queries import LoadedQueries
+from database.sqlite3.adapter import adapter
 
 __all__ = ["get_db", "lifespan", "load_queries", "transactional", "transactional_readonly"]
 
@@ -48,12 +49,6 @@ def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any]
     Raises:
         ConfigurationError: It cannot be read, or aiosql cannot parse it.
     """
-
-    def adapter() -> Any:
-        from aiosql.adapters.sqlite3 import SQLite3Adapter  # noqa: PLC0415  - only those who use query files pay for it
-
-        return cast("Any", SQLite3Adapter)()
-
     return queries.load(path, adapter, record_classes)
 
 
