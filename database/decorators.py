@@ -199,9 +199,9 @@ def _make_retrying(run: Runner, retries: int) -> Any:
 
 def _make_opening(run: Runner, database: Database, function: Any, origin: Callable[[], Origin], readonly: bool) -> Any:
     """A wrapper without detours for what is done most: no transaction is open, so one is begun."""
-    variable = database.current
 
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        variable = database.current  # looked up each time, for a sandbox puts another in its place
         if variable.get() is not None:
             return await run(args, kwargs, None, None)
         pool = database.reading_pool(None) if readonly else database.pool()
@@ -222,12 +222,11 @@ def _make_offloading(
     run: Runner, database: Database, function: Any, origin: Callable[[], Origin], readonly: bool
 ) -> Any:
     """The same for a function that is run on the database's thread."""
-    variable = database.current
     offloaded = Offloaded(database, function, origin(), readonly=readonly)
     drive = Job.drive
 
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if variable.get() is not None:
+        if database.current.get() is not None:
             return await run(args, kwargs, None, None)
         job = Job(offloaded, args, kwargs)
         pool = database.reading_pool(None) if readonly else database.pool()

@@ -445,7 +445,7 @@ class Database:
         level = self.current.get()
         if isinstance(level, Transaction):
             if level.readonly and kind == MANY:
-                level.refuse_write(cast("Statement", what))
+                level.refuse_write(cast("Statement", what[0][0] if isinstance(what, list) else what))
             pool = level.pool
         else:
             pool = self.reading_pool(options) if readonly else self.pool()
@@ -835,6 +835,8 @@ class Database:
 
     async def give_back(self, lease: Lease) -> None:
         """Ends a lease without a transaction, and waits until its connection is free."""
+        if lease.ended:
+            lease.forget()
         if lease.dropped or lease.ended or lease.queued_at == 0.0:
             return
         if lease.worker is None and lease.pool.withdraw(lease):

@@ -511,7 +511,10 @@ class Transaction:
     async def _roll_back_root(self) -> None:
         lease, self.lease = self.lease, None
         self.controls.clear()
-        if lease is None or lease.ended:
+        if lease is None:
+            return
+        if lease.ended:
+            lease.forget()
             return
         if lease.worker is None and not lease.pending and self.pool.withdraw(lease):
             return
@@ -530,7 +533,9 @@ class Transaction:
             return
         self._end()
         lease, self.lease = self.lease, None
-        if lease is not None and not lease.ended and not self.pool.closed:
+        if lease is not None and lease.ended:
+            lease.forget()
+        elif lease is not None and not self.pool.closed:
             lease.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
 
     def _renew_inline(self, *, keep: bool) -> None:

@@ -124,6 +124,56 @@ def test_what_a_test_does_is_undone(project: Project) -> None:
     assert project.leaves() == []
 
 
+def test_functions_decorated_where_applications_decorate_them(project: Project) -> None:
+    """Decorated when their module is imported, long before a test: they take part in the test's own database all the same."""
+    project.write("conftest.py", BACKENDS, SETUP)
+    project.write(
+        "app.py",
+        """
+        from database.sqlite3 import get_db, transactional, transactional_readonly
+        db = get_db()
+        INSERT = "INSERT INTO job (name) VALUES (?)"
+
+        @transactional
+        async def create(*names, fail=False):
+            assert db.in_transaction
+            for name in names:
+                await db.execute(INSERT, (name,))
+            if fail:
+                raise KeyError(names)
+
+        @transactional(offload=True)
+        async def offloaded(*names, fail=False):
+            await create(*names, fail=fail)
+
+        @transactional_readonly
+        async def count():
+            return await db.fetch_value("SELECT count(*) FROM job")
+        """,
+    )
+    project.write(
+        "test_it.py",
+        HEAD,
+        """
+        import app
+        @pytest.mark.parametrize("function", [app.create, app.offloaded])
+        async def test(db, function):
+            with pytest.raises(KeyError):
+                await function("a", fail=True)
+            assert await app.count() == 0
+            await function("a")
+            with pytest.raises(KeyError):
+                async with db.transaction():
+                    await add("b")
+                    await function("c")  # in the transaction of its caller, not beside it
+                    raise KeyError
+            assert await names() == ["a"]
+        """,
+    )
+    project.passes(6)
+    assert project.leaves() == []
+
+
 def test_commit_rollback_and_on_commit_as_in_production(project: Project) -> None:
     """Callbacks run after the commit, commit() makes permanent, a failure undoes its own level, as without the plugin."""
     project.write("conftest.py", BACKENDS, SETUP)

@@ -79,8 +79,8 @@ class Courtesy:
             self._timer = None
             return
         late = perf_counter() - self._due
-        part = (thread_time() - self._computed) / (self._seconds + late)
-        if part < (MOST if late < LATE else MUCH):
+        computed = thread_time() - self._computed
+        if computed < (MOST if late < LATE else MUCH) * (self._seconds + late):
             self._seconds = min(2 * self._seconds, SELDOM)
         else:
             self._seconds = SOON

@@ -145,8 +145,14 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt(request)
 
+    def forget(self) -> None:
+        """Its worker has ended it by itself: whoever closes the pool need not see to it."""
+        self.pool.transactions.discard(self)
+
     def let_go(self, report: Callable[[], None]) -> None:
         """Ends a lease whose holder is garbage: rolled back if there is anything, without waiting for that."""
+        if self.ended:
+            self.forget()
         if self.dropped or self.ended or self.queued_at == 0.0 or self.pool.closed:
             return
         report()
@@ -159,7 +165,7 @@ class Lease:
         self.doom = PoolClosedError(reason)
         self.mailbox.put(self.pool.request(ROLLBACK, None))
         if self.worker is not None:
-            self.worker.interrupt_current()
+            self.worker.interrupt_current(self)
 
     # Worker thread
 

@@ -519,16 +519,21 @@ def _find_trap(lowlevel: Any) -> Callable[[Any], Any] | None:
         return lowlevel.Abort.SUCCEEDED
 
     probe = lowlevel.wait_task_rescheduled(abort)
-    trap: Any = probe.send(None)
+    try:
+        trap: Any = probe.send(None)
+    except StopIteration:
+        return None
     probe.close()
-    return cast("Callable[[Any], Any]", type(trap)) if vars(trap) == {"abort_func": abort} else None
+    return (
+        cast("Callable[[Any], Any]", type(trap)) if getattr(trap, "__dict__", None) == {"abort_func": abort} else None
+    )
 
 
 def _make_answer() -> Any:
     """What a trio task is sent when it goes on: nothing. One for all, where trio would make an object for each."""
     from outcome import Outcome  # noqa: PLC0415  - it comes with trio
 
-    class Answer(Outcome[None]):
+    class Answer(Outcome):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # generic from 1.3 on
         def unwrap(self) -> None:
             return None
 

@@ -36,7 +36,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from database.driver.backend import Alone, Interrupted, Role, Session
-from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Request
+from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Home, Request
 from database.driver.wakeup import Notice
 from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
 
@@ -183,11 +183,11 @@ class Worker:
             if self.current is request and session is not None:
                 session.interrupt()
 
-    def interrupt_current(self) -> None:
-        """Stops whatever runs, but for a commit."""
+    def interrupt_current(self, home: Home) -> None:
+        """Stops what runs, if it has come from there and is no commit."""
         with self._guard:
             current, session = self.current, self.session
-            if current is not None and current.kind < COMMIT and session is not None:
+            if current is not None and current.home is home and current.kind < COMMIT and session is not None:
                 current.cancelled = True
                 if self.current is current:  # looked at once more, after `cancelled` has been set
                     session.interrupt()

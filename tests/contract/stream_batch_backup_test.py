@@ -254,6 +254,17 @@ async def test_batch_inside_a_transaction(db: Any, engine: Engine) -> None:
     assert engine.committed() == []
 
 
+async def test_batch_sent_within_a_read_only_level(db: Any, engine: Engine) -> None:
+    """Collected outside, sent inside: refused like any write, and nothing of it is executed."""
+    async with db.transaction():
+        batch = db.batch()
+        await batch.execute("INSERT INTO item (value) VALUES ('a')")
+        with pytest.raises(errors.ReadOnlyTransactionError, match="refuses this INSERT"):
+            async with db.transaction(readonly=True):
+                await batch.flush()
+    assert engine.outside("SELECT count(*) FROM item") == [(0,)]
+
+
 async def test_batches_of_several_tasks(db: Any) -> None:
     """Batches and transactions of several tasks go on side by side."""
 

@@ -184,6 +184,33 @@ async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: in
     await usable(db)
 
 
+@pytest.mark.parametrize("readonly", [False, True], ids=["writing", "reading"])
+async def test_closing_hits_no_stranger(db: Any, readonly: bool) -> None:
+    """A transaction whose worker has ended it is forgotten; closing the pool does not stop whatever runs there now."""
+    for _ in range(5):
+        with anyio.move_on_after(0.02):
+            async with db.transaction(readonly=readonly):
+                await db.fetch_value(SLOW_SELECT)
+    await eventually(lambda: is_idle(db))
+    assert not db.pool().transactions
+    bounded = SLOW_SELECT.replace("100000000", "500000")
+    found: list[Any] = []
+
+    async def stranger() -> None:
+        if readonly:
+            found.append(await db.fetch_value(bounded))
+        else:
+            found.append((await db.execute(f"INSERT INTO item (value) {bounded}")).rowcount)
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(stranger)
+            await eventually(lambda: db.stats().readers_in_use if readonly else db.stats().writer_in_use)
+            await anyio.sleep(0.02)
+            await db.close()
+    assert found == [500000 if readonly else 1]
+
+
 # --- thrown away --------------------------------------------------------------------------------------------
 
 
