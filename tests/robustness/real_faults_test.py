@@ -257,7 +257,7 @@ def test_a_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     for parent in tmp_path.parents[:2]:
         parent.chmod(parent.stat().st_mode | 0o011)
     code = """
-    import database.sqlite3.engine, anyio._backends._asyncio  # before they cannot be read any more
+    import database.sqlite3.engine, anyio._backends._asyncio, urllib.parse  # before they cannot be read any more
     place = os.path.dirname(sys.argv[1])
     if os.geteuid() == 0:
         os.seteuid(65534)  # root may write anywhere
