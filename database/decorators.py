@@ -9,8 +9,6 @@ from typing import Any, Protocol, TypeVar, overload
 
 import anyio
 
-from database.driver.request import UNIT
-from database.driver.worker import here
 from database.errors import DatabaseBusyError, TransactionError
 from database.handle import Database
 from database.offload import Job, Offloaded
@@ -25,7 +23,6 @@ from database.transaction import (
     enter,
     leave,
     options_of,
-    run_callbacks,
 )
 
 __all__ = ["Decorator", "make_decorator"]
@@ -109,20 +106,7 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
             databases = [get_db(each) for each in names]
             origin = _make_origin(name, function)
             run = _make_runner(databases, function, origin, timeout, propagation, offload, readonly, options)
-            if retries:
-                wrapper = _make_retrying(run, retries)
-            elif (
-                timeout is not None
-                or options is not None
-                or propagation not in ("nested", "required")
-                or len(databases) > 1
-            ):
-                wrapper = _make_ordinary(run)
-            elif offload:
-                wrapper = _make_offloading(run, databases[0], function, origin, readonly)
-            else:
-                wrapper = _make_opening(run, databases[0], function, origin, readonly)
-            return functools.update_wrapper(wrapper, function)
+            return _wrap(function, run, retries)
 
         return decorate if function is None else decorate(function)
 
@@ -174,74 +158,27 @@ def _make_origin(name: str, function: Any) -> Callable[[], Origin]:
     return functools.partial(Origin, what, code, 0 if code is None else code.co_firstlineno)
 
 
-def _make_ordinary(run: Runner) -> Any:
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return await run(args, kwargs, None, None)
+def _wrap(function: Any, run: Runner, retries: int) -> Any:
+    if retries == 0:
 
-    return wrapper
-
-
-def _make_retrying(run: Runner, retries: int) -> Any:
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for left in range(retries, -1, -1):
-            levels: list[Transaction | Job] = []
-            try:
-                return await run(args, kwargs, levels, None)
-            except DatabaseBusyError:
-                # Within an outer transaction only the whole of that could be run again.
-                again = all(level.parent is None and not level.committed for level in levels)
-                if not left or not again:
-                    raise
-        raise AssertionError
-
-    return wrapper
-
-
-def _make_opening(run: Runner, database: Database, function: Any, origin: Callable[[], Origin], readonly: bool) -> Any:
-    """A wrapper without detours for what is done most: no transaction is open, so one is begun."""
-
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        variable = database.current  # looked up each time, for a sandbox puts another in its place
-        if variable.get() is not None:
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
             return await run(args, kwargs, None, None)
-        pool = database.reading_pool(None) if readonly else database.pool()
-        root = Transaction(database, pool, origin(), readonly=readonly)
-        token = variable.set(root)
-        try:
-            result = await function(*args, **kwargs)
-        except BaseException as error:
-            await leave(root, token, error)
-            raise
-        await leave(root, token, None)
-        return result
 
-    return wrapper
+    else:
 
-
-def _make_offloading(
-    run: Runner, database: Database, function: Any, origin: Callable[[], Origin], readonly: bool
-) -> Any:
-    """The same for a function that is run on the database's thread."""
-    offloaded = Offloaded(database, function, origin(), readonly=readonly)
-    drive = Job.drive
-
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if database.current.get() is not None:
-            return await run(args, kwargs, None, None)
-        job = Job(offloaded, args, kwargs)
-        pool = database.reading_pool(None) if readonly else database.pool()
-        request = pool.request(UNIT, drive, job, None, None, job)
-        (pool.reads if readonly else pool.writes).submit(request)
-        try:
-            result, callbacks = await request
-        except Exception:
-            raise
-        except BaseException:
-            await job.called_off(request, alone=True)
-            raise
-        if callbacks:
-            await run_callbacks(callbacks)
-        return result
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for left in range(retries, -1, -1):
+                levels: list[Transaction | Job] = []
+                try:
+                    return await run(args, kwargs, levels, None)
+                except DatabaseBusyError:
+                    # Within an outer transaction only the whole of that could be run again.
+                    again = all(level.parent is None and not level.committed for level in levels)
+                    if not left or not again:
+                        raise
+            raise AssertionError
 
     return wrapper
 
@@ -268,7 +205,7 @@ def _make_runner(
         offloaded = Offloaded(database, function, origin(), readonly=readonly)
 
         async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
-            if offload and not _is_inline(database):
+            if offload and not database.is_here():
                 job = Job(offloaded, args, kwargs)
                 if levels is not None:
                     levels.append(job)
@@ -306,14 +243,6 @@ def _make_runner(
         return result
 
     return run_in_time
-
-
-def _is_inline(database: Database) -> bool:
-    """Whether the caller runs on this database's thread already: then an offloaded function is an ordinary level."""
-    if here.worker is None:
-        return False
-    level = database.current.get()
-    return isinstance(level, Transaction) and level.session is not None
 
 
 async def _run_on_several(

@@ -354,9 +354,7 @@ class Database:
         Raises:
             QueryExecutionError: It failed, or returns no rows (then nothing is executed).
         """
-        statement = self._statements.get(query) or self._analyse(query)
-        if not statement.returns_rows:
-            raise self._unfit("fetch_one", statement)
+        statement = self._rows_from("fetch_one", query)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_one", query)
         level = self.current.get()
@@ -378,9 +376,7 @@ class Database:
         self, query: Query, params: Parameters = None, *, record_class: Callable[..., Any] | None = None
     ) -> list[Any]:
         """All rows. Arguments and errors as for `fetch_one`."""
-        statement = self._statements.get(query) or self._analyse(query)
-        if not statement.returns_rows:
-            raise self._unfit("fetch_all", statement)
+        statement = self._rows_from("fetch_all", query)
         if type(query) is not str:
             record_class = record_class or self._check_operation("fetch_all", query)
         level = self.current.get()
@@ -391,9 +387,7 @@ class Database:
 
     async def fetch_value(self, query: Query, params: Parameters = None, *, default: Any = None) -> Any:
         """The first column of the first row; `default` if there is no row. Other arguments and errors as `fetch_one`."""
-        statement = self._statements.get(query) or self._analyse(query)
-        if not statement.returns_rows:
-            raise self._unfit("fetch_value", statement)
+        statement = self._rows_from("fetch_value", query)
         if type(query) is not str:
             self._check_operation("fetch_value", query)
         level = self.current.get()
@@ -450,10 +444,11 @@ class Database:
         else:
             pool = self.reading_pool(options) if readonly else self.pool()
         request = pool.request(kind, operation, what, params, extra, label)
-        return self._send_request(pool, request, readonly=readonly)
+        return self._send_request(level, pool, request, readonly=readonly)
 
-    def _send_request(self, pool: Pool, request: Request, *, readonly: bool) -> Awaitable[Any]:
-        level = self.current.get()
+    def _send_request(
+        self, level: Transaction | Detached | None, pool: Pool, request: Request, *, readonly: bool
+    ) -> Awaitable[Any]:
         if isinstance(level, Transaction):
             return level.send(request)
         if readonly:
@@ -544,12 +539,16 @@ class Database:
             await self._send_unit(UNIT, operation, function, args, label=f"db.run({name})", readonly=readonly),
         )
 
+    def is_here(self) -> bool:
+        """Whether the caller runs on this database's thread already: then an offloaded function is an ordinary level."""
+        level = self.current.get()
+        return level is not None and level.session is not None
+
     async def offload(self, job: Any, *, readonly: bool, options: Options | None = None) -> Any:
         """Sends a call of a coroutine function to the database's thread; see `database.offload`."""
         level = self.current.get()
         alone = not isinstance(level, Transaction)
         if isinstance(level, Transaction):
-            assert level.session is None  # there, it is an ordinary level
             pool = level.pool
             if options is not None:
                 refuse_isolation(level, options)
@@ -559,7 +558,7 @@ class Database:
                 job.isolation = options.isolation
         request = pool.request(UNIT, job.drive, job, None, None, job)
         try:
-            result, callbacks = await self._send_request(pool, request, readonly=readonly)
+            result, callbacks = await self._send_request(level, pool, request, readonly=readonly)
         except Exception:
             raise
         except BaseException:
@@ -835,11 +834,7 @@ class Database:
 
     async def give_back(self, lease: Lease) -> None:
         """Ends a lease without a transaction, and waits until its connection is free."""
-        if lease.ended:
-            lease.forget()
-        if lease.dropped or lease.ended or lease.queued_at == 0.0:
-            return
-        if lease.worker is None and lease.pool.withdraw(lease):
+        if lease.over():
             return
         request = lease.pool.request(ROLLBACK, None, label="the end of a stream")
         lease.submit(request)

@@ -178,7 +178,6 @@ class Transaction:
     lease: Lease | None = None
     doom: str | None = None
     isolation: str | None = None
-    _turns: deque[tuple[Transaction, anyio.Event]] | None = None
 
     def __init__(
         self,
@@ -203,6 +202,7 @@ class Transaction:
         if parent is None:
             self.number = next(_numbers)
             self.controls: list[Control] = []
+            self._turns: deque[tuple[Transaction, anyio.Event]] = deque()
         else:
             root = self._root = parent.root
             self.session = parent.session
@@ -309,16 +309,13 @@ class Transaction:
         while root.top is not self:
             top = root.top
             turn = (self, anyio.Event())
-            turns = root._turns
-            if turns is None:
-                turns = root._turns = deque()
-            turns.append(turn)
+            root._turns.append(turn)
             try:
                 with anyio.move_on_after(timeout) as scope:
                     await turn[1].wait()
             finally:
-                if turn in turns:
-                    turns.remove(turn)
+                if turn in root._turns:
+                    root._turns.remove(turn)
                 elif root.top is self:
                     root._pass_turn()  # woken and cancelled at once: the next one must not be forgotten
             if scope.cancelled_caught:
@@ -332,10 +329,9 @@ class Transaction:
     def _pass_turn(self) -> None:
         """Wakes those whose level is innermost now, or has ended."""
         root = self.root
-        turns = root._turns or deque()
-        for turn in tuple(turns):
+        for turn in tuple(root._turns):
             if turn[0] is root.top or turn[0].ended:
-                turns.remove(turn)
+                root._turns.remove(turn)
                 turn[1].set()
 
     def refuse_write(self, statement: Statement) -> None:
@@ -353,7 +349,10 @@ class Transaction:
     # Inline: on the worker's thread
 
     def execute_here(self, operation: Operation, statement: Statement, params: Any, extra: Any) -> Any:
-        """Executes a single statement right here, next to the connection."""
+        """Executes a single statement right here, next to the connection.
+
+        The handle's methods ask for this by themselves: what comes through its `_send` has to be awaited, which takes longer.
+        """
         root = self._root or self
         if self.readonly and statement.kind != READ:
             self.refuse_write(statement)
@@ -511,12 +510,7 @@ class Transaction:
     async def _roll_back_root(self) -> None:
         lease, self.lease = self.lease, None
         self.controls.clear()
-        if lease is None:
-            return
-        if lease.ended:
-            lease.forget()
-            return
-        if lease.worker is None and not lease.pending and self.pool.withdraw(lease):
+        if lease is None or lease.over():
             return
         request = self.pool.request(ROLLBACK, None, label="ROLLBACK")
         lease.submit(request)
@@ -533,9 +527,7 @@ class Transaction:
             return
         self._end()
         lease, self.lease = self.lease, None
-        if lease is not None and lease.ended:
-            lease.forget()
-        elif lease is not None and not self.pool.closed:
+        if lease is not None and not lease.over() and not self.pool.closed:
             lease.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
 
     def _renew_inline(self, *, keep: bool) -> None:

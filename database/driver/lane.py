@@ -186,7 +186,7 @@ class ReadLane:
     def _may_go(self, worker: Worker) -> bool:
         """After a slow statement: whether the reader that has taken over copes alone, or somebody else waits for this one."""
         other = self.resident
-        return self.pool.anybody_waits or other is None or other is worker or other.ticks == 0
+        return other is None or other is worker or other.ticks == 0 or self.pool.first_lease() is not None
 
 
 class WriteLane:
@@ -330,7 +330,6 @@ class WriteLane:
                 self._fail_those_who_waited_too(worker, first.error, began)
             return
         queue = self.queue
-        execute, atomically = worker.execute, worker.atomically
         members: list[Request] = []
         alone: Request | None = None
         request = first
@@ -339,9 +338,9 @@ class WriteLane:
                 request.error = Interrupted()
             else:
                 if request.kind == STATEMENT:
-                    execute(request)
+                    worker.execute(request)
                 else:
-                    atomically(request)
+                    worker.atomically(request)
                 if request.error is not None:
                     if worker.session is not session or not session.in_transaction:
                         self._again_alone(worker, members, request)
@@ -350,11 +349,9 @@ class WriteLane:
                         alone = request
                         break
             members.append(request)
-            if len(members) >= GROUP_SIZE or perf_counter() - began > GROUP_SECONDS:
+            if len(members) >= GROUP_SIZE or not self._is_groupable(queue) or perf_counter() - began > GROUP_SECONDS:
                 break
             try:
-                if queue[0].kind > UNIT:
-                    break
                 item = queue.popleft()
             except IndexError:
                 break

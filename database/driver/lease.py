@@ -145,20 +145,23 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt(request)
 
-    def forget(self) -> None:
-        """Its worker has ended it by itself: whoever closes the pool need not see to it."""
-        self.pool.transactions.discard(self)
+    def over(self) -> bool:
+        """Whether there is nothing to end any more: it is over, or can be taken out of its line, where it has begun nothing."""
+        if self.ended:
+            self.pool.transactions.discard(self)  # by its worker, and whoever closes the pool need not see to it
+            return True
+        if self.dropped or self.queued_at == 0.0:
+            return True
+        return self.worker is None and not self.pending and self.pool.withdraw(self)
 
     def let_go(self, report: Callable[[], None]) -> None:
         """Ends a lease whose holder is garbage: rolled back if there is anything, without waiting for that."""
-        if self.ended:
-            self.forget()
-        if self.dropped or self.ended or self.queued_at == 0.0 or self.pool.closed:
+        if self.ended or self.dropped or self.queued_at == 0.0 or self.pool.closed:
+            self.pool.transactions.discard(self)
             return
         report()
-        if self.worker is None and not self.pending and self.pool.withdraw(self):
-            return
-        self.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
+        if not self.over():
+            self.submit(self.pool.request(ROLLBACK, None, label="ROLLBACK"))
 
     def abort(self, reason: str) -> None:
         """Ends the lease from outside: its running statement is stopped, and what comes is refused. Any thread."""

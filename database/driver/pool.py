@@ -251,11 +251,6 @@ class Pool:
         worker.start(None, lambda: self._reader_closed(worker))
         return worker
 
-    @property
-    def anybody_waits(self) -> bool:
-        """Whether somebody stands in line for a connection. Any thread."""
-        return bool(self._line)
-
     def first_lease(self) -> Lease | None:
         """The lease that gets a connection next. Any thread: at most the two lanes stand before it."""
         line = self._line

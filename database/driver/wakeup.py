@@ -29,6 +29,7 @@ that only the loop's own timer heap holds (asyncio), or by a system task (trio).
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 import weakref
@@ -529,6 +530,7 @@ def _find_trap(lowlevel: Any) -> Callable[[Any], Any] | None:
     )
 
 
+@functools.cache
 def _make_answer() -> Any:
     """What a trio task is sent when it goes on: nothing. One for all, where trio would make an object for each."""
     from outcome import Outcome  # noqa: PLC0415  - it comes with trio

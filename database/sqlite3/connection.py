@@ -199,20 +199,11 @@ class SqliteSession:
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
-        # Around every unit of a group, and so without `_control`.
-        self._admitting = True
-        try:
-            self._cursor.execute(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
-        finally:
-            self._admitting = False
+        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
 
     def release(self, number: int) -> None:
         """See `Session`."""
-        self._admitting = True
-        try:
-            self._cursor.execute(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
-        finally:
-            self._admitting = False
+        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
 
     def undo(self, number: int) -> None:
         """See `Session`."""
