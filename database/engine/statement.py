@@ -5,13 +5,11 @@ An engine analyses SQL text into `Statement`s (`database/sqlite3/analysis.py`); 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol
 
-__all__ = ["CONTROL", "OTHER", "READ", "WRITE", "Result", "Row", "Statement", "TypedQuery"]
-
-T_co = TypeVar("T_co", covariant=True)
+__all__ = ["CONTROL", "OTHER", "READ", "WRITE", "Result", "Row", "Statement"]
 
 READ: Final = 0
 """Changes nothing: any reader may run it."""
@@ -71,27 +69,4 @@ class Row(Protocol):
 
     def keys(self) -> list[str]:
         """The columns' names."""
-        ...
-
-
-class TypedQuery(Protocol[T_co]):
-    """A query function of a file, as type checkers see it: `T_co` is what becomes of a row; see `database.stubs`."""
-
-    @property
-    def sql(self) -> str:
-        """The statement."""
-        ...
-
-    @property
-    def operation(self) -> Any:
-        """What aiosql makes of its operator."""
-        ...
-
-    @property
-    def record_class(self) -> Callable[..., T_co] | None:
-        """What the file's `-- record_class:` names; None: rows stay rows."""
-        ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Executes it."""
         ...

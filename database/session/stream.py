@@ -8,16 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from database.driver.lease import Lease
-from database.driver.pool import Pool, aside
+from database.driver.observer import aside
+from database.driver.pool import Pool
 from database.driver.request import STATEMENT, Request
+from database.engine.statement import READ, WRITE, Statement
 from database.errors import PoolClosedError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
-from database.statements import READ, WRITE, Statement
-from database.transaction import Origin, Transaction
+from database.session.origin import Origin
+from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from database.handle import Database, Query
+    from database.session.database import Database
+    from database.session.statements import Query
 
 __all__ = ["Stream"]
 
