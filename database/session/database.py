@@ -224,7 +224,7 @@ class Database:
             raise
         pools[key] = pool
         if monitor is not None:
-            monitor.offer(chosen.monitor, pool)  # type: ignore[union-attr]
+            monitor.offer(chosen.monitor, pool)  # type: ignore[attr-defined]
         return pool
 
     def _analyse(self, query: Query) -> Statement:
