@@ -452,10 +452,7 @@ class Pool:
         """Answers what was taken out of a queue; gives the requests to be woken. Loop thread; no worker has it."""
         if isinstance(item, Lease):
             self.transactions.discard(item)
-            item.dropped = True
-            requests: list[Request] = []
-            while not item.mailbox.empty():
-                requests.append(item.mailbox.get_nowait())
+            requests = item.drop()
         else:
             requests = [item]
         for request in requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextvars import Context, copy_context
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
@@ -82,6 +83,7 @@ class Request:
     __slots__ = (
         "answered",
         "cancelled",
+        "context",
         "controls",
         "error",
         "extra",
@@ -117,6 +119,8 @@ class Request:
         self.queued_at: float
         """Set where it is queued."""
         self.waiter: Any = None
+        self.context: Context | None = copy_context()
+        """A copy of the caller's, in which everything of the user's is called: functions, handlers. None once answered."""
 
         self.result: Any = None
         self.error: BaseException | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import threading
 from collections.abc import Awaitable, Callable
@@ -54,7 +53,7 @@ def run(kind: str, *mains: Callable[[], Awaitable[Any]]) -> list[Any]:
 @pytest.mark.parametrize("kind", LOOPS)
 def test_the_end_of_a_loop_cancels_those_who_wait(configured: Any, engine: Engine, kind: str) -> None:
     """Tasks in every call of ours are cancelled like any others when the loop ends: the result of main comes back, every
-    `finally` runs, nothing of theirs is kept, and the next loop works.
+    `finally` runs, open transactions are rolled back, and the next loop works.
     """
     configured(pool_timeout=20)
     db = get_db()
@@ -92,11 +91,6 @@ def test_the_end_of_a_loop_cancels_those_who_wait(configured: Any, engine: Engin
         await db.begin()
         await db.execute("INSERT INTO jobs (name) VALUES ('manual')")
 
-    async def stubborn() -> None:
-        while len(ended) < 8:
-            with contextlib.suppress(asyncio.CancelledError):
-                await db.execute("INSERT INTO jobs (name) VALUES ('stubborn')")
-
     async def elsewhere() -> None:
         await asyncio.sleep(100)
 
@@ -120,14 +114,16 @@ def test_the_end_of_a_loop_cancels_those_who_wait(configured: Any, engine: Engin
             assert each not in ended
         return "result"
 
-    async def again() -> int:
-        return int(await db.fetch_value("SELECT count(*) FROM jobs"))
+    async def again() -> set[str]:
+        return {name for (name,) in await db.fetch_all("SELECT name FROM jobs")}
 
-    results = run(kind, main, again) if kind in ("run", "debug") else run(kind, main)
-    assert results[0] == "result"
+    assert run(kind, main) == ["result"]
     assert sorted(ended) == sorted({*bodies, "inside"}), "every finally has run"
     assert all(each.cancelled() for each in tasks), tasks
-    assert asyncio.run(again()) == 0, "nothing of what was cancelled is kept"  # type: ignore[arg-type]
+    kept = asyncio.run(again())
+    assert not kept & {"inside", "manual"}, "transactions that were cancelled are rolled back"
+    many = {f"many {n}" for n in range(10)}
+    assert kept & many in (set(), many), "a write has happened, or has not"
 
 
 @pytest.mark.parametrize("kind", LOOPS)

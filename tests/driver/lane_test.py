@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from database import errors, transactional, transactional_readonly
+from database import errors, transactional_readonly
 from database.driver.worker import Worker
 from tests.contract.support import Engine, add, eventually, gather, usable
 
@@ -189,5 +189,3 @@ async def test_many_writes_that_are_cancelled_stop(db: Any, engine: Engine, what
     assert engine.committed() == []
     await usable(db)
 
-
-assert transactional is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
@@ -11,7 +13,7 @@ import pytest
 
 from database import errors
 from database.driver.lease import Lease
-from database.driver.request import COMMIT, ROLLBACK, STATEMENT
+from database.driver.request import ROLLBACK, STATEMENT
 from database.driver.worker import Worker
 from tests.contract.support import Engine, add, eventually, held, usable, waiting
 
@@ -42,32 +44,32 @@ async def test_a_commit_behind_the_statement_that_ends_the_transaction(
     async def strike() -> None:
         await eventually(at_gate.is_set)
         scope.cancel()
-        await anyio.sleep(0.3 if by == "timeout" else 0.01)
+        await anyio.sleep(0.5 if by == "timeout" else 0.01)
         go_on.set()
 
-    async def fail() -> None:
-        with pytest.raises(errors.QueryExecutionError):
-            await db.execute("INSERT INTO item (value) VALUES ('rollback')")
+    running = threading.Event()
 
-    outcome: BaseException | None = None
+    def fail_when_the_commit_waits(connection: Any) -> None:
+        running.set()
+        while lease is None or lease.mailbox.empty():
+            time.sleep(0.001)
+        connection.execute("INSERT INTO item (value) VALUES ('rollback')")
+
+    async def fail() -> None:
+        with pytest.raises(errors.DatabaseError):
+            await db.run(fail_when_the_commit_waits)
+
     async with anyio.create_task_group() as group:
         group.start_soon(strike)
-        with scope if by == "scope" else anyio.CancelScope():
-            try:
-                async with db.transaction(timeout=0.2 if by == "timeout" else None) as tx:
-                    await add(db, "lost")
-                    db.on_commit(lambda: told.append("committed"))
-                    lease = tx.lease
-                    group.start_soon(fail)
-                    await anyio.sleep(0)
-                told.append("success")
-            except BaseException as error:
-                outcome = error
-                raise
-            finally:
-                if isinstance(outcome, errors.TransactionError):
-                    outcome = errors.TransactionError()
-    del group
+        expected = pytest.raises(errors.TransactionTimeoutError) if by == "timeout" else nullcontext()
+        with scope, expected:
+            async with db.transaction(timeout=0.3 if by == "timeout" else None) as tx:
+                await add(db, "lost")
+                db.on_commit(lambda: told.append("committed"))
+                lease = tx.lease
+                group.start_soon(fail)
+                await eventually(running.is_set)
+            told.append("success")
     assert told == []
     assert engine.committed() == []
 
@@ -182,5 +184,3 @@ async def test_a_dropped_lease_is_not_used_again(db: Any, engine: Engine) -> Non
                     await add(db, "kept")
     assert engine.committed() == ["kept"]
 
-
-assert COMMIT < ROLLBACK
