@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
 from database.engine.contract import Interrupted, Session
@@ -31,9 +31,21 @@ if TYPE_CHECKING:
     from database.driver.pool import Pool
     from database.driver.worker import Worker
 
-__all__ = ["Lease"]
+__all__ = ["Holder", "Lease"]
 
 INTERRUPTED = "a statement of this transaction was interrupted, so the whole of it has been rolled back"
+
+
+class Holder(Protocol):
+    """Who holds a lease, for messages; and whether it is a certain task."""
+
+    def __call__(self) -> str:
+        """What was begun where, by whom."""
+        ...
+
+    def is_of(self, task: object | None) -> bool:
+        """Whether that task asked for the connection. Any thread."""
+        ...
 
 
 class Lease:
@@ -67,7 +79,7 @@ class Lease:
     def __init__(
         self,
         pool: Pool,
-        holder: Callable[[], str],
+        holder: Holder,
         *,
         number: int | None,
         readonly: bool,
@@ -147,6 +159,10 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt(request)
 
+    def first(self) -> Request | None:
+        """One of those that wait for its connection."""
+        return next(iter(self.pending), None)
+
     def drop(self) -> list[Request]:
         """It has been taken out of its line: nothing of it has been begun, and nothing will be. Gives what it was asked.
 
@@ -198,26 +214,31 @@ class Lease:
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
         request: Request | None = None
-        while not self.ended:
-            if worker.answers and empty():
-                worker.flush()
-            request = get()
-            if request.kind >= COMMIT:
-                self._end(worker, session, request)
-            elif self.doom is not None:
-                request.error = self.refusal()
-            elif session is None:
-                session = self._begin(worker, request)
-                if session is not None:
+        try:
+            while not self.ended:
+                if worker.answers and empty():
+                    worker.flush()
+                request = get()
+                if request.kind >= COMMIT:
+                    self._end(worker, session, request)
+                elif self.doom is not None:
+                    request.error = self.refusal()
+                elif session is None:
+                    session = self._begin(worker, request)
+                    if session is not None:
+                        self._run(worker, session, request)
+                else:
                     self._run(worker, session, request)
-            else:
-                self._run(worker, session, request)
-            worker.answers.append(request)
-            worker.left()
+                worker.answers.append(request)
+                worker.left()
+        except BaseException as defect:
+            self.doom = defect
+            worker.fail(defect, [request])
+            self.ended = True
         worker.answers.extend(self._answer_the_rest())
         if self.transaction and session is not None and request is not None:
             outcome = "committed" if self.committed else "rolled back"
-            worker.observer.transaction(self, outcome, perf_counter() - self.granted_at)
+            worker.tell(request, worker.observer.transaction, self, outcome, perf_counter() - self.granted_at)
         if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.reader_free(worker))
 
@@ -266,7 +287,7 @@ class Lease:
                 return worker.session or worker.ready()
             return worker.begin(request, readonly=self.readonly)
         except Interrupted as interrupted:  # nothing was begun: the next statement may try again
-            request.error = interrupted
+            request.error = interrupted if self.doom is None else self.refusal()
             self.carried.extend(request.controls or ())
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)

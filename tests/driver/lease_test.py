@@ -15,6 +15,7 @@ from database import errors
 from database.driver.lease import Lease
 from database.driver.request import ROLLBACK, STATEMENT
 from database.driver.worker import Worker
+from database.session.origin import Origin
 from tests.contract.support import Engine, add, eventually, held, usable, waiting
 
 
@@ -83,7 +84,7 @@ async def test_statements_that_come_while_a_lease_ends(db: Any) -> None:
     sys.setswitchinterval(1e-6)
     try:
         for _ in range(30):
-            lease = Lease(pool, lambda: "the test", number=None, readonly=True)
+            lease = Lease(pool, Origin("the test"), number=None, readonly=True)
             first = pool.request(STATEMENT, lambda *_: None)
             lease.submit(first)
             await first

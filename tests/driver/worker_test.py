@@ -119,6 +119,18 @@ async def test_a_handler_that_ends_the_program_and_those_who_wait(make_db: Any) 
     await usable(db)
 
 
+def _caught(call: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    """A call that gives what it raises, also where that is `Fatal`."""
+
+    async def caught() -> Any:
+        try:
+            return await call()
+        except (Exception, Fatal) as error:
+            return error
+
+    return caught
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("where", ["translate", "execute", "begin", "observer"])
 async def test_what_brings_a_worker_down(
@@ -152,7 +164,8 @@ async def test_what_brings_a_worker_down(
                 observer = type(db.pool().observer)
                 patched.setattr(observer, "failure", fatal)
                 patched.setattr(observer, "threshold", fatal)
-            found = await gather(call, call, lambda: db.fetch_value("SELECT 1"), lambda: add(db, "x"), call)
+            one: Callable[[], Awaitable[Any]] = lambda: db.fetch_value("SELECT 1")  # noqa: E731
+            found = await gather(*map(_caught, (call, call, one, lambda: add(db, "x"), call)))
         assert isinstance(found[0], BaseException), (name, found)
         assert not isinstance(found[0], TimeoutError), (name, found)
         with anyio.fail_after(5):

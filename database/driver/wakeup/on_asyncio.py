@@ -212,6 +212,9 @@ class AsyncioWaker(Waker):
         loop = self.loop()
         return loop is not None and loop.is_running()
 
+    def task_of(self, request: Request) -> object | None:
+        return getattr(request.waiter, "__self__", None)  # it is the task's own bound method
+
     def _rung(self, descriptor: int) -> None:
         try:
             os.eventfd_read(descriptor)

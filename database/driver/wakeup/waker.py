@@ -172,6 +172,10 @@ class Waker:
         loop = current_loop()
         return loop is not None and loop is self.loop()
 
+    def task_of(self, request: Request) -> object | None:
+        """The task that waits for the request, if one does. Any thread; for comparing."""
+        return request.waiter
+
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
         raise NotImplementedError
