@@ -44,6 +44,7 @@ class Lease:
     __slots__ = (
         "cancelled",
         "carried",
+        "committed",
         "doom",
         "dropped",
         "ended",
@@ -97,6 +98,8 @@ class Lease:
         self.granted_at = 0.0
         self.doom: BaseException | str | None = None
         self.ended = False
+        self.committed = False
+        """Whether its COMMIT has gone through. Set by the worker behind it."""
         self.firm = False
         """Its commit is not withdrawn by a cancellation, for it follows one on another database."""
         self.late: list[Request] = []
@@ -319,6 +322,7 @@ class Lease:
                 return
             try:
                 worker.commit(session)
+                self.committed = True
             except BaseException as error:
                 request.error = worker.translate(error, request)
                 worker.rollback()

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["Query", "TypedQuery"]
+__all__ = ["Query", "TypedQuery", "still"]
 
 T_co = TypeVar("T_co", covariant=True)
 
 Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
+
+
+_CHANGING: Final = frozenset({bytearray, memoryview, array})
+"""Values whose contents may be others by the time they are bound."""
+
+
+def still(params: Any) -> Any:
+    """Parameters as they are now: whoever hands them over may go on to change the object, and a worker binds them later.
+
+    What holds them is copied; of the values, buffers are. Other values that change are nobody's parameters.
+    """
+    kind = type(params)
+    if kind is dict:
+        if _CHANGING.isdisjoint(map(type, params.values())):
+            return params.copy()
+        return {name: _still(value) for name, value in params.items()}
+    if kind is tuple or kind is list:
+        if _CHANGING.isdisjoint(map(type, params)):
+            return params if kind is tuple else params.copy()
+        return [_still(value) for value in params]
+    if params is None:
+        return None
+    return _still_object(params)
+
+
+def _still(value: Any) -> Any:
+    return bytes(value) if type(value) in _CHANGING else value
+
+
+def _still_object(params: Any) -> Any:
+    """The same for what is no plain container: an object with attributes, a mapping or a sequence of some class."""
+    if isinstance(params, Mapping):
+        return {name: _still(value) for name, value in params.items()}
+    if isinstance(params, (str, bytes, tuple)) or not isinstance(params, Sequence):
+        if getattr(type(params), "__setattr__", None) is object.__setattr__ or hasattr(params, "__dict__"):
+            try:
+                return copy(params)
+            except Exception:  # what cannot be copied is bound as it will be
+                return params
+        return params  # immutable, or refused when it is bound
+    return params
 
 
 class TypedQuery(Protocol[T_co]):

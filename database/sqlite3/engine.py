@@ -72,6 +72,7 @@ def _backend(settings: SqliteSettings) -> Backend:
         busy_timeout=settings.busy_timeout / 1000,
         busy_slice=BUSY_SLICE,
         dispose=dispose,
+        place=os.path.realpath(path),
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
     )
 
@@ -121,5 +122,4 @@ ENGINE = Engine(
     operations=SqliteSession,
     backend=_backend,
     adapter=_adapter,
-    single_writer=True,
 )

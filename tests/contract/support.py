@@ -264,7 +264,7 @@ async def held(db: Any, *, readonly: bool = False, count: int = 1) -> AsyncItera
     them. Where no connection is the one writer, all that are free are held: only then does a writer wait.
     """
     release = anyio.Event()
-    if not db.engine.single_writer:
+    if not db.pool().single_writer:
         if db.stats().pool_size == 0:
             await db.open()
         taken = sum(1 for lease in db.pool().transactions if lease.worker is not None and not lease.ended)

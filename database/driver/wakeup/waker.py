@@ -185,16 +185,21 @@ class Waker:
 def current_loop() -> object | None:
     """The identity of the event loop that runs the caller: an asyncio loop, a trio token, or None."""
     trio = _modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():  # first, for trio may be asyncio's guest
+    if trio is not None and _in_trio(trio.lowlevel):
         token: object = trio.lowlevel.current_trio_token()
         return token
     return _running_loop()
 
 
+def _in_trio(lowlevel: Any) -> bool:
+    """Whether the caller is trio's. Where trio is asyncio's guest, both run on this thread: then its tasks are, no more."""
+    return bool(lowlevel.in_trio_task() or (lowlevel.in_trio_run() and _running_loop() is None))
+
+
 def create_waker() -> Waker:
     """The waker of the running event loop."""
     trio = _modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
+    if trio is not None and _in_trio(trio.lowlevel):
         from database.driver.wakeup.on_trio import TrioWaker  # noqa: PLC0415  - only those who run trio have it
 
         return TrioWaker()
@@ -206,7 +211,7 @@ def create_waker() -> Waker:
 def current_task() -> object | None:
     """The running task; None outside any. For comparing and for `task_name`; hold it no longer than it runs."""
     trio = _modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
+    if trio is not None and _in_trio(trio.lowlevel):
         task: object = trio.lowlevel.current_task() if trio.lowlevel.in_trio_task() else None
         return task
     return None if _running_loop() is None else asyncio.current_task()
