@@ -148,8 +148,6 @@ class Pool:
         self._closers: list[Request] = []
 
         self.single_writer = backend.single_writer
-        self.neighbours: list[Pool] = [self]
-        """The open pools of the same file: of other names for it, of other event loops."""
         self.reads: ReadLane
         self.writes: WriteLane | SharedLane
         if self.single_writer:

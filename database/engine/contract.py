@@ -122,8 +122,6 @@ class Backend:
         busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
-        place: What all backends of one file have in common, so that two names for it are known to be one; None where that
-            does not matter.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
@@ -140,7 +138,6 @@ class Backend:
     busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
-    place: object = None
     single_writer: bool = True
     may_join: Callable[[Any], bool] | None = None
     run_together: (

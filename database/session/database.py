@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
-from weakref import WeakValueDictionary
 
 from database import logs, settings
 from database.driver.lease import Lease
@@ -48,13 +47,12 @@ from database.session.propagation import (
     enter,
     options_of,
     refuse_isolation,
-    refuse_same_file,
     refuse_waiting_for_itself,
     refuse_writing_in_readonly,
     run_behind,
 )
 from database.session.retry import attempts, leave_behind, note
-from database.session.statements import TypedQuery
+from database.session.statements import CHANGING, TypedQuery, still
 from database.session.stream import Stream
 from database.session.transaction import Detached, Transaction, give_back, step_back
 
@@ -191,8 +189,6 @@ class Database:
 
             def closed(pool: Pool) -> None:
                 settings.release(ticket)
-                if pool in pool.neighbours:
-                    pool.neighbours.remove(pool)
                 if monitor is not None:
                     monitor.withdraw(pool)
                 for each in (self._pools, self._replica_pools):
@@ -222,7 +218,6 @@ class Database:
             settings.release(ticket)
             raise
         pools[key] = pool
-        _make_neighbours(pool)
         if monitor is not None:
             monitor.offer(chosen.monitor, pool)  # type: ignore[attr-defined]
         return pool
@@ -280,6 +275,13 @@ class Database:
         self, level: Transaction | Detached | None, operation: Any, statement: Statement, params: Any, extra: Any
     ) -> Awaitable[Any]:
         """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
+        if type(params) is tuple:  # mostly; the rest of `still` for it is this loop
+            for value in params:
+                if type(value) in CHANGING:
+                    params = still(params)
+                    break
+        elif params is not None:
+            params = still(params)
         if level is not None:
             if level.ended:
                 level = step_back(self.current, level)
@@ -309,8 +311,6 @@ class Database:
         """Hands over a write outside of any transaction."""
         if level is not None:
             refuse_waiting_for_itself(level, pool)
-        if len(pool.neighbours) > 1:
-            refuse_same_file(pool)
         if attempts:
             note(request)
         pool.writes.submit(request)
@@ -922,29 +922,9 @@ def _monitor(chosen: settings.Settings) -> Any:
     return monitor
 
 
-class _Neighbours(list[Pool]):
-    """The open pools of one file."""
-
-    __slots__ = ("__weakref__",)
-
-
 def _origin(what: str, depth: int) -> Origin:
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
     return Origin(what, frame.f_code, frame.f_lineno)
-
-
-_places: WeakValueDictionary[object, _Neighbours] = WeakValueDictionary()
-
-
-def _make_neighbours(pool: Pool) -> None:
-    """Makes pools of one file know of each other: there may be several names for it, and event loops."""
-    place = pool.backend.place
-    if place is not None and not pool.closed:
-        neighbours = _places.get(place)
-        if neighbours is None:
-            neighbours = _places[place] = _Neighbours()
-        neighbours.append(pool)
-        pool.neighbours = neighbours
 
 
 def _nothing(_session: Any, _statement: Any, _params: Any, _extra: Any) -> None:

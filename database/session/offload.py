@@ -176,7 +176,14 @@ def _foreign(job: Job) -> TransactionError:
 
 _LOOPS = frozenset({"anyio", "asyncio", "sniffio", "trio", "uvloop"})
 
-_COMPLAINTS = ("event loop", "async context", "async library", "inside a task", "parent task")
+_COMPLAINTS = (
+    "running event loop",
+    "asynchronous event loop",
+    "async context",
+    "async library",
+    "inside a task",
+    "parent task",
+)
 """What asyncio, trio, AnyIO and sniffio say where there is no event loop."""
 
 

@@ -42,7 +42,6 @@ __all__ = [
     "leave",
     "options_of",
     "refuse_isolation",
-    "refuse_same_file",
     "refuse_waiting_for_itself",
     "refuse_writing_in_readonly",
     "run_behind",
@@ -202,11 +201,8 @@ def _open(
     options: Options | None,
 ) -> tuple[Transaction, Any]:
     pool = database.reading_pool(options) if readonly else database.pool()
-    if not readonly:
-        if found is not None:
-            refuse_waiting_for_itself(found, pool)
-        if len(pool.neighbours) > 1:
-            refuse_same_file(pool)
+    if not readonly and found is not None:
+        refuse_waiting_for_itself(found, pool)
     origin.set_task()
     root = Transaction(database, pool, origin, readonly=readonly, around=found, manual=manual)
     if options is not None:
@@ -275,25 +271,6 @@ def refuse_waiting_for_itself(found: Transaction | Detached, pool: Pool) -> None
                     "a write outside the transaction could only wait for the transaction, which this very task holds open"
                     f" (begun by {level.origin()}): there is one writer at a time"
                 )
-
-
-def refuse_same_file(pool: Pool) -> None:
-    """The same, where two databases of the configuration are one file.
-
-    Raises:
-        TransactionError: So it is.
-    """
-    task = current_task()
-    for other in pool.neighbours:
-        if other is not pool:
-            for lease in tuple(other.transactions):
-                holder = lease.holder
-                if not lease.readonly and not lease.ended and isinstance(holder, Origin) and holder.is_of(task):
-                    raise TransactionError(
-                        f"databases {other.name!r} and {pool.name!r} are the same file, which has one writer at a time: a"
-                        f" write to one could only wait for the transaction on the other, which this very task holds open"
-                        f" (begun by {holder()})"
-                    )
 
 
 async def leave(entered: Entered, token: Any, error: BaseException | None, limit: TimeLimit | None = None) -> None:

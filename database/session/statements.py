@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
 from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["Query", "TypedQuery", "still"]
+__all__ = ["CHANGING", "Query", "TypedQuery", "still"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -15,7 +15,7 @@ Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
 
-_CHANGING: Final = frozenset({bytearray, memoryview, array})
+CHANGING: Final = frozenset({bytearray, memoryview, array})
 """Values whose contents may be others by the time they are bound."""
 
 
@@ -26,34 +26,40 @@ def still(params: Any) -> Any:
     """
     kind = type(params)
     if kind is dict:
-        if _CHANGING.isdisjoint(map(type, params.values())):
-            return params.copy()
-        return {name: _still(value) for name, value in params.items()}
+        for value in params.values():
+            if type(value) in CHANGING:
+                return {name: _still(value) for name, value in params.items()}
+        return params.copy()
     if kind is tuple or kind is list:
-        if _CHANGING.isdisjoint(map(type, params)):
-            return params if kind is tuple else params.copy()
-        return [_still(value) for value in params]
+        for value in params:
+            if type(value) in CHANGING:
+                return [_still(value) for value in params]
+        return params if kind is tuple else params.copy()
     if params is None:
         return None
     return _still_object(params)
 
 
 def _still(value: Any) -> Any:
-    return bytes(value) if type(value) in _CHANGING else value
+    return bytes(value) if type(value) in CHANGING else value
 
 
 def _still_object(params: Any) -> Any:
     """The same for what is no plain container: an object with attributes, a mapping or a sequence of some class."""
+    kind = type(params)
     if isinstance(params, Mapping):
         return {name: _still(value) for name, value in params.items()}
-    if isinstance(params, (str, bytes, tuple)) or not isinstance(params, Sequence):
-        if getattr(type(params), "__setattr__", None) is object.__setattr__ or hasattr(params, "__dict__"):
-            try:
-                return copy(params)
-            except Exception:  # what cannot be copied is bound as it will be
-                return params
-        return params  # immutable, or refused when it is bound
-    return params
+    try:
+        if isinstance(params, (Sequence, Set, type)):
+            return params  # immutable, or what is refused when it is bound
+        attributes = getattr(params, "__dict__", None)
+        if attributes is None:
+            return copy(params)
+        found = object.__new__(kind)
+        found.__dict__.update((name, _still(value)) for name, value in attributes.items())
+        return found
+    except Exception:  # a class that makes its objects in its own way: bound as it will be
+        return params
 
 
 class TypedQuery(Protocol[T_co]):

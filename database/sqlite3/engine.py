@@ -72,7 +72,6 @@ def _backend(settings: SqliteSettings) -> Backend:
         busy_timeout=settings.busy_timeout / 1000,
         busy_slice=BUSY_SLICE,
         dispose=dispose,
-        place=os.path.realpath(path),
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
     )
 

@@ -23,7 +23,7 @@ class Rude(BaseException):
     """No `Exception`."""
 
 
-def _decorated(db: Any, body: Callable[[], Any], **options: Any) -> Any:
+def _decorated(_: Any, body: Callable[[], Any], **options: Any) -> Any:
     @transactional(**options)
     async def work() -> Any:
         return await body()

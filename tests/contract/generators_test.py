@@ -160,7 +160,9 @@ async def test_two_generators_in_any_order(db: Any, engine: Engine, around: str)
 
     async def check() -> None:
         for first, second in itertools.product(HOLDING, HOLDING):
-            if first == "readonly" and second in ("transaction", "manual"):
+            if second in ("transaction", "manual") and (
+                first == "readonly" or (around == "inside" and first in ("not_supported", "detached"))
+            ):
                 continue  # not possible at all
             a, b = HOLDING[first](db, "a"), HOLDING[second](db, "b")
             await a.__anext__()

@@ -168,13 +168,6 @@ class Mine(RuntimeError):
     """An exception of the application's."""
 
 
-class _Failing:
-    """What a library may be given to call."""
-
-    def __index__(self) -> int:
-        raise Mine("no event loop of mine")
-
-
 def _full_queue() -> None:
     full: asyncio.Queue[int] = asyncio.Queue(1)
     full.put_nowait(1)
@@ -273,6 +266,12 @@ async def _anyio_timeout() -> None:
         pass
 
 
+async def _anyio_stream() -> None:
+    send, receive = anyio.create_memory_object_stream[int](0)
+    with send, receive:
+        await receive.receive()
+
+
 AWAITING: dict[str, Any] = {
     "asyncio.Queue.get": lambda: asyncio.Queue[int]().get(),
     "asyncio.Event.wait": lambda: asyncio.Event().wait(),
@@ -282,12 +281,11 @@ AWAITING: dict[str, Any] = {
     "asyncio.to_thread": lambda: asyncio.to_thread(int),
     "anyio tasks": _anyio_tasks,
     "anyio.fail_after": _anyio_timeout,
-    "anyio stream": lambda: anyio.create_memory_object_stream[int](0)[1].receive(),
+    "anyio stream": _anyio_stream,
     "anyio.Lock": lambda: anyio.Lock().acquire(),
 }
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_awaiting_something_else(db: Any, engine: Engine) -> None:
     """Awaiting anything else says so, however the library complains of the missing event loop."""
     wrong: dict[str, Any] = {}

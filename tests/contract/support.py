@@ -137,7 +137,7 @@ class Engine:
     @contextmanager
     def locked(self, database: str = "default") -> Iterator[sqlite3.Connection]:
         """The database as another process leaves it that keeps the write lock."""
-        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=5)
+        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=5, check_same_thread=False)
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield connection

@@ -180,32 +180,3 @@ async def test_outside_of_a_transaction_that_holds_nothing(db: Any, engine: Engi
             await add(db, "second")
             await db.flush()
     assert engine.committed() == ["first", "second"]
-
-
-async def test_two_names_of_one_file(make_db: Any, engine: Engine) -> None:
-    """Two databases of the configuration that are one file have one writer."""
-    (engine.directory / "link.db").symlink_to(engine.path())
-    for path in (engine.path(), engine.directory / "link.db"):
-        db = await make_db(pool_timeout=20, databases={"audit": {"path": str(path)}})
-        audit = engine.public.get_db("audit")
-        await audit.open()
-        await db.execute("DELETE FROM jobs")
-
-        @engine.public.transactional(db=("default", "audit"))
-        async def on_both() -> None:
-            await add(db, "a")  # noqa: B023
-            await add(audit, "b")  # noqa: B023
-
-        with anyio.fail_after(4), pytest.raises(errors.TransactionError, match="same file"):
-            await on_both()
-        assert engine.committed() == []
-        async with db.transaction():
-            await add(db, "a")
-            with anyio.fail_after(4), pytest.raises(errors.TransactionError, match="same file"):
-                await add(audit, "b")
-            with anyio.fail_after(4), pytest.raises(errors.TransactionError, match="same file"):
-                await _transaction(audit)
-            assert await names(audit) == []
-        await add(audit, "b")
-        assert engine.committed() == ["a", "b"]
-        await engine.public.close_all()
