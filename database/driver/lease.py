@@ -356,6 +356,7 @@ class Lease:
                 return
             try:
                 worker.commit(session)
+                self.committed = True
             except BaseException as error:
                 request.error = worker.translate(error, request)
                 worker.rollback()

@@ -454,7 +454,7 @@ class Worker:
         """Runs a request from within another one: a statement of a function that was sent to this thread."""
         current = self.current
         if current is not None and current.cancelled:
-            raise self._called_off()
+            raise self.called_off()
         self.statements += 1
         threshold = self.threshold
         started = 0.0 if threshold is None else perf_counter()
@@ -472,7 +472,8 @@ class Worker:
         return result
 
     @staticmethod
-    def _called_off() -> BaseException:
+    def called_off() -> BaseException:
+        """What a function is told whose caller has gone."""
         return TransactionError("the caller of this function was cancelled; what it did is rolled back")
 
     def step(self, session: Any, method: str, argument: Any) -> None:
@@ -482,8 +483,8 @@ class Worker:
         except BaseException as error:
             raise self.translate(error, None) from error
 
-    def renew(self, session: Session, *, keep: bool, readonly: bool) -> None:
-        """Ends the open transaction, or within a group its savepoint, and opens the next.
+    def end_part(self, session: Session, *, keep: bool) -> None:
+        """Commits the open transaction of a function that runs here, or rolls it back.
 
         Raises:
             Alone: A member of a group wants to commit, which in a group nobody can do before all do.
@@ -491,16 +492,18 @@ class Worker:
         if self.grouping and keep:
             raise Alone
         try:
-            if self.grouping:
-                session.undo(0)
-                session.savepoint(0)
+            if keep:
+                self.commit(session)
             else:
-                if keep:
-                    self.commit(session)
-                else:
-                    session.rollback()
-                    self.rollbacks += 1
-                self.begin(self.current, readonly=readonly)
+                session.rollback()
+                self.rollbacks += 1
+        except BaseException as error:
+            raise self.translate(error, None) from error
+
+    def begin_again(self, session: Session, *, readonly: bool) -> None:
+        """Opens the next one."""
+        try:
+            self.begin(self.current, readonly=readonly)
         except BaseException as error:
             raise self.translate(error, None) from error
 

@@ -159,7 +159,6 @@ class Engine:
         operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
         backend: Makes the driver's backend from a database's settings.
         adapter: aiosql's synchronous adapter for this engine.
-        single_writer: Whether two write transactions on one database can only wait for each other.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
@@ -169,7 +168,6 @@ class Engine:
     operations: Any
     backend: Callable[[Any], Backend]
     adapter: Any
-    single_writer: bool
     replica_backend: Callable[[Any], Backend | None] | None = None
 
 

@@ -122,5 +122,4 @@ ENGINE = Engine(
     operations=SqliteSession,
     backend=_backend,
     adapter=_adapter,
-    single_writer=True,
 )

@@ -218,7 +218,8 @@ def _in_trio() -> bool:
         if not all(hasattr(lowlevel, name) for name in ("in_trio_run", "current_trio_token", "in_trio_task")):
             return False
         _lowlevel = lowlevel
-    return bool(_lowlevel.in_trio_run())
+    # Where trio is asyncio's guest, both run on this thread: then its tasks are trio's, and nothing else.
+    return bool(_lowlevel.in_trio_task() or (_lowlevel.in_trio_run() and _running_loop() is None))
 
 
 def current_loop() -> object | None:
