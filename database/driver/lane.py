@@ -261,7 +261,7 @@ class WriteLane:
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and self._is_groupable(queue):
+                elif item.kind <= UNIT and self._is_groupable(queue) and worker.session.may_group():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)
@@ -329,6 +329,7 @@ class WriteLane:
             if isinstance(first.error, DatabaseBusyError):
                 self._fail_those_who_waited_too(worker, first.error, began)
             return
+        session.share(True)
         queue = self.queue
         members: list[Request] = []
         alone: Request | None = None
@@ -367,6 +368,7 @@ class WriteLane:
     def _commit(self, worker: Worker, members: list[Request]) -> None:
         session = worker.session
         assert session is not None
+        session.share(False)
         try:
             worker.commit(session, len(members))
         except BaseException as error:
@@ -388,6 +390,8 @@ class WriteLane:
 
     def _again_alone(self, worker: Worker, members: list[Request], culprit: Request | None) -> None:
         """The whole group was rolled back: runs its members once more, each in a transaction of its own."""
+        if worker.session is not None:
+            worker.session.share(False)
         worker.rollback()
         if culprit is not None:
             worker.answers.append(culprit)
