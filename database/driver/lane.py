@@ -297,7 +297,7 @@ class WriteLane:
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and self._is_groupable(queue):
+                elif item.kind <= UNIT and self._is_groupable(queue) and worker.session.may_group():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)
@@ -383,6 +383,7 @@ class WriteLane:
             if isinstance(first.error, (DatabaseBusyError, ConnectionPoolExhaustedError)):
                 self._fail_those_who_waited_too(worker, error, began)
             return
+        session.share(True)
         queue = self.queue
         alone: Request | None = None
         request = first
@@ -420,6 +421,7 @@ class WriteLane:
     def _commit(self, worker: Worker, members: list[Request]) -> None:
         session = worker.session
         assert session is not None
+        session.share(False)
         try:
             worker.commit(session, len(members))
         except BaseException as error:
@@ -441,6 +443,8 @@ class WriteLane:
 
     def _again_alone(self, worker: Worker, members: list[Request], culprit: Request | None) -> None:
         """The whole group was rolled back: runs its members once more, each in a transaction of its own."""
+        if worker.session is not None:
+            worker.session.share(False)
         worker.rollback()
         if culprit is not None:
             worker.answers.append(culprit)
