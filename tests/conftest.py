@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from database import registry
 from database.handle import Database
 from tests.contract.support import Engine, collected, is_idle, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
+from tests.selection import repetitions
 
 MakeDb = Callable[..., Awaitable[Any]]
 
@@ -80,12 +82,36 @@ def make_engine(name: str, directory: Path) -> Engine:
     return PostgresqlEngine(name, directory)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick` is what `make test` runs."""
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="no repetition on other event loops and engines that finds nothing new, and nothing slow",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what must differ on PostgreSQL: `tests/postgresql/differences.py` says why, and where the tests are."""
-    out = [item for item in items if differs(item)]
+    """Leaves out what must differ on PostgreSQL (`tests/postgresql/differences.py` says why, and where the tests are)
+    and, when it shall be quick, what repeats others (`tests/selection.py`).
+    """
+    out = {item for item in items if differs(item)}
+    if config.getoption("quick"):
+        out |= set(repetitions([item for item in items if item not in out]))
     if out:
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: tests that collect garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Whoever asks the collector for referrers afterwards (Hypothesis does) shall see everything."""
+    gc.unfreeze()
 
 
 @pytest.fixture

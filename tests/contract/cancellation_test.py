@@ -24,6 +24,7 @@ from tests.contract.support import (
     gather,
     held,
     idle,
+    in_turn,
     is_idle,
     names,
     stepwise,
@@ -118,7 +119,7 @@ SLOW: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("work", SLOW)
+@in_turn("work", SLOW)
 async def test_a_running_statement_is_really_stopped(db: Any, engine: Engine, work: Work) -> None:
     """Under a deadline a slow statement returns promptly, has stopped working, and its connection is
     usable.
@@ -247,7 +248,7 @@ async def test_trio_scope(db: Any, anyio_backend_name: str) -> None:
 # --- a transaction whose statement was interrupted ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("slow", [SLOW_SELECT, SLOW_INSERT], ids=["select", "insert"])
+@in_turn("slow", [SLOW_SELECT, SLOW_INSERT], ids=["select", "insert"])
 async def test_an_interrupted_statement_dooms_its_transaction(db: Any, engine: Engine, slow: str) -> None:
     """After a statement was stopped, its transaction can neither go on nor commit; nothing of it is
     autocommitted.
@@ -298,7 +299,7 @@ async def test_an_interrupted_manual_transaction(db: Any, engine: Engine) -> Non
 # --- waiting ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("readonly", [False, True], ids=["write", "readonly"])
+@in_turn("readonly", [False, True], ids=["write", "readonly"])
 async def test_a_cancelled_waiter_leaves_the_queue(db: Any, readonly: bool) -> None:
     """A waiter that is cancelled is gone at once, and those behind it keep their order."""
     order: list[int] = []
@@ -356,7 +357,7 @@ async def test_cancelled_in_the_moment_of_release(db: Any) -> None:
 # --- all or nothing -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.03, 0.06])
+@in_turn("delay", [0.0, 0.001, 0.003, 0.01, 0.03, 0.06])
 async def test_a_single_write_happens_completely_or_not_at_all(db: Any, engine: Engine, delay: float) -> None:
     """Wherever the deadline falls in a single write of many rows, afterwards there are all of them or
     none.

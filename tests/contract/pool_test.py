@@ -26,6 +26,7 @@ from tests.contract.support import (
     eventually,
     gather,
     held,
+    in_turn,
     names,
     usable,
     waiting,
@@ -353,7 +354,7 @@ async def test_close_tells_those_who_wait(db: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("what", ["write", "readonly", "stream"])
+@in_turn("what", ["write", "readonly", "stream"])
 async def test_close_during_a_transaction(db: Any, engine: Engine, what: str) -> None:
     """What was open when the pool was closed gets PoolClosedError at its next step; nothing of it is
     committed.

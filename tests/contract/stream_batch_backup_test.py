@@ -11,7 +11,7 @@ import anyio.lowlevel
 import pytest
 
 from database import transactional
-from tests.contract.support import SLOW_ROWS, Engine, add, errors, eventually, gather, idle, names, usable
+from tests.contract.support import SLOW_ROWS, Engine, add, errors, eventually, gather, idle, in_turn, names, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -23,8 +23,8 @@ async def fill(db: Any, count: int) -> None:
 # --- stream -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 1000, 100_000])
-@pytest.mark.parametrize("count", [0, 1, 1000])
+@in_turn("chunk_size", [None, 1, 1000, 100_000])
+@in_turn("count", [0, 1, 1000])
 async def test_stream_gives_every_row_in_order(db: Any, chunk_size: int | None, count: int) -> None:
     """Each row comes once and in order, whatever the chunk size."""
     await fill(db, count)
@@ -67,8 +67,8 @@ async def test_read_ahead_is_bounded(db: Any) -> None:
     assert len(computed) == 5000
 
 
-@pytest.mark.parametrize("leave", ["break", "exception", "cancel", "untouched"])
-@pytest.mark.parametrize("inside", [False, True], ids=["autocommit", "transaction"])
+@in_turn("leave", ["break", "exception", "cancel", "untouched"])
+@in_turn("inside", [False, True], ids=["autocommit", "transaction"])
 async def test_stream_left_early(db: Any, leave: str, inside: bool) -> None:
     """A stream that is left early stops its statement and gives back its connection, or its transaction goes
     on.
@@ -225,7 +225,7 @@ async def test_batch_left_by_an_exception(db: Any, engine: Engine) -> None:
     await usable(db)
 
 
-@pytest.mark.parametrize("size", [1, 3, 1000])
+@in_turn("size", [1, 3, 1000])
 async def test_batch_with_a_statement_that_fails(db: Any, engine: Engine, size: int) -> None:
     """A failing write surfaces as the common error no later than the end; its group leaves nothing half
     done.

@@ -4,13 +4,15 @@ without sleeping.
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import os
 import sqlite3
 import threading
 import time
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,6 +21,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+from _pytest.mark.structures import ParameterSet
 
 from database import errors
 
@@ -95,6 +98,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.public = import_module(f"database.{self.name}")
+        self._own = {sql.strip() for sql in SCHEMA.split(";")}
 
     def path(self, database: str = "default") -> Path:
         return self.directory / ("test.db" if database == "default" else f"{database}.db")
@@ -133,6 +137,22 @@ class Engine:
     def committed(self, database: str = "default") -> list[str]:
         """Names of the committed jobs, sorted."""
         return [name for (name,) in self.outside("SELECT name FROM jobs ORDER BY name", database)]
+
+    def empty(self) -> None:
+        """Leaves the tables of `schema` in the default database, with nothing in them, and no others."""
+        connection = sqlite3.connect(self.path(), timeout=5, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("PRAGMA defer_foreign_keys = ON")
+            found = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")
+            for kind, name, sql in found.fetchall():
+                quoted = '"' + name.replace('"', '""') + '"'
+                connection.execute(f"DELETE FROM {quoted}" if sql in self._own else f"DROP {kind} IF EXISTS {quoted}")
+            connection.execute("DELETE FROM sqlite_sequence")
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
 
     @contextmanager
     def locked(self, database: str = "default") -> Iterator[sqlite3.Connection]:
@@ -232,6 +252,48 @@ async def usable(db: Any) -> None:
     await idle(db)
 
 
+def in_turn(names: str, cases: Iterable[Any], *, ids: Any = None) -> Callable[[Any], Any]:
+    """As `pytest.mark.parametrize`, but all cases in one run of the test: on one event loop and one pool, each beginning
+    with the engine's empty tables. What fails says in which case it did.
+    """
+
+    def decorate(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        arguments = [name.strip() for name in names.split(",")]
+        parameters = list(inspect.signature(test).parameters.values())
+        fixtures = [each for each in parameters if each.name not in arguments]
+        asked = {each.name for each in fixtures}
+        both = [each for each in ("db", "engine") if each not in asked]
+        more = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in both]
+
+        async def all_of_them(**given: Any) -> None:
+            wanted = {name: given[name] for name in asked}
+            for number, case in enumerate(cases):
+                values = case.values if isinstance(case, ParameterSet) else case if len(arguments) > 1 else (case,)
+                named = dict(zip(arguments, values, strict=True))
+                try:
+                    if number:
+                        await empty(given["db"], given["engine"])
+                    await test(**wanted, **named)
+                except BaseException as error:
+                    label = ids(case) if callable(ids) else ids[number] if ids else getattr(case, "id", None)
+                    error.add_note(f"in case {number} of {names}: {label or repr(named)[:500]}")
+                    raise
+
+        functools.update_wrapper(all_of_them, test)
+        del all_of_them.__wrapped__  # pytest would look for its arguments there
+        all_of_them.__signature__ = inspect.Signature(fixtures + more)  # type: ignore[attr-defined]
+        return all_of_them
+
+    return decorate
+
+
+async def empty(db: Any, engine: Engine) -> None:
+    """Leaves the engine's own tables, with nothing in them, and no others."""
+    assert not db.in_transaction
+    await idle(db)
+    engine.empty()
+
+
 async def add(db: Any, name: str) -> None:
     await db.execute("INSERT INTO jobs (name) VALUES (:name)", {"name": name})
 
@@ -318,11 +380,13 @@ __all__ = [
     "add",
     "busy",
     "collected",
+    "empty",
     "errors",
     "eventually",
     "gather",
     "held",
     "idle",
+    "in_turn",
     "is_idle",
     "names",
     "stepwise",

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from database import get_db, transactional, transactional_readonly
-from tests.contract.support import Engine, add, errors, gather, held, names, usable
+from tests.contract.support import Engine, add, errors, gather, held, in_turn, names, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +27,7 @@ class Undo(Exception):
 # --- tasks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fail", [False, True], ids=["commit", "rollback"])
+@in_turn("fail", [False, True], ids=["commit", "rollback"])
 async def test_a_task_started_inside_takes_part(db: Any, engine: Engine, fail: bool) -> None:
     """Statements of tasks started in a transaction are committed, or undone, with it."""
 
@@ -67,8 +67,8 @@ async def test_a_task_started_inside_a_readonly_transaction(db: Any) -> None:
             group.start_soon(child)
 
 
-@pytest.mark.parametrize("neighbour", ["child", "parent"])
-@pytest.mark.parametrize("ending", ["rollback", "commit"])
+@in_turn("neighbour", ["child", "parent"])
+@in_turn("ending", ["rollback", "commit"])
 async def test_nested_level_does_not_swallow_anothers_statement(
     db: Any, engine: Engine, ending: str, neighbour: str
 ) -> None:
@@ -154,8 +154,8 @@ async def test_nested_level_opened_within_a_nested_level_by_its_child(db: Any, e
     assert engine.committed() == ["outer"]
 
 
-@pytest.mark.parametrize("end", ["commit", "rollback"])
-@pytest.mark.parametrize("readonly", [False, True], ids=["write", "readonly"])
+@in_turn("end", ["commit", "rollback"])
+@in_turn("readonly", [False, True], ids=["write", "readonly"])
 async def test_used_after_the_end(db: Any, engine: Engine, end: str, readonly: bool) -> None:
     """A task started inside a transaction that is over cannot mistake what follows for part of it."""
     over = anyio.Event()
@@ -339,7 +339,7 @@ async def test_offload_runs_next_to_the_connection(db: Any, engine: Engine, quer
     await usable(db)
 
 
-@pytest.mark.parametrize("kind", [Undo, KeyError, ZeroDivisionError])
+@in_turn("kind", [Undo, KeyError, ZeroDivisionError])
 async def test_offload_rolls_back(db: Any, engine: Engine, kind: type[Exception]) -> None:
     """An exception in the body undoes all of it and goes on as it is."""
     raised = kind("mine")
@@ -467,7 +467,7 @@ async def test_offload_readonly(db: Any, engine: Engine) -> None:
     assert engine.committed() == ["a"]
 
 
-@pytest.mark.parametrize("fail", [False, True], ids=["commit", "rollback"])
+@in_turn("fail", [False, True], ids=["commit", "rollback"])
 async def test_offload_within_a_transaction(db: Any, engine: Engine, fail: bool) -> None:
     """An offloaded function called inside a transaction is a nested level of it."""
 
@@ -544,7 +544,7 @@ FAILURES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@in_turn("failure", FAILURES)
 async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure: str) -> None:
     """Of many at once, committed in groups, those that fail undo only themselves; an answer means
     committed.
@@ -592,7 +592,7 @@ async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure:
     await usable(db)
 
 
-@pytest.mark.parametrize("failure", ["constraint", "rollback", "deferred"])
+@in_turn("failure", ["constraint", "rollback", "deferred"])
 async def test_group_of_all_kinds(db: Any, engine: Engine, failure: str) -> None:
     """Single writes, `run` and offloaded functions share commits; each failure is its own caller's alone."""
     await db.execute_script(engine.refusing_trigger)

@@ -22,6 +22,7 @@ from tests.contract.support import (
     eventually,
     gather,
     held,
+    in_turn,
     is_idle,
     names,
     usable,
@@ -38,7 +39,7 @@ class Undo(Exception):
 # --- commit when the function returns, rollback on any exception --------------------------------------------
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "decorate",
     [transactional, transactional(), transactional(db="default"), transactional(timeout=5, retries=1)],
     ids=["bare", "called", "named", "options"],
@@ -62,7 +63,7 @@ class Abort(BaseException):
     """Not an `Exception`."""
 
 
-@pytest.mark.parametrize("kind", [ValueError, KeyError, Abort])
+@in_turn("kind", [ValueError, KeyError, Abort])
 async def test_rollback_on_any_exception(db: Any, engine: Engine, kind: type[BaseException]) -> None:
     """Any exception undoes all, and the very same exception goes on."""
     raised = kind("mine")
@@ -203,7 +204,7 @@ SMUGGLED = [
 ]
 
 
-@pytest.mark.parametrize("sql", SMUGGLED)
+@in_turn("sql", SMUGGLED)
 async def test_transaction_control_as_sql_text(db: Any, engine: Engine, sql: str) -> None:
     """COMMIT and its like, sent as text in a transaction, are refused; it stays what it was."""
     for method, *rows in (("execute",), ("fetch_all",), ("execute_script",), ("execute_many", [()])):
@@ -222,7 +223,7 @@ async def test_transaction_control_as_sql_text(db: Any, engine: Engine, sql: str
     await usable(db)
 
 
-@pytest.mark.parametrize("sql", ["BEGIN", "BEGIN IMMEDIATE", "SAVEPOINT x", "BEGIN; SELECT 1"])
+@in_turn("sql", ["BEGIN", "BEGIN IMMEDIATE", "SAVEPOINT x", "BEGIN; SELECT 1"])
 async def test_begin_as_sql_text_outside(db: Any, engine: Engine, sql: str) -> None:
     """BEGIN sent as text outside a transaction leaves none open for others to fall into."""
     for call in (db.execute, db.execute_script):
@@ -455,8 +456,8 @@ async def test_readonly_refuses_every_write(
     await usable(db)
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["outermost", "within-read-write"])
-@pytest.mark.parametrize("kind", ["execute_many", "returning", "stream", "run", "query", "batch", "own-style"])
+@in_turn("nested", [False, True], ids=["outermost", "within-read-write"])
+@in_turn("kind", ["execute_many", "returning", "stream", "run", "query", "batch", "own-style"])
 async def test_readonly_refuses_on_every_path(db: Any, engine: Engine, queries: Any, kind: str, nested: bool) -> None:
     """Every method that could write is refused in a read-only transaction."""
 
@@ -494,7 +495,7 @@ async def test_readonly_refuses_on_every_path(db: Any, engine: Engine, queries: 
     await usable(db)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "statements",
     [
         ("PRAGMA query_only = OFF", INSERT),
@@ -672,7 +673,7 @@ async def test_required(db: Any, engine: Engine) -> None:
     assert engine.committed() == ["alone", "joined"]
 
 
-@pytest.mark.parametrize("propagation", ["required", "mandatory", "supports"])
+@in_turn("propagation", ["required", "mandatory", "supports"])
 async def test_failure_in_what_joined_dooms_the_whole(db: Any, engine: Engine, propagation: str) -> None:
     """Once a joined function has failed, the outer transaction cannot go on and cannot commit, though it
     caught.
@@ -1384,7 +1385,7 @@ async def test_retries_against_another_process_lock(make_db: Any, engine: Engine
     assert engine.committed() == ["a"]
 
 
-@pytest.mark.parametrize("kind", [ValueError, errors.TransactionError, errors.QueryExecutionError])
+@in_turn("kind", [ValueError, errors.TransactionError, errors.QueryExecutionError])
 async def test_other_errors_are_not_retried(db: Any, kind: type[Exception]) -> None:
     """Only a busy database is a reason to try again."""
     runs = 0
@@ -1418,8 +1419,8 @@ async def test_what_is_committed_is_not_run_again(db: Any, engine: Engine) -> No
     assert engine.committed() == ["a1"]
 
 
-@pytest.mark.parametrize("doing", ["sleeping", "statement", "waiting"])
-@pytest.mark.parametrize("form", ["decorator", "context manager"])
+@in_turn("doing", ["sleeping", "statement", "waiting"])
+@in_turn("form", ["decorator", "context manager"])
 async def test_timeout(db: Any, engine: Engine, doing: str, form: str) -> None:
     """`timeout` bounds the whole transaction, whatever it is doing, undoes it, and says what it was doing."""
     said = {

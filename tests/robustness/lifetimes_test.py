@@ -25,6 +25,7 @@ from tests.contract.support import (
     errors,
     eventually,
     gather,
+    in_turn,
     is_idle,
     names,
     usable,
@@ -42,7 +43,7 @@ def texts(caplog: pytest.LogCaptureFixture, logger: str) -> list[str]:
 # --- closing ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", ["read", "write", "many", "run", "offload", "stream"])
+@in_turn("work", ["read", "write", "many", "run", "offload", "stream"])
 async def test_close_drains_until_its_deadline(db: Any, engine: Engine, work: str) -> None:
     """A statement that runs when the pool is closed may go on for `drain` seconds, then it is interrupted and its
     caller told; waiters are told at once, and nothing of the interrupted work is kept.
@@ -136,7 +137,7 @@ async def test_close_gives_up_on_a_function_that_cannot_be_stopped(
     )
 
 
-@pytest.mark.parametrize("times", range(3))
+@in_turn("times", range(3))
 async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: int) -> None:
     """Writers on all paths while the pool is closed again and again: what was answered is there, what was refused
     is not.
@@ -184,7 +185,7 @@ async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: in
     await usable(db)
 
 
-@pytest.mark.parametrize("readonly", [False, True], ids=["writing", "reading"])
+@in_turn("readonly", [False, True], ids=["writing", "reading"])
 async def test_closing_hits_no_stranger(db: Any, readonly: bool) -> None:
     """A transaction whose worker has ended it is forgotten; closing the pool does not stop whatever runs there now."""
     for _ in range(5):
@@ -519,7 +520,7 @@ def test_the_startup_check_warns_once(tmp_path: Path, version: tuple[int, int, i
 # --- garbage ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", ["statement", "interactive", "nested", "offload", "manual", "stream", "rolled back"])
+@in_turn("work", ["statement", "interactive", "nested", "offload", "manual", "stream", "rolled back"])
 async def test_leaves_nothing_to_the_garbage_collector(db: Any, work: str) -> None:
     """What a call has used is freed when it returns: nothing of it refers to itself, so the collector has no work."""
 
