@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from database.sqlite3.values import Row, Rows
+from tests.contract.support import in_turn
 
 QUERY = "SELECT value AS id, 'name ' || value AS name FROM json_each('[3, 1, 2, 3]')"
 
@@ -97,7 +98,7 @@ def test_no_plain_tuple_is_ever_seen() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000])
+@in_turn("count", [0, 1, 63, 64, 65, 1000])
 async def test_every_size_of_result(db: Any, count: int) -> None:
     """Whatever its size, a result is a list of rows, the same as streamed, and readable after the pool has gone."""
     await db.execute_many("INSERT INTO item (id, value) VALUES (?, ?)", [(n, f"value {n}") for n in range(count)])

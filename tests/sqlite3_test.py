@@ -17,7 +17,7 @@ import pytest
 
 from database import errors
 from database.sqlite3 import close_all, get_db, transactional, transactional_readonly
-from tests.contract.support import Engine, gather, held, idle, waiting
+from tests.contract.support import Engine, gather, held, idle, in_turn, waiting
 
 pytestmark = pytest.mark.anyio
 
@@ -263,7 +263,7 @@ async def test_readonly_reads(db: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "sql",
     [
         "INSERT INTO jobs (name) VALUES ('x')",
