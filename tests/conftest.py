@@ -14,7 +14,7 @@ import pytest
 
 from database.session import registry
 from database.session.database import Database
-from tests.contract.support import Engine, collected, is_idle, worker_threads
+from tests.contract.support import HANGING, Engine, collected, is_idle, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
 from tests.selection import repetitions
 
@@ -148,12 +148,12 @@ async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
     yield make
     try:
         for handle in handles:
-            await collected(lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}", within=2)
+            await collected(lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}")
     finally:
-        with anyio.fail_after(10):
+        with anyio.fail_after(HANGING):
             await engine.public.close_all()
-    await collected(lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}", within=2)
-    await collected(lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}", within=2)
+    await collected(lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}")
+    await collected(lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}")
 
 
 @pytest.fixture

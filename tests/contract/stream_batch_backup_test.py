@@ -11,7 +11,19 @@ import anyio.lowlevel
 import pytest
 
 from database import transactional
-from tests.contract.support import SLOW_ROWS, Engine, add, errors, eventually, gather, idle, in_turn, names, usable
+from tests.contract.support import (
+    HANGING,
+    SLOW_ROWS,
+    Engine,
+    add,
+    errors,
+    eventually,
+    gather,
+    idle,
+    in_turn,
+    names,
+    usable,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +48,7 @@ async def test_stream_gives_every_row_in_order(db: Any, chunk_size: int | None, 
 
 async def test_the_first_row_does_not_wait_for_the_last(db: Any) -> None:
     """Rows come while the statement still runs: this one would take a hundred million steps."""
-    with anyio.fail_after(3):
+    with anyio.fail_after(HANGING):
         async with db.stream(SLOW_ROWS) as rows:
             async for row in rows:
                 assert row[0] == 1
@@ -95,7 +107,7 @@ async def test_stream_left_early(db: Any, leave: str, inside: bool) -> None:
                     scope.cancel()
                     await anyio.lowlevel.checkpoint()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         for _ in range(4):
             if inside:
                 async with db.transaction(readonly=True):
@@ -152,7 +164,7 @@ async def test_streams_of_many_tasks(db: Any) -> None:
         async with db.stream("SELECT id FROM item", chunk_size=10) as rows:
             return len([row async for row in rows])
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         assert await gather(*[consume] * 8) == [300] * 8
     await usable(db)
 
@@ -277,7 +289,7 @@ async def test_batches_of_several_tasks(db: Any) -> None:
     async def other(number: int) -> None:
         await db.execute("INSERT INTO item (value) VALUES (?)", (f"other {number}",))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         results = await gather(*[lambda n=n: work(n) for n in range(5)], *[lambda n=n: other(n) for n in range(20)])
     assert results == [None] * 25
     assert await db.fetch_value("SELECT count(*) FROM item") == 170
@@ -333,7 +345,7 @@ async def test_backup_while_others_write(db: Any, tmp_path: Path) -> None:
             await transfer(transfers % 500 + 1, (transfers * 7) % 500 + 1)
             transfers += 1
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(writers)
             await eventually(lambda: transfers > 5)
@@ -360,7 +372,7 @@ async def test_backup_during_an_open_transaction(db: Any, tmp_path: Path) -> Non
             begun.set()
             await over.wait()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(writer)
             await begun.wait()

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from database import get_db, transactional, transactional_readonly
-from tests.contract.support import Engine, add, errors, gather, held, in_turn, names, usable
+from tests.contract.support import HANGING, Engine, add, errors, gather, held, in_turn, names, on_asyncio, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -116,7 +116,7 @@ async def test_nested_levels_of_two_tasks(db: Any, engine: Engine) -> None:
                 raise Undo
 
     async with db.transaction():
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             results = await gather(*[lambda n=n: nested(n) for n in range(8)])
     assert [type(result) for result in results] == [type(None), Undo] * 4
     assert engine.committed() == sorted(f"{n} {part}" for n in range(0, 8, 2) for part in "ab")
@@ -132,7 +132,7 @@ async def test_manual_levels_of_two_tasks(db: Any, engine: Engine) -> None:
         await getattr(db, end)()
 
     async with db.transaction():
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             results = await gather(*[lambda n=n: child(str(n), "rollback" if n % 2 else "commit") for n in range(6)])
         assert results == [None] * 6
         assert db.in_transaction
@@ -267,7 +267,7 @@ async def test_detached_write_within_ones_own_write_transaction(make_db: Any, en
     db = await make_db(pool_timeout=0.1)
     async with db.transaction():
         await add(db, "a")
-        with db.detached(), anyio.fail_after(2):
+        with db.detached(), anyio.fail_after(HANGING):
             with pytest.raises((errors.ConnectionPoolExhaustedError, errors.TransactionError)):
                 await add(db, "x")
         await add(db, "b")
@@ -294,10 +294,9 @@ async def test_a_task_started_outside_is_outside(db: Any, engine: Engine) -> Non
     assert seen == [[]]
 
 
-async def test_native_asyncio_tasks(db: Any, engine: Engine, anyio_backend_name: str) -> None:
+@on_asyncio
+async def test_native_asyncio_tasks(db: Any, engine: Engine) -> None:
     """asyncio's own tasks and `gather` take part like any other."""
-    if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio only")
     async with db.transaction():
         await asyncio.gather(*[add(db, str(number)) for number in range(5)])
         await asyncio.create_task(add(db, "task"))
@@ -428,7 +427,7 @@ async def test_offload_awaits_only_its_database(
         await awaitable()
 
     decorate = transactional_readonly if readonly else transactional
-    with anyio.fail_after(3), pytest.raises(errors.TransactionError):
+    with anyio.fail_after(HANGING), pytest.raises(errors.TransactionError):
         await decorate(offload=True)(work)()
     assert engine.committed() == []
     await usable(db)
@@ -442,7 +441,7 @@ async def test_offload_does_not_await_another_database(audit: Any, engine: Engin
         await add(get_db(), "a")
         await add(audit, "b")
 
-    with anyio.fail_after(3), pytest.raises(errors.TransactionError):
+    with anyio.fail_after(HANGING), pytest.raises(errors.TransactionError):
         await work()
     assert engine.committed() == []
     assert engine.committed("audit") == []

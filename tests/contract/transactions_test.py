@@ -14,6 +14,7 @@ import pytest
 
 from database import get_db, transactional, transactional_readonly
 from tests.contract.support import (
+    HANGING,
     SLOW_SELECT,
     Engine,
     add,
@@ -245,7 +246,7 @@ async def test_nothing_begins_before_the_first_statement(db: Any) -> None:
         return "done"
 
     async with held(db):
-        with anyio.fail_after(1):
+        with anyio.fail_after(HANGING):
             assert await nothing() == "done"
 
     entered, leave = anyio.Event(), anyio.Event()
@@ -258,7 +259,7 @@ async def test_nothing_begins_before_the_first_statement(db: Any) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(idle_transaction)
         await entered.wait()
-        with anyio.fail_after(1):
+        with anyio.fail_after(HANGING):
             await add(db, "a")
         leave.set()
 
@@ -307,7 +308,7 @@ async def test_an_autocommit_write_waits_for_the_open_transaction(db: Any, engin
     async with anyio.create_task_group() as group, held(db) as release:
         group.start_soon(write)
         await eventually(lambda: db.stats().waiting + db.stats().queued > 0, "the write waits")
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             assert await names(db) == []
         assert not done.is_set()
         release.set()
@@ -357,11 +358,11 @@ async def test_readonly_sees_one_snapshot(db: Any) -> None:
 async def test_readonly_neither_waits_for_the_writer_nor_holds_it_up(db: Any) -> None:
     """Read-only transactions run beside an open write transaction and beside each other."""
     async with held(db), held(db, readonly=True):
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             async with db.transaction(readonly=True):
                 assert await names(db) == []
     async with held(db, readonly=True, count=2):
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             await add(db, "a")
 
 
@@ -809,7 +810,7 @@ async def test_requires_new_where_it_could_only_deadlock(db: Any, engine: Engine
     await inner()
     async with db.transaction():
         await add(db, "outer")
-        with anyio.fail_after(1), pytest.raises(errors.TransactionError):
+        with anyio.fail_after(HANGING), pytest.raises(errors.TransactionError):
             await inner()
         await add(db, "after")
     assert engine.committed() == ["after", "inner", "outer"]
@@ -980,7 +981,7 @@ async def test_commit_within_frees_the_writer(db: Any, engine: Engine) -> None:
     async def work() -> None:
         await add(db, "a")
         await db.commit()
-        with db.detached(), anyio.fail_after(2):
+        with db.detached(), anyio.fail_after(HANGING):
             await add(db, "other")
         await add(db, "b")
 
@@ -1323,7 +1324,7 @@ async def test_on_commit_outside_with_an_async_function(db: Any, engine: Engine)
         done.set()
 
     db.on_commit(callback)
-    with anyio.fail_after(2):
+    with anyio.fail_after(HANGING):
         await done.wait()
     assert engine.committed() == ["a"]
 
@@ -1445,7 +1446,7 @@ async def test_timeout(db: Any, engine: Engine, doing: str, form: str) -> None:
     call = transactional(timeout=0.1)(work) if form == "decorator" else with_block
 
     async def attempt() -> None:
-        with anyio.fail_after(2), pytest.raises(errors.TransactionTimeoutError) as caught:
+        with anyio.fail_after(HANGING), pytest.raises(errors.TransactionTimeoutError) as caught:
             await call()
         assert isinstance(caught.value, TimeoutError)
         assert "0.1" in str(caught.value)
@@ -1484,7 +1485,7 @@ async def test_transaction_left_open_by_a_task_that_ended(
         group.start_soon(forgetful)
     await collected(lambda: is_idle(db), "the connection comes back")
     assert engine.committed() == []
-    with anyio.fail_after(2):
+    with anyio.fail_after(HANGING):
         await add(db, "a")
     assert engine.committed() == ["a"]
     await eventually(lambda: [record for record in caplog.records if record.levelname == "WARNING"], "the warning")
@@ -1507,6 +1508,6 @@ async def test_transaction_left_open_while_others_wait(db: Any, engine: Engine) 
 
     async with anyio.create_task_group() as group:
         group.start_soon(forgetful)
-    with anyio.fail_after(4):
+    with anyio.fail_after(HANGING):
         await add(db, "a")
     assert engine.committed() == ["a"]

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import psycopg.sql
 
-from tests.contract.support import Engine
+from tests.contract.support import HANGING, Engine
 from tests.postgresql.server import Server, shared
 
 SCHEMA = """
@@ -135,7 +135,7 @@ class PostgresqlEngine(Engine):
         section = {
             **self.section("default"),
             "pool_size": self.pool_size,
-            "pool_timeout": 5,
+            "pool_timeout": HANGING,
             "init_sql": "",
             **translated(more),
         }
@@ -153,7 +153,7 @@ class PostgresqlEngine(Engine):
 
     def empty(self) -> None:
         connection = oracle()
-        connection.execute(f"SET search_path = {self.schemas['default']}; SET lock_timeout = '5s'")
+        connection.execute(f"SET search_path = {self.schemas['default']}; SET lock_timeout = '60s'")
         found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()").fetchall()
         own = {"jobs", "item", "parent", "child"}
         for name in {name for (name,) in found} - own:

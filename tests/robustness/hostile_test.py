@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from database import transactional
-from tests.contract.support import Engine, errors, gather, in_turn, usable
+from tests.contract.support import HANGING, Engine, errors, gather, in_turn, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -105,7 +105,7 @@ async def test_a_blob_of_50_mb(db: Any) -> None:
     """A blob of 50 MB goes in and out while others are served; one beyond SQLite's limit is refused."""
     blob = bytes(range(256)) * (50 * MEBI // 256)
     await db.execute("CREATE TABLE big (x BLOB)")
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANGING):
         results = await gather(
             lambda: db.execute("INSERT INTO big VALUES (?)", (blob,)), *[lambda: db.fetch_value("SELECT 1")] * 20
         )
@@ -174,7 +174,7 @@ async def test_texts_that_are_no_statement(db: Any, engine: Engine, sql: str) ->
             async for _ in rows:
                 pass
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         results = await gather(
             lambda: db.execute(sql), lambda: db.fetch_all(sql), lambda: db.execute_many(sql, [()]), stream, offloaded
         )

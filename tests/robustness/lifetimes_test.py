@@ -17,6 +17,7 @@ import pytest
 from database import get_db, transactional
 from database.driver.wakeup import on_trio
 from tests.contract.support import (
+    HANGING,
     SLOW_ROWS,
     SLOW_SELECT,
     Engine,
@@ -72,7 +73,7 @@ async def test_close_drains_until_its_deadline(db: Any, engine: Engine, work: st
     async def run() -> None:
         results.extend(await gather(slow))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(run)
             await eventually(lambda: db.stats().readers_in_use or db.stats().writer_in_use)
@@ -124,7 +125,7 @@ async def test_close_gives_up_on_a_function_that_cannot_be_stopped(
         async with anyio.create_task_group() as group:
             group.start_soon(db.run, stubborn)
             await anyio.to_thread.run_sync(entered.wait, 5)
-            with anyio.fail_after(5):
+            with anyio.fail_after(HANGING):
                 await db.close(drain=0.05)
             group.cancel_scope.cancel()
         assert await names(db) == []
@@ -169,7 +170,7 @@ async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: in
                 refused.add(name)
             await anyio.sleep(0)
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             for number in range(8):
                 group.start_soon(writer, number)
@@ -203,7 +204,7 @@ async def test_closing_hits_no_stranger(db: Any, readonly: bool) -> None:
         else:
             found.append((await db.execute(f"INSERT INTO item (value) {bounded}")).rowcount)
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(stranger)
             await eventually(lambda: db.stats().readers_in_use if readonly else db.stats().writer_in_use)
@@ -227,7 +228,7 @@ async def test_a_stream_thrown_away(db: Any, caplog: pytest.LogCaptureFixture) -
         await anext(stream)
 
     for _ in range(4):  # more than there are readers
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             await forget()
         await collected(lambda: is_idle(db), "the reader is back")
     await eventually(lambda: len(texts(caplog, "database.transaction")) == 4)
@@ -251,7 +252,7 @@ async def test_an_abandoned_generator(db: Any) -> None:
         return None
 
     for _ in range(4):
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             assert await first() == 1
         await collected(lambda: is_idle(db), "the reader is back")
     await usable(db)
@@ -273,7 +274,7 @@ async def test_a_transaction_thrown_away(
     for _ in range(3):
         async with anyio.create_task_group() as group:
             group.start_soon(forget)
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             await collected(lambda: is_idle(db), "the connection is back")
     assert engine.committed() == []
     await eventually(lambda: len(texts(caplog, "database.transaction")) == 3)

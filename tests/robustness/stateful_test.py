@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from database import errors, transactional
 from database.sqlite3 import close_all, configure, get_db
-from tests.contract.support import SLOW_SELECT
+from tests.contract.support import HANGING, SLOW_SELECT
 from tests.robustness.faults import FAULTS, Fault, faulty
 from tests.robustness.support import FIGURES
 
@@ -107,7 +107,7 @@ class Machine(RuleBasedStateMachine):
             async with receive:
                 async for call, future in receive:
                     try:
-                        with anyio.fail_after(10):
+                        with anyio.fail_after(HANGING):
                             future.set_result(await call())
                     except BaseException as error:
                         future.set_exception(error)
