@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from database.session import registry
 from database.session.database import Database
+from tests import watchdog
 from tests.contract.support import HANGING, Engine, collected, is_idle, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
 from tests.selection import repetitions
@@ -89,6 +91,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="no repetition on other event loops and engines that finds nothing new, and nothing slow",
     )
+
+
+def pytest_configure() -> None:
+    """The run is watched, and what it starts can be interrupted."""
+    watchdog.watch()
+    # A shell starts what it runs in the background with SIGINT ignored, and all children inherit that, even through exec.
+    # Caught and dropped, it stays without effect on this process, and becomes the default again in those that it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """No process outlives the test that started it."""
+    yield
+    left = watchdog.children() - watchdog.lasting
+    if left:
+        found = [watchdog.command(pid) for pid in left]
+        for pid in left:
+            watchdog.kill(pid)
+        raise AssertionError(f"the test has left running, and it has been ended now: {found}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """Reports of tests that use text no encoding knows must come through to the process that prints them."""
+    return clean((yield))
+
+
+def clean(data: Any) -> Any:
+    if isinstance(data, str):
+        return data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, dict):
+        return {clean(key): clean(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(map(clean, data))
+    return data
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,6 +26,8 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests import watchdog
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
     "asyncio", "trio", "anyio._backends._asyncio", "anyio._backends._trio", "uvloop", "yaml", "aiosql", "sqlite3",
@@ -102,6 +104,7 @@ def _server() -> subprocess.Popen[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
     )  # fmt: skip
     atexit.register(end, server)
+    watchdog.lasting.add(server.pid)
     return server
 
 
