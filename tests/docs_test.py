@@ -128,7 +128,7 @@ def test_python(block: Block, backend: str, tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.py"):
         file.write_text(on_backend(file.read_text("utf-8"), backend), "utf-8")
     if block.title.startswith("test_"):
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", block.title]
+        command = [*programs.PYTEST, block.title]
     elif block.title:
         command = [block.title]
     elif awaits_at_top(block):

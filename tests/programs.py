@@ -36,6 +36,11 @@ IMPORTED = (
 )  # fmt: skip
 """What takes long to import, where it is installed."""
 
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *(
+    part for name in ("hypothesispytest", "faker", "randomly", "xdist") for part in ("-p", f"no:{name}")
+))  # fmt: skip
+"""A small suite of its own: without the plugins that take longer to import than it takes to run."""
+
 PR_SET_PDEATHSIG = 1
 
 

@@ -20,21 +20,34 @@ lasting: set[int] = set()
 """Processes that stay for the whole run: servers that tests share."""
 
 
+_started = False
+
+
+def _hear(event: str, _arguments: object) -> None:
+    global _started
+    if event in _STARTS:
+        _started = True
+
+
+_STARTS = frozenset(["subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "pty.spawn"])
+
+
 def children() -> set[int]:
-    """The children of this process that are still running, where the system says so (Linux)."""
+    """The children of this process that are still running, where the system says so (Linux); looked for only when one may
+    have been started since the last call.
+    """
+    global _started
+    if not _started:
+        return set()
+    _started = False
     found: set[int] = set()
-    for path in glob.glob("/proc/self/task/*/children"):
+    own = str(os.getpid())
+    for path in glob.glob("/proc/[0-9]*/stat"):
         with contextlib.suppress(OSError), open(path) as file:
-            found |= set(map(int, file.read().split()))
-    return {pid for pid in found if _state(pid) not in ("Z", "")}
-
-
-def _state(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+            if parent == own and state != "Z":
+                found.add(int(path.split("/")[2]))
+    return found
 
 
 def command(pid: int) -> str:
@@ -58,7 +71,8 @@ def kill(pid: int) -> None:
 
 
 def watch() -> None:
-    """Marks this run, and has somebody wait for its end. The pipe closes with this process; nobody inherits it."""
+    """Marks this run, and has somebody wait for its end: the pipe closes with this process; nobody inherits it."""
+    sys.addaudithook(_hear)
     if MARK in os.environ or not os.path.isdir("/proc/self"):
         return
     environment = dict(os.environ)

@@ -447,13 +447,13 @@ class Machine(RuleBasedStateMachine):
         pytest.param(("trio", {}), id="trio"),
     ],
 )
-def test_state_machine(backend: Any) -> None:
+def test_state_machine(backend: Any, pytestconfig: pytest.Config) -> None:
     """Whatever tasks do, in whatever order, with whatever going wrong: everybody sees what the model says."""
     machine = type("Machine", (Machine,), {"backend": backend})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=max(1, EXAMPLES // (4 if pytestconfig.getoption("quick") else 1)),
             stateful_step_count=40,
             deadline=None,
             derandomize="STATEFUL_EXAMPLES" not in os.environ,
