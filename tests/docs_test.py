@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shlex
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import textwrap
 import tomllib
@@ -35,6 +33,7 @@ import yaml
 from database import settings
 from database.errors import ConfigurationError
 from database.sqlite3 import load_queries
+from tests import programs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -129,7 +128,7 @@ def test_python(block: Block, backend: str, tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.py"):
         file.write_text(on_backend(file.read_text("utf-8"), backend), "utf-8")
     if block.title.startswith("test_"):
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", block.title]
+        command = [*programs.PYTEST, block.title]
     elif block.title:
         command = [block.title]
     elif awaits_at_top(block):
@@ -137,20 +136,12 @@ def test_python(block: Block, backend: str, tmp_path: Path) -> None:
         command = ["-c", SNIPPET, backend]
     else:
         command = ["-c", on_backend(block.text, backend)]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *command],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    status, out, err = programs.run(command, tmp_path)
+    assert (status, err) == (0, ""), out + err
     expected = expected_output(block)
     if expected is not None:
         pattern = re.escape(expected.strip()).replace("…", ".*")
-        assert re.fullmatch(pattern, done.stdout.strip(), re.S), done.stdout
+        assert re.fullmatch(pattern, out.strip(), re.S), out
 
 
 @pytest.mark.parametrize("block", blocks_in("yaml", "json", "toml"), ids=str)

@@ -45,9 +45,7 @@ from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker, again, here
 from database.engine.contract import Backend, Session
 from database.errors import (
-    ConnectionFailedError,
     ConnectionPoolExhaustedError,
-    DatabaseError,
     PoolClosedError,
     TransactionError,
 )

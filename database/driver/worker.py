@@ -58,7 +58,6 @@ from database.driver.wakeup import Notice
 from database.engine.contract import Alone, Interrupted, Role, Session
 from database.errors import (
     ConnectionFailedError,
-    DatabaseBusyError,
     DatabaseError,
     PoolClosedError,
     QueryExecutionError,
