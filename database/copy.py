@@ -24,8 +24,9 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any, cast
 
-from database import errors, registry
-from database.handle import Database
+from database import errors
+from database.session import registry
+from database.session.database import Database
 
 __all__ = ["Report", "Table", "copy", "main"]
 

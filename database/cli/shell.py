@@ -28,9 +28,9 @@ from rich.text import Text
 
 from database import errors
 from database.cli.support import Failure, Status, Target, clean, duration, err, error_block, fail, out, remark, run
-from database.handle import Database
+from database.engine.statement import CONTROL, READ
+from database.session.database import Database
 from database.sqlite3 import analysis
-from database.statements import CONTROL, READ
 
 __all__ = ["shell"]
 

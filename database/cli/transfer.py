@@ -40,7 +40,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from database import errors
 from database.cli.support import Failure, Status, Target, duration, err, fail, out, out_json, quote, remark, run
-from database.handle import Database
+from database.session.database import Database
 
 __all__ = ["Reading", "Writing", "export_query", "import_file"]
 

@@ -19,8 +19,8 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.errors import DatabaseError, MigrationError
-from database.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.sqlite3 import analysis
 
 if TYPE_CHECKING:
