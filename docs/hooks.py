@@ -14,11 +14,16 @@ from typing import Any
 
 from mkdocs.plugins import CombinedEvent, event_priority
 
+from database.driver.pool import DRAIN_SECONDS
+
 DEFAULT = "en"
 NOT_TRANSLATED = {
     "ko": "이 페이지는 아직 한국어로 옮기지 않아서 영어로 나옵니다.",
 }
 """What a page says at its head that stands in a language's site in English."""
+
+DEFAULTS = {"DRAIN_SECONDS": repr(DRAIN_SECONDS)}
+"""Constants that stand for defaults in signatures."""
 
 entries: dict[str, list[dict[str, Any]]] = {}
 """What can be found, by language; filled by one build after the other."""
@@ -40,7 +45,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Keeps the sources of diagrams out of the search."""
+    """Keeps the sources of diagrams out of the search, and shows defaults as values."""
+    for name, value in DEFAULTS.items():
+        content = re.sub(rf'<span class="n">{name}</span>', f'<span class="mf">{value}</span>', content)
     return content.replace('<pre class="diagram">', '<pre class="diagram" data-search-exclude>')
 
 
