@@ -174,7 +174,8 @@ class Waker:
 
     def task_of(self, request: Request) -> object | None:
         """The task that waits for the request, if one does. Any thread; for comparing."""
-        return request.waiter
+        waiter: object | None = request.waiter
+        return waiter
 
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
