@@ -689,8 +689,8 @@ class Pool:
         self.closing = self.closed = True
         self._end.cancel()
         self._on_closed(self)
-        for queue in (self._line, self.reads.queue, self.writes.queue):
-            queue.clear()
+        # Told, not only forgotten: while trio ends, shielded tasks of it may still wait for an answer.
+        self._refuse_all(self._closed_error)
         self._end_leases()
         deadline = time.monotonic() + JOIN_SECONDS
         ended = True
