@@ -51,7 +51,6 @@ from database.driver.request import (
     UNIT,
     Home,
     Request,
-    parameters_of,
     text_of,
 )
 from database.driver.wakeup import Notice
@@ -327,7 +326,7 @@ class Worker:
             request.error = QueryExecutionError(
                 f"the database's thread was brought down by {type(defect).__name__}; whether this was executed is not known",
                 sql=text_of(request),
-                parameters=parameters_of(request),
+                parameters=request.params,
             )
             request.error.__cause__ = defect
             self.answers.append(request)
@@ -543,7 +542,7 @@ class Worker:
                 if request is None:
                     translated = session.translate(error, None, None)
                 else:
-                    translated = session.translate(error, request.sql, parameters_of(request))
+                    translated = session.translate(error, request.sql, request.params)
             except BaseException as defect:  # somebody's error that cannot even be shown
                 _report(f"{self.name} cannot translate an error of {type(error)}", defect)
             if self.session is not None and self.backend.is_broken(error):
