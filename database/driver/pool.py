@@ -40,6 +40,7 @@ from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.observer import Observer, aside
 from database.driver.request import STATEMENT, Request, text_of
+from database.driver.room import Room
 from database.driver.shared_lane import SharedLane
 from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker, again, here
@@ -148,6 +149,7 @@ class Pool:
         self._disposed = False
         self._closers: list[Request] = []
 
+        self.room = None if backend.log is None else Room(self, backend.log)
         self.single_writer = backend.single_writer
         self.reads: ReadLane
         self.writes: WriteLane | SharedLane

@@ -148,6 +148,7 @@ class Worker:
         "retried",
         "role",
         "rollbacks",
+        "room",
         "session",
         "sleeping",
         "statements",
@@ -166,6 +167,8 @@ class Worker:
         self.backend = backend
         self.waker = waker
         self.observer = observer
+        self.room = pool.room if role == "reader" else None
+        """Where it waits before it takes a snapshot."""
         self.inbox: SimpleQueue[Servable] = SimpleQueue()
         self.sleeping = True
         """Whether it waits at its inbox, its lane being empty."""
@@ -350,6 +353,9 @@ class Worker:
     def attend(self, on_slow: Callable[[], None] | None = None) -> None:
         """Called when a lane or a lease begins to be served: settles what is looked up once a batch."""
         self._on_slow = on_slow
+        room = self.room
+        if room is not None and room.held:
+            room.wait()
         try:
             self.threshold = self.observer.threshold()
         except BaseException as error:
