@@ -324,9 +324,7 @@ class LogObserver:
 
 def parameters_of(request: Request) -> object:
     """The user's parameters of a statement; None for what is no statement."""
-    if not isinstance(request.sql, Statement):
-        return None
-    return request.params
+    return request.params if isinstance(request.sql, Statement) else None
 
 
 def _connection(*, readonly: bool) -> str:

@@ -57,7 +57,6 @@ from database.driver.wakeup import Notice
 from database.engine.contract import Alone, Interrupted, Role, Session
 from database.errors import (
     ConnectionFailedError,
-    DatabaseBusyError,
     DatabaseError,
     PoolClosedError,
     QueryExecutionError,
@@ -140,6 +139,7 @@ class Worker:
         "grouped",
         "grouping",
         "inbox",
+        "lent",
         "locked",
         "name",
         "observer",
@@ -154,6 +154,7 @@ class Worker:
         "statements",
         "threshold",
         "ticks",
+        "until",
         "waited",
         "waker",
         "yielding",
@@ -186,6 +187,10 @@ class Worker:
         self.grouping = False
         """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
         self._guard = Lock()
+        self.lent = Lock()
+        """Held by the loop's thread while it uses the connection: see `database.driver.inline`."""
+        self.until = 0.0
+        """When what the loop's thread runs on the connection is to be stopped; 0 where nothing is."""
         self.ticks = 0
         """How often the progress handler has been called by the running statement."""
         self._on_slow: Callable[[], None] | None = None
@@ -338,6 +343,8 @@ class Worker:
         """The session's progress handler: true stops the statement."""
         request = self.current
         if request is None:
+            if self.until:  # on the loop's thread
+                return perf_counter() > self.until
             return self._stopping and self.session is None  # while a connection is opened, not while it commits
         if request.kind >= COMMIT:
             return False
@@ -382,7 +389,9 @@ class Worker:
         if queue and self.sleeping:
             self.sleeping = False
             return WAKE
-        return self.inbox.get()
+        word = self.inbox.get()
+        with self.lent:
+            return word
 
     def finish(self, notice: Notice) -> None:
         """Posts the answers together with a notice to the pool."""
