@@ -26,8 +26,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 from functools import partial
 from threading import Thread, get_ident
 from time import perf_counter
@@ -99,6 +99,20 @@ class PoolStats:
     grouped_total: int = 0
     replaced_total: int = 0
     inline_total: int = 0
+
+
+    @staticmethod
+    def of(pools: Iterable[Pool]) -> PoolStats:
+        """The sums over several pools. Any thread: what belongs to their loops may change while it is looked at."""
+        found: list[PoolStats] = []
+        for pool in pools:
+            for _ in range(20):
+                try:
+                    found.append(pool.stats())
+                    break
+                except RuntimeError:  # a collection has changed while it was walked
+                    continue
+        return PoolStats(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
 
 
 class Pool:
