@@ -475,7 +475,7 @@ class Worker:
         try:
             result = request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
-            request.error = self.translate(error, request)
+            request.error = self._called_off() if isinstance(error, Interrupted) else self.translate(error, request)
             result = None
         if threshold is not None:
             seconds = perf_counter() - started
@@ -522,6 +522,8 @@ class Worker:
             raise self.translate(error, None) from error
 
     def _failed(self, request: Request, error: BaseException, started: float) -> None:
+        if isinstance(error, Interrupted):  # the operation has looked by itself, in the middle of its work
+            error = QueryExecutionError("interrupted, for its caller no longer waits", sql=text_of(request))
         # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
         again = request.kind == STATEMENT or request.kind == ALONE
         if again and self.backend.is_busy(error) and not request.cancelled:

@@ -35,7 +35,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from database import errors
-from database.engine.contract import Alone
+from database.engine.contract import Alone, Interrupted
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -499,6 +499,8 @@ class SqliteSession:
     def execute_batch(self, items: Any, _params: Any = None, _extra: Any = None) -> int:
         """Runs (statement, parameters) pairs; gives how many."""
         for number, (statement, params) in enumerate(items):
+            if number % 16 == 0 and self._progress():
+                raise Interrupted
             try:
                 sql = statement.sql
                 self._cursor.execute(sql, bind(params, sql))
@@ -515,6 +517,8 @@ class SqliteSession:
         statement: Statement | None = None
         try:
             for text in analysis.split(sql):
+                if self._progress():
+                    raise Interrupted
                 statement = analysis.analyse(text)
                 if statement.hint == HINT_VACUUM:
                     self._vacuum(statement, None)
