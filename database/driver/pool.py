@@ -100,7 +100,6 @@ class PoolStats:
     replaced_total: int = 0
     inline_total: int = 0
 
-
     @staticmethod
     def of(pools: Iterable[Pool]) -> PoolStats:
         """The sums over several pools. Any thread: what belongs to their loops may change while it is looked at."""

@@ -475,7 +475,7 @@ class Worker:
         try:
             result = request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
-            request.error = self._called_off() if isinstance(error, Interrupted) else self.translate(error, request)
+            request.error = self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
             result = None
         if threshold is not None:
             seconds = perf_counter() - started
