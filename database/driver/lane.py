@@ -215,6 +215,9 @@ class ReadLane:
                     break
                 if queue and (len(answers) >= BATCH_SIZE or perf_counter() - since > BATCH_SECONDS):
                     worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
+                    room = worker.room
+                    if room is not None and room.held:
+                        room.wait()
                     since = perf_counter()
         except BaseException as defect:
             worker.fail(defect, [request])
@@ -283,6 +286,7 @@ class WriteLane:
         worker.attend()
         queue = self.queue
         popleft = queue.popleft
+        room = self.pool.room
         while True:
             try:
                 item = popleft()
@@ -304,6 +308,8 @@ class WriteLane:
                 else:
                     worker.perform(item, readonly=False)
                     worker.answers.append(item)
+                if room is not None and perf_counter() > room.next_look:
+                    room.look(worker)
             except BaseException as defect:
                 self.lease = None
                 if isinstance(item, Lease):

@@ -860,12 +860,15 @@ class Database:
         return statement, record_class, self._operations
 
     def stats(self) -> PoolStats:
-        """What this database's pool on the running event loop is doing; all zero if none is open."""
+        """What this database's pool on the running event loop is doing; all zero if none is open.
+
+        Where it has no pool (another thread, another loop), of all its pools together: for a monitor, or a metrics thread.
+        """
         loop = current_loop()
         pool = self._pools.get(id(loop))
-        if pool is None or pool.loop() is not loop:
-            return PoolStats()
-        return pool.stats()
+        if pool is not None and pool.loop() is loop:
+            return pool.stats()
+        return PoolStats.of(tuple(self._pools.values()))
 
     async def open(self) -> None:
         """Opens the pool now instead of at its first use: an application that cannot reach its data need not start."""

@@ -35,7 +35,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from database import errors
-from database.engine.contract import Alone
+from database.engine.contract import Alone, Interrupted
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -237,6 +237,17 @@ class SqliteSession:
             self._cursor.execute(sql)
         finally:
             self._admitting = False
+
+    def empty_log(self) -> bool:
+        """Checkpoints, and cuts the WAL off; False if somebody reads from it. Outside any transaction."""
+        self._admitting = True
+        try:
+            busy = self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]
+        except sqlite3.OperationalError:  # another process holds a lock: there will be another time
+            return False
+        finally:
+            self._admitting = False
+        return not busy
 
     def share(self, shared: bool) -> None:
         """See `Session`."""
@@ -488,6 +499,8 @@ class SqliteSession:
     def execute_batch(self, items: Any, _params: Any = None, _extra: Any = None) -> int:
         """Runs (statement, parameters) pairs; gives how many."""
         for number, (statement, params) in enumerate(items):
+            if number % 16 == 0 and self._progress():
+                raise Interrupted
             try:
                 sql = statement.sql
                 self._cursor.execute(sql, bind(params, sql))
@@ -504,6 +517,8 @@ class SqliteSession:
         statement: Statement | None = None
         try:
             for text in analysis.split(sql):
+                if self._progress():
+                    raise Interrupted
                 statement = analysis.analyse(text)
                 if statement.hint == HINT_VACUUM:
                     self._vacuum(statement, None)
