@@ -261,7 +261,7 @@ class WriteLane:
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and self._is_groupable(queue) and worker.session.may_group():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+                elif item.kind <= UNIT and self._is_groupable(queue):
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)

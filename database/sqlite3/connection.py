@@ -114,6 +114,7 @@ class SqliteSession:
         "_alone",
         "_changed",
         "_cursor",
+        "_deferred",
         "_deferring",
         "_failing",
         "_identity",
@@ -125,6 +126,7 @@ class SqliteSession:
         "_reopen",
         "_restricted",
         "_rowids",
+        "_schema",
         "_schema_writable",
         "_shared",
         "_streams",
@@ -173,8 +175,12 @@ class SqliteSession:
         """Whether the connection is to be exchanged when its transaction has ended."""
         self._rowids: dict[str, bool] = {}
         """Of INSERTs, by their text: whether the table has row ids."""
-        self._deferring: tuple[int, bool] = (-1, False)
-        """The schema's version, and whether it has foreign keys that are checked with the commit."""
+        self._schema = -1
+        """The schema's version when it was looked through for foreign keys that are checked with the commit."""
+        self._deferred: dict[str, frozenset[str | None]] = {}
+        """Tables that such keys lead from or to, and their columns in them."""
+        self._deferring = True
+        """Whether statements may be prepared already that change such tables."""
         files.opened[identity] += 1
         self._take(raw)
 
@@ -234,20 +240,25 @@ class SqliteSession:
             self._admitting = False
 
     def share(self, shared: bool) -> None:
-        """See `Session`."""
-        self._shared = shared
+        """See `Session`.
 
-    def may_group(self) -> bool:
-        """See `Session`. Not where foreign keys are checked with the commit: one member could make up for another."""
+        A foreign key that is checked with the commit is checked for all members at once: one could make up for what
+        another leaves behind. So what may leave something behind gets a transaction of its own. The authorizer sees it, if
+        it is asked, and of statements that it has admitted before it is asked again.
+        """
+        self._shared = shared
+        if not shared:
+            return
         cursor = self._cursor
-        try:
+        with contextlib.suppress(sqlite3.Error):
             version = cursor.execute("PRAGMA schema_version").fetchall()[0][0]
-            if version != self._deferring[0]:
-                found = cursor.execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%DEFERRED%' LIMIT 1").fetchall()
-                self._deferring = version, bool(found)
-        except sqlite3.Error:
-            return False  # somebody holds the file: each will find out for itself
-        return not self._deferring[1]
+            if version != self._schema:
+                self._deferred = _deferred(self.raw.plain_cursor())
+                self._schema = version
+                self._deferring = True
+        if self._deferring and self._deferred:
+            self._deferring = False
+            self.raw.install()
 
     # For the connection, while it is lent: see `Keeper`
 
@@ -336,6 +347,8 @@ class SqliteSession:
         if self._admitting:
             return sqlite3.SQLITE_OK
         if not self._restricted:
+            if self._deferred and action in _WRITE_ACTIONS and str(first).lower() in self._deferred:
+                return self._defer(action, str(first).lower(), second)
             if action in _OF_TABLES:
                 self._rowids.clear()
             if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
@@ -356,6 +369,18 @@ class SqliteSession:
             if first.lower() in known:
                 return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
+
+    def _defer(self, action: int, table: str, column: str | None) -> int:
+        """What the authorizer says to a change that may leave a foreign key to be checked with the commit."""
+        if action == sqlite3.SQLITE_UPDATE:
+            columns = self._deferred[table]
+            if str(column).lower() not in columns and None not in columns:
+                return sqlite3.SQLITE_OK
+        if self._shared:
+            self._alone = True
+            return sqlite3.SQLITE_DENY
+        self._deferring = True
+        return sqlite3.SQLITE_OK
 
     def _judge(self, action: int, first: str, second: str | None) -> int:
         """What the authorizer says to something that may change this connection."""
@@ -773,6 +798,17 @@ class SqliteSession:
             "BEGIN, COMMIT, ROLLBACK, SAVEPOINT and RELEASE are the package's own business: it has a transaction open"
             " around this code. Use db.transaction(), or db.begin() and db.commit(), outside it."
         )
+
+
+def _deferred(cursor: sqlite3.Cursor) -> dict[str, frozenset[str | None]]:
+    """Tables with foreign keys that are checked with the commit, and the tables that these lead to, with the columns."""
+    found: dict[str, set[str | None]] = {}
+    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'")
+    for (name,) in cursor.fetchall():
+        for key in cursor.execute("SELECT * FROM pragma_foreign_key_list(?)", (name,)).fetchall():
+            found.setdefault(name.lower(), set()).add(key["from"].lower())
+            found.setdefault(key["table"].lower(), set()).add(key["to"] and key["to"].lower())
+    return {table: frozenset(columns) for table, columns in found.items()}
 
 
 def _names(cursor: sqlite3.Cursor) -> list[str]:
