@@ -44,9 +44,9 @@ _TOKEN = re.compile(
       --[^\n]*                       # comment to the end of the line
     | /\*.*?(?:\*/|\Z)               # comment
     | (?P<quoted>
-        '(?:[^']|'')*(?:'|\Z)        # string
-      | "(?:[^"]|"")*(?:"|\Z)        # quoted names
-      | `(?:[^`]|``)*(?:`|\Z)
+        '[^']*+(?:''[^']*+)*+(?:'|\Z)        # string
+      | "[^"]*+(?:""[^"]*+)*+(?:"|\Z)        # quoted names
+      | `[^`]*+(?:``[^`]*+)*+(?:`|\Z)
       | \[[^\]]*(?:\]|\Z)
       )
     | (?P<parameter>[:@$\#][\w$]+(?:::[\w$]+)*|\?\d*)  # never keywords
