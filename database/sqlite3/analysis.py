@@ -264,7 +264,7 @@ def control(sql: str) -> tuple[str, str]:
     if verb == "PRAGMA":
         if len(pieces) > 3 and pieces[2] == ".":
             del pieces[1:3]
-        return ("PRAGMA", pieces[1].lower()) if len(pieces) > 3 and pieces[2] in ("=", "(") else ("", "")
+        return ("PRAGMA", pieces[1].lower()) if len(pieces) > 2 and pieces[2] in ("=", "(") else ("", "")
     rest = words[1:]
     if verb == "BEGIN":
         if rest and rest[0] in ("DEFERRED", "IMMEDIATE", "EXCLUSIVE"):

@@ -48,7 +48,7 @@ from database.sqlite3.failures import (
     of_one_connection,
     read_only,
 )
-from database.sqlite3.raw import Lent
+from database.sqlite3.raw import ENDED_BY_ITSELF, Lent
 from database.sqlite3.values import Chunk, Feed, Row, bind
 
 if TYPE_CHECKING:
@@ -79,9 +79,23 @@ _CHANGES: Final = frozenset(
         sqlite3.SQLITE_CREATE_TEMP_TABLE,
         sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
         sqlite3.SQLITE_CREATE_TEMP_VIEW,
+        sqlite3.SQLITE_DROP_TEMP_INDEX,
+        sqlite3.SQLITE_DROP_TEMP_TABLE,
+        sqlite3.SQLITE_DROP_TEMP_TRIGGER,
+        sqlite3.SQLITE_DROP_TEMP_VIEW,
     }
 )
 """What belongs to one connection; and PRAGMAs, of which it is looked which."""
+_CREATIONS: Final = frozenset(
+    {
+        sqlite3.SQLITE_CREATE_INDEX,
+        sqlite3.SQLITE_CREATE_TABLE,
+        sqlite3.SQLITE_CREATE_TRIGGER,
+        sqlite3.SQLITE_CREATE_VIEW,
+        sqlite3.SQLITE_CREATE_VTABLE,
+    }
+)
+"""The same, where the schema is `temp`."""
 _OF_TABLES: Final = frozenset(
     {
         sqlite3.SQLITE_CREATE_TABLE,
@@ -353,7 +367,7 @@ class SqliteSession:
                 self._rowids.clear()
             if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
                 self._schema_writable = True
-            if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES:
+            if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES or (schema == "temp" and action in _CREATIONS):
                 return self._judge(action, str(first).lower(), second)
             return sqlite3.SQLITE_OK
         # Virtual tables and table-valued functions (FTS5, json_each, pragma_table_info) ask for writes that they never
@@ -649,6 +663,8 @@ class SqliteSession:
             raw.take_back(keep=False)
             raise
         raw.take_back(keep=True)
+        if not raw.in_transaction:  # and the function has taken no notice of it
+            raise errors.TransactionError(ENDED_BY_ITSELF)
         return result
 
     # The rest

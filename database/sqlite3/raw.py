@@ -39,7 +39,7 @@ from database.engine.contract import Alone
 from database.errors import TransactionError
 from database.sqlite3 import analysis
 
-__all__ = ["CACHED", "Keeper", "Lent", "RawConnection", "RawCursor", "connection_class"]
+__all__ = ["CACHED", "ENDED_BY_ITSELF", "Keeper", "Lent", "RawConnection", "RawCursor", "connection_class"]
 
 if TYPE_CHECKING:
     _Connection = sqlite3.Connection
