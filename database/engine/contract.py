@@ -126,6 +126,8 @@ class Backend:
         busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
+        excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a session keeps a lock
+            just now. None where they do not.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
@@ -142,6 +144,7 @@ class Backend:
     busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
+    excludes: Callable[[Any], bool] | None = None
     single_writer: bool = True
     may_join: Callable[[Any], bool] | None = None
     run_together: (
@@ -160,7 +163,6 @@ class Engine:
         operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
         backend: Makes the driver's backend from a database's settings.
         adapter: aiosql's synchronous adapter for this engine.
-        single_writer: Whether two write transactions on one database can only wait for each other.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
@@ -170,7 +172,6 @@ class Engine:
     operations: Any
     backend: Callable[[Any], Backend]
     adapter: Any
-    single_writer: bool
     replica_backend: Callable[[Any], Backend | None] | None = None
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from database.engine.statement import Statement
 from database.errors import TransactionError
+from database.session.statements import still
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,7 +42,7 @@ class Batch:
         """
         if self._closed:
             raise TransactionError("the batch is over: use it inside its `async with` block")
-        self._items.append((self._database.batch_statement(query), _as_it_is(params)))
+        self._items.append((self._database.batch_statement(query), still(params)))
         if len(self._items) >= self._size:
             await self.flush()
 
@@ -63,44 +62,3 @@ class Batch:
             await self.flush()
         else:
             self._items.clear()
-
-
-_FIXED: frozenset[type] = frozenset({int, float, str, bytes, bool, type(None)})
-"""Types of values that stay what they are."""
-_CHANGING = (bytearray, memoryview, list, dict, set)
-
-
-def _as_it_is(params: Any) -> Any:
-    """Parameters as they are now: they are sent later, and their owner may use the object again for the next ones."""
-    kind: type[Any] = type(params)
-    if kind is dict:
-        for value in params.values():
-            if type(value) not in _FIXED:
-                return {name: _value(value) for name, value in params.items()}
-        return params.copy()
-    if kind is tuple or kind is list:
-        for value in params:
-            if type(value) not in _FIXED:
-                return [_value(value) for value in params]
-        return tuple(params)
-    if params is None or isinstance(params, (str, bytes)):
-        return params
-    if isinstance(params, Mapping):
-        return {name: _value(value) for name, value in params.items()}
-    if isinstance(params, tuple):  # with names: only its own kind can say them
-        return params if not any(isinstance(value, _CHANGING) for value in params) else copy.deepcopy(params)
-    if isinstance(params, Sequence):
-        if hasattr(params, "keys"):  # a row, which cannot be changed
-            return params
-        return [_value(value) for value in params]
-    taken = copy.copy(params)
-    for name, value in getattr(taken, "__dict__", {}).items():
-        if isinstance(value, _CHANGING):
-            object.__setattr__(taken, name, _value(value))
-    return taken
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, (bytearray, memoryview)):
-        return bytes(value)
-    return copy.deepcopy(value) if isinstance(value, _CHANGING) else value

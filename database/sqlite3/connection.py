@@ -233,6 +233,11 @@ class SqliteSession:
         except sqlite3.ProgrammingError:
             return False
 
+    @property
+    def excludes(self) -> bool:
+        """Whether it keeps a lock on the file while nothing runs: for a transaction, or for a stream. Any thread."""
+        return bool(self._streams) or self.in_transaction
+
     def try_lock(self, seconds: float) -> bool:
         """See `Session`."""
         if self._locked:
