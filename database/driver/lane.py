@@ -379,13 +379,14 @@ class WriteLane:
         began = perf_counter()
         try:
             session = worker.begin(first, readonly=False)
+            session.share(True)
         except BaseException as error:
             first.error = worker.translate(error, first)
+            worker.rollback()
             worker.answers.append(first)
             if isinstance(first.error, (DatabaseBusyError, ConnectionPoolExhaustedError)):
                 self._fail_those_who_waited_too(worker, error, began)
             return
-        session.share(True)
         queue = self.queue
         alone: Request | None = None
         request = first

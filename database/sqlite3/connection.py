@@ -268,13 +268,11 @@ class SqliteSession:
         self._shared = shared
         if not shared:
             return
-        cursor = self._cursor
-        with contextlib.suppress(sqlite3.Error):
-            version = cursor.execute("PRAGMA schema_version").fetchall()[0][0]
-            if version != self._schema:
-                self._deferred = _deferred(self.raw.plain_cursor())
-                self._schema = version
-                self._deferring = True
+        version = self._cursor.execute("PRAGMA schema_version").fetchall()[0][0]
+        if version != self._schema:
+            self._deferred = _deferred(self.raw.plain_cursor())
+            self._schema = version
+            self._deferring = True
         if self._deferring and self._deferred:
             self._deferring = False
             self.raw.install()
@@ -285,7 +283,11 @@ class SqliteSession:
         """See `Keeper`. Under a text that is nobody else's: what is cached is not shown to the authorizer again."""
         self._admitting = True
         try:
-            sqlite3.Cursor.execute(self._cursor if cursor is None else cursor, f"{sql} {_MARK}")
+            text = f"{sql} {_MARK}"
+            if cursor is None:
+                self._cursor.execute(text)
+            else:
+                self.raw.module.Cursor.execute(cursor, text)
         finally:
             self._admitting = False
 
@@ -426,34 +428,38 @@ class SqliteSession:
         if hint and hint != HINT_INSERT:
             return self._vacuum(statement, params) if hint == HINT_VACUUM else self._count(statement, params)
         sql = statement.sql
+        known: bool | None = True
+        if hint:
+            known = self._rowids.get(sql)
+            if known is None:
+                known = self._has_rowids(sql)  # before: behind a write nothing more may fail
         cursor.execute(sql, bind(params, sql))
         if statement.returns_rows:
             self._end(statement)
         rowcount = cursor.rowcount
-        lastrowid = None
-        if hint and rowcount > 0:
-            known = self._rowids.get(sql)
-            if known or (known is None and self._has_rowids(sql)):
-                lastrowid = cursor.lastrowid
         # The tuple's own `__new__`: a NamedTuple's is Python code, and this is run for every write.
-        return _new_tuple(Result, (rowcount, lastrowid))
+        return _new_tuple(Result, (rowcount, cursor.lastrowid if hint and known and rowcount > 0 else None))
 
     def _count(self, statement: Statement, params: Any) -> Result:
         """Runs an upsert, or a write that begins with WITH, which `sqlite3` does not know for one."""
         cursor, sql = self._cursor, statement.sql
+        inserts = statement.verb in ("INSERT", "REPLACE")
+        known = inserts and self._has_rowids(sql)
         before = cursor.execute("SELECT last_insert_rowid()").fetchall()[0][0]
+        total = self.raw.total_changes
         cursor.execute(sql, bind(params, sql))
         if statement.returns_rows:
             self._end(statement)
-        rowcount, lastrowid = cursor.rowcount, None
+        rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
         if statement.hint != HINT_UPSERT:
-            rowcount = self.raw.plain_cursor().execute("SELECT changes()").fetchall()[0][0]
-        if rowcount > 0 and statement.verb in ("INSERT", "REPLACE"):
-            lastrowid = cursor.lastrowid
-            if lastrowid == before and (statement.hint == HINT_UPSERT or "CONFLICT" in sql.upper()):
-                lastrowid = None  # an update leaves it as it was; only if it moves has a row been added for certain
-            elif not self._has_rowids(sql):
-                lastrowid = None
+            try:
+                rowcount = self.raw.plain_cursor().execute("SELECT changes()").fetchall()[0][0]
+            except sqlite3.Error:  # interrupted, but the write is done: so what is known without a statement
+                rowcount = self.raw.total_changes - total
+        if not known or rowcount <= 0:
+            return Result(rowcount, None)
+        if lastrowid == before and (statement.hint == HINT_UPSERT or "CONFLICT" in sql.upper()):
+            lastrowid = None  # an update leaves it as it was; only if it moves has a row been added for certain
         return Result(rowcount, lastrowid)
 
     def _has_rowids(self, sql: str) -> bool:
@@ -467,7 +473,11 @@ class SqliteSession:
                     probe = f"SELECT rowid, _rowid_, oid FROM {table} LIMIT 0"  # noqa: S608  - quoted as a name
                     self.raw.plain_cursor().execute(probe).close()
                 except sqlite3.OperationalError as error:
+                    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+                        raise
                     known = "no such column" not in str(error)
+                    if known:  # there is no such table: the INSERT itself will say so
+                        return True
             if len(self._rowids) >= REMEMBERED:
                 self._rowids.clear()
             if len(sql) <= 10_000:

@@ -231,7 +231,7 @@ async def test_names_or_positions_as_the_sql_asks(db: Any, engine: Engine) -> No
         for sql, wanted in (
             ("INSERT INTO pair (a, b) VALUES (:a, :b)", ("A", "B")),
             ("INSERT INTO pair (a, b) VALUES (?, ?)", ("B", "A")),
-            ("INSERT INTO pair (a, b) VALUES (?1, ?2) -- :a", ("B", "A")),
+            ("INSERT INTO pair (a, b) VALUES (?, ?) -- :a", ("B", "A")),
             ("INSERT INTO pair (a, b) VALUES (@a, $b)", ("A", "B")),
         ):
 
