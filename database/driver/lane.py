@@ -303,7 +303,7 @@ class WriteLane:
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and self._is_groupable(queue) and worker.session.may_group():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+                elif item.kind <= UNIT and self._is_groupable(queue):
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)
@@ -385,13 +385,14 @@ class WriteLane:
         began = perf_counter()
         try:
             session = worker.begin(first, readonly=False)
+            session.share(True)
         except BaseException as error:
             first.error = worker.translate(error, first)
+            worker.rollback()
             worker.answers.append(first)
             if isinstance(first.error, (DatabaseBusyError, ConnectionPoolExhaustedError)):
                 self._fail_those_who_waited_too(worker, error, began)
             return
-        session.share(True)
         queue = self.queue
         alone: Request | None = None
         request = first

@@ -91,10 +91,6 @@ class Session(Protocol):
         """From now on several callers' statements share the open transaction, each with its own verdict; or no longer."""
         ...
 
-    def may_group(self) -> bool:
-        """Whether statements of several callers may share a transaction now. Asked of a single writer before it is begun."""
-        ...
-
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """Maps the driver's error to the package's; gives other exceptions back as they are.
 
