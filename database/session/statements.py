@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
 from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["CHANGING", "Query", "TypedQuery", "still"]
+__all__ = ["Query", "TypedQuery", "still"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -15,7 +15,7 @@ Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
 
-CHANGING: Final = frozenset({bytearray, memoryview, array})
+_CHANGING: Final = frozenset({bytearray, memoryview, array})
 """Values whose contents may be others by the time they are bound."""
 
 
@@ -27,12 +27,12 @@ def still(params: Any) -> Any:
     kind = type(params)
     if kind is dict:
         for value in params.values():
-            if type(value) in CHANGING:
+            if type(value) in _CHANGING:
                 return {name: _still(value) for name, value in params.items()}
         return params.copy()
     if kind is tuple or kind is list:
         for value in params:
-            if type(value) in CHANGING:
+            if type(value) in _CHANGING:
                 return [_still(value) for value in params]
         return params if kind is tuple else params.copy()
     if params is None:
@@ -41,7 +41,7 @@ def still(params: Any) -> Any:
 
 
 def _still(value: Any) -> Any:
-    return bytes(value) if type(value) in CHANGING else value
+    return bytes(value) if type(value) in _CHANGING else value
 
 
 def _still_object(params: Any) -> Any:
