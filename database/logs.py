@@ -77,7 +77,7 @@ def harmless(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[
     def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
-        except Exception:  # of a handler, a filter, or the repr() of somebody's object
+        except BaseException:  # of a handler (some end the program), a filter, or the repr() of somebody's object
             if logging.raiseExceptions and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 with contextlib.suppress(Exception):  # nothing is left to tell it to
                     sys.stderr.write("--- database: an error while logging; the statement is not affected ---\n")
@@ -324,11 +324,7 @@ class LogObserver:
 
 def parameters_of(request: Request) -> object:
     """The user's parameters of a statement; None for what is no statement."""
-    if not isinstance(request.sql, Statement):
-        return None
-    if getattr(request.operation, "__name__", "") == "call_aiosql":  # they travel with the method to be called
-        return request.params[1]
-    return request.params
+    return request.params if isinstance(request.sql, Statement) else None
 
 
 def _connection(*, readonly: bool) -> str:

@@ -71,6 +71,8 @@ Parameters = Mapping[str, Any] | Sequence[Any] | object | None
 
 _CACHE_LIMIT = 5000
 """Statements whose analysis is remembered; whoever sends more different texts starts anew."""
+_CACHE_CHARACTERS = 4_000_000
+"""The same for what they hold: some programs put their data into the text."""
 
 
 Parked = tuple[dict[int, Pool], dict[int, Pool], ContextVar[Transaction | Detached | None]]
@@ -93,6 +95,8 @@ class Database:
         self._settings: settings.Settings | None = None
         self._observer: logs.LogObserver | None = None
         self._statements: dict[Any, Statement] = {}
+        self._characters = 0
+        """Of the texts in it."""
         self._pools: dict[int, Pool] = {}
         self._replica_pools: dict[int, Pool] = {}
         """By the identity of their event loop."""
@@ -210,6 +214,7 @@ class Database:
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
                 long_read=chosen.logging.long_read_s,
+                inline_reads=getattr(chosen, "inline_reads", False),
                 on_closed=closed,
             )
             if instrumentation is not None:
@@ -237,8 +242,10 @@ class Database:
         statement = self.engine.analyse(sql)
         if not statement.verb:
             raise QueryExecutionError("the statement is empty", sql=sql)
-        if len(self._statements) >= _CACHE_LIMIT:
+        self._characters += len(sql)
+        if len(self._statements) >= _CACHE_LIMIT or self._characters > _CACHE_CHARACTERS:
             self._statements.clear()
+            self._characters = len(sql)
         self._statements[query] = statement
         return statement
 
@@ -298,7 +305,8 @@ class Database:
             pool = self.pool()
         if statement.kind == READ:
             request = pool.request(STATEMENT, operation, statement, params, extra)
-            pool.reads.submit(request)
+            if pool.inline is None or not pool.inline.read(request):
+                pool.reads.submit(request)
         else:
             if level is not None:
                 refuse_waiting_for_itself(level, pool)
@@ -594,11 +602,11 @@ class Database:
         statement = self._statements.get(sql) or self._analyse(sql)
         if statement.kind == CONTROL:
             raise self._unfit("this query", statement)
-        arguments = (method, params, (record_class,) if record else None)
+        how = (method, (record_class,) if record else None)
         level = self.current.get()
         if level is not None and level.session is not None:
-            return level.execute_here(self._operations.call_aiosql, statement, arguments, None)
-        return await self._send(level, self._operations.call_aiosql, statement, arguments, None)
+            return level.execute_here(self._operations.call_aiosql, statement, params, how)
+        return await self._send(level, self._operations.call_aiosql, statement, params, how)
 
     # Transactions
 

@@ -226,22 +226,29 @@ class Transaction:
             return root.run_inline(request)
         if in_turn and root.top is not self:
             await self.take_turn()
-        if root.controls:
-            request.controls, root.controls = root.controls, []
         lease = root.lease
+        if lease is not None and lease.dropped:
+            root._forget(lease)
+            lease = None
         if lease is None:
             lease = root.lease = root._new_lease()
             if root.isolation is not None:
-                request.controls = [("isolation", root.isolation), *(request.controls or ())]
+                root.controls.insert(0, ("isolation", root.isolation))
+        if root.controls:
+            request.controls, root.controls = root.controls, []
         lease.submit(request)
         try:
             return await request
         except BaseException:
-            if lease.dropped:  # nothing was begun; the next statement stands in line anew
-                if root.lease is lease:
-                    root.lease = None
-                root.controls[:0] = request.controls or ()
+            if lease.dropped:
+                root._forget(lease)
             raise
+
+    def _forget(self, lease: Lease) -> None:
+        """Nothing was begun on that lease; the next statement stands in line anew, and opens the levels that are open."""
+        if self.lease is lease:
+            self.lease = None
+            self.controls[:0] = [control for control in lease.unsent if control[0] != "isolation"]
 
     def _new_lease(self) -> Lease:
         pool = self.pool

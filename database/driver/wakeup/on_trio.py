@@ -14,7 +14,7 @@ import trio
 
 from database.driver.request import COMMIT, Request
 from database.driver.wakeup import waker
-from database.driver.wakeup.waker import Timer, Waker
+from database.driver.wakeup.waker import Notice, Timer, Waker
 
 __all__ = ["TrioWaker"]
 
@@ -138,10 +138,10 @@ class TrioWaker(Waker):
     __slots__ = ("_answer", "_end_pump", "_reschedule", "_token", "_trio", "_watch")
 
     backend = "trio"
-    request = _TrioRequest
 
     def __init__(self) -> None:
         super().__init__()
+        self.request = _TrioRequest
         import trio  # noqa: PLC0415  - only those who run trio have it
 
         self._trio = trio
@@ -195,10 +195,14 @@ class TrioWaker(Waker):
         reschedule, answer = self._reschedule, self._answer
         for request in answered:
             request.answered = True
+            request.context = None  # workers and tracebacks keep requests, but shall not keep their tasks' context
             task = request.waiter
             if task is not None:
                 request.waiter = None
                 reschedule(task, answer)
+
+    def next_turn(self, function: Notice) -> None:
+        self._token.run_sync_soon(function)
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         return _call_later_in_trio(seconds, function)

@@ -76,7 +76,18 @@ class Timer(Protocol):
 class Waker:
     """One event loop, as workers see it."""
 
-    __slots__ = ("__weakref__", "_delivering", "_descriptor", "_lock", "_posted", "_scheduled", "_sleepers", "loop")
+    __slots__ = (
+        "__weakref__",
+        "_delivering",
+        "_descriptor",
+        "_lock",
+        "_posted",
+        "_scheduled",
+        "_sleepers",
+        "crowd",
+        "loop",
+        "request",
+    )
 
     backend: str
     """AnyIO's name of the loop's kind."""
@@ -93,6 +104,8 @@ class Waker:
         self._descriptor = -1
         self._lock = Lock()
         self._delivering = False
+        self.crowd = 0
+        """Answers that are being handed out together."""
         self._sleepers: list[Notice] = []
 
     def rouse(self, wake: Notice) -> None:
@@ -112,6 +125,9 @@ class Waker:
         In this order, so that whoever is woken finds the pool as it will be: the connection that answered is free.
         """
         self._posted.append((answered, notice))
+        self._ring()
+
+    def _ring(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             with self._lock:
@@ -130,18 +146,26 @@ class Waker:
                 answered, notice = posted.popleft()
                 if notice is not None:
                     notice()
+                self.crowd = len(answered)
                 self._wake(answered)
         finally:
             self._delivering = False
+            self.crowd = 0
             sleepers = self._sleepers
             if sleepers:
                 for wake in sleepers:
                     wake()
                 sleepers.clear()
+            if posted:  # something raised
+                self._ring()
 
     def wake(self, answered: list[Request]) -> None:
         """Has the tasks of these requests go on, at the loop's next turn. Loop thread, also within a task."""
         self.post(answered)
+
+    def answer(self, request: Request) -> None:
+        """Has the task of this request go on. Loop thread, in a callback of the loop's."""
+        self._wake([request])
 
     def dispose(self) -> None:
         """No worker will post any more: gives the descriptor back. What has been posted is still delivered."""
@@ -157,12 +181,21 @@ class Waker:
         loop = current_loop()
         return loop is not None and loop is self.loop()
 
+    def task_of(self, request: Request) -> object | None:
+        """The task that waits for the request, if one does. Any thread; for comparing."""
+        waiter: object | None = request.waiter
+        return waiter
+
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
         raise NotImplementedError
 
     def _wake(self, answered: list[Request]) -> None:
         """Marks requests as done and lets their tasks go on."""
+        raise NotImplementedError
+
+    def next_turn(self, function: Notice) -> None:
+        """Calls the function at the loop's next turn. Loop thread."""
         raise NotImplementedError
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
@@ -182,24 +215,38 @@ class Waker:
         raise NotImplementedError
 
 
+_lowlevel: Any = None
+"""`trio.lowlevel`, once trio has been imported as a whole."""
+
+
+def _in_trio() -> bool:
+    """Whether the caller runs in trio, which may be asyncio's guest, so it is asked first.
+
+    A trio that another thread is importing just now stands in `sys.modules` half made. Nobody can be running in it yet.
+    """
+    global _lowlevel  # noqa: PLW0603
+    if _lowlevel is None:
+        if "trio" not in _modules:
+            return False
+        lowlevel = getattr(_modules["trio"], "lowlevel", None)
+        if not all(hasattr(lowlevel, name) for name in ("in_trio_run", "current_trio_token", "in_trio_task")):
+            return False
+        _lowlevel = lowlevel
+    # Where trio is asyncio's guest, both run on this thread: then its tasks are trio's, and nothing else.
+    return bool(_lowlevel.in_trio_task() or (_lowlevel.in_trio_run() and _running_loop() is None))
+
+
 def current_loop() -> object | None:
     """The identity of the event loop that runs the caller: an asyncio loop, a trio token, or None."""
-    trio = _modules.get("trio")
-    if trio is not None and _in_trio(trio.lowlevel):
-        token: object = trio.lowlevel.current_trio_token()
+    if (_lowlevel is not None or "trio" in _modules) and _in_trio():
+        token: object = _lowlevel.current_trio_token()
         return token
     return _running_loop()
 
 
-def _in_trio(lowlevel: Any) -> bool:
-    """Whether the caller is trio's. Where trio is asyncio's guest, both run on this thread: then its tasks are, no more."""
-    return bool(lowlevel.in_trio_task() or (lowlevel.in_trio_run() and _running_loop() is None))
-
-
 def create_waker() -> Waker:
     """The waker of the running event loop."""
-    trio = _modules.get("trio")
-    if trio is not None and _in_trio(trio.lowlevel):
+    if _in_trio():
         from database.driver.wakeup.on_trio import TrioWaker  # noqa: PLC0415  - only those who run trio have it
 
         return TrioWaker()
@@ -210,9 +257,8 @@ def create_waker() -> Waker:
 
 def current_task() -> object | None:
     """The running task; None outside any. For comparing and for `task_name`; hold it no longer than it runs."""
-    trio = _modules.get("trio")
-    if trio is not None and _in_trio(trio.lowlevel):
-        task: object = trio.lowlevel.current_task() if trio.lowlevel.in_trio_task() else None
+    if _in_trio():
+        task: object = _lowlevel.current_task() if _lowlevel.in_trio_task() else None
         return task
     return None if _running_loop() is None else asyncio.current_task()
 
