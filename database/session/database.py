@@ -283,7 +283,7 @@ class Database:
     ) -> Awaitable[Any]:
         """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
         # As they are now; another task may go on to change them. To look for buffers among the values would cost too much.
-        kind = type(params)
+        kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
         if kind is dict:
             params = params.copy()
         elif kind is not tuple and params is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from database.driver.worker import here
 from database.errors import TransactionError
@@ -156,7 +156,8 @@ class Job:
         if root.top is not root:
             raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
         root.settle_inline()
-        return result, root.callbacks if job.kept is None else [*job.kept, *root.callbacks]
+        kept = cast("list[Callable[[], Any]] | None", job.kept)  # set by `commit()` meanwhile
+        return result, root.callbacks if kept is None else [*kept, *root.callbacks]
 
 
 def _foreign(job: Job) -> TransactionError:
