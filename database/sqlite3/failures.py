@@ -213,7 +213,9 @@ _VALUES = 1000
 def _without_values(error: BaseException, parameters: Any) -> str:
     """The error's message, without what it quotes of the parameters: a path, a full-text query, or a piece of one."""
     message = str(error)
-    values = [value for value in _texts(parameters) if value]
+    values: list[str] = []
+    with contextlib.suppress(Exception):  # values of the user's own classes: an error is not to become another one
+        values.extend(value for value in _texts(parameters) if value)
     if not values:
         return message
     clean = message
@@ -253,12 +255,12 @@ def _texts(parameters: Any) -> Iterator[str]:
     if parameters is None or isinstance(parameters, (str, bytes)):
         return
     if isinstance(parameters, Mapping):
-        values: Iterable[Any] = parameters.values()  # pyright: ignore[reportUnknownVariableType]
+        values = cast("Any", parameters).values()
     elif isinstance(parameters, (Sequence, sqlite3.Row)):
-        values = cast("Iterable[Any]", parameters)
+        values = cast("Any", parameters)
     else:
-        values = getattr(parameters, "__dict__", {}).values()
-    for value in islice(values, _VALUES):
+        values = cast("Any", vars(parameters).values())
+    for value in islice(cast("Iterable[Any]", values), _VALUES):
         if isinstance(value, (bytes, bytearray)):
             yield bytes(value).decode("utf-8", "replace")
         elif value is not None and not isinstance(value, bool):

@@ -243,7 +243,8 @@ class Lent(_Connection):
 
     def plain_cursor(self) -> sqlite3.Cursor:
         """A cursor for the package's own statements, which nothing watches."""
-        return cast("sqlite3.Cursor", super().cursor(self.module.Cursor))
+        made: sqlite3.Cursor = super().cursor(self.module.Cursor)
+        return made
 
     def prepared(self, keeper: Keeper, guard: Callable[..., int], progress: Callable[[], bool], steps: int) -> None:
         """The connection is as the configuration wants it: from now on it belongs to that session."""
@@ -516,7 +517,7 @@ class Lent(_Connection):
         self._over = "this function has closed its connection; nothing more can be done with it"
 
     @property
-    def isolation_level(self) -> Any:
+    def isolation_level(self) -> Any:  # type: ignore[override,unused-ignore]  # pyright: ignore
         """What `sqlite3` would do on its own; here the transaction is open already, and nothing comes of it."""
         return self._isolation
 
@@ -658,5 +659,5 @@ def _missing(name: str) -> Any:
     return property(get)
 
 
-RawConnection = connection_class(sqlite3)
+RawConnection = connection_class(sqlite3)  # pyright: ignore[reportArgumentType]  - a module can be hashed
 RawCursor = RawConnection.cursor_class

@@ -113,7 +113,7 @@ def _adapt(value: Any) -> Any:
     Raises:
         TypeError: `sqlite3` would store the bytes that it finds in the value's memory.
     """
-    kind = type(value)
+    kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind in _NATIVE:
         return value
     if kind.__module__.partition(".")[0] in ("numpy", "pandas") and (kind, sqlite3.PrepareProtocol) not in _adapters:
@@ -128,9 +128,9 @@ def _adapt(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, (Decimal, UUID, PurePath)):
         return str(value)
-    if isinstance(value, memoryview):
+    if kind is memoryview:
         return value if value.c_contiguous else value.tobytes()
-    if isinstance(value, (str, bytes, bytearray, array, int, float)):
+    if issubclass(kind, (str, bytes, bytearray, array, int, float)):
         return value
     if not hasattr(value, "__conform__") and (type(value), sqlite3.PrepareProtocol) not in _adapters:
         _refuse_memory(value)
@@ -244,8 +244,8 @@ def _names(params: Any) -> Sequence[str] | None:
     """The names of the values, where they have both names and an order."""
     if isinstance(params, sqlite3.Row):
         return params.keys()
-    names = getattr(params, "_fields", None) if isinstance(params, tuple) else None
-    return names if isinstance(names, tuple) else None
+    names: Any = getattr(cast("Any", params), "_fields", None) if isinstance(params, tuple) else None
+    return cast("tuple[str, ...]", names) if isinstance(names, tuple) else None
 
 
 MANY = 500
@@ -288,7 +288,8 @@ class Feed:
         return self._rows[self.number - 1] if self._size else self._last
 
     def _chunks(self) -> Iterator[Iterable[Any]]:
-        sql, rows = self._sql, iter(self._rows)
+        sql = self._sql
+        rows: Iterator[Any] = iter(self._rows)
         while chunk := list(islice(rows, MANY)):
             if self._gone():
                 raise _interrupted()
