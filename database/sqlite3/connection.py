@@ -26,13 +26,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from database import errors
 from database.engine.contract import Alone, Interrupted
@@ -48,6 +47,7 @@ from database.sqlite3.failures import (
     of_one_connection,
     read_only,
 )
+from database.sqlite3.guard import MARK, Guard
 from database.sqlite3.raw import ENDED_BY_ITSELF, Lent
 from database.sqlite3.values import Chunk, Feed, Row, bind
 
@@ -62,91 +62,30 @@ PROGRESS_STEPS = 10_000
 REMEMBERED = 500
 """Texts of INSERTs of which it is known whether their table has row ids; and no long ones."""
 
-_MARK = f"--{os.urandom(8).hex()}"
-_BEGIN = f"BEGIN IMMEDIATE {_MARK}"
-_COMMIT = f"COMMIT {_MARK}"
-_ROLLBACK = f"ROLLBACK {_MARK}"
+_BEGIN = f"BEGIN IMMEDIATE {MARK}"
+_COMMIT = f"COMMIT {MARK}"
+_ROLLBACK = f"ROLLBACK {MARK}"
 
-_READ_ACTIONS = frozenset(
-    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-)
-_WRITE_ACTIONS = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
-_CHANGES: Final = frozenset(
-    {
-        sqlite3.SQLITE_ATTACH,
-        sqlite3.SQLITE_DETACH,
-        sqlite3.SQLITE_CREATE_TEMP_INDEX,
-        sqlite3.SQLITE_CREATE_TEMP_TABLE,
-        sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
-        sqlite3.SQLITE_CREATE_TEMP_VIEW,
-        sqlite3.SQLITE_DROP_TEMP_INDEX,
-        sqlite3.SQLITE_DROP_TEMP_TABLE,
-        sqlite3.SQLITE_DROP_TEMP_TRIGGER,
-        sqlite3.SQLITE_DROP_TEMP_VIEW,
-    }
-)
-"""What belongs to one connection; and PRAGMAs, of which it is looked which."""
-_CREATIONS: Final = frozenset(
-    {
-        sqlite3.SQLITE_CREATE_INDEX,
-        sqlite3.SQLITE_CREATE_TABLE,
-        sqlite3.SQLITE_CREATE_TRIGGER,
-        sqlite3.SQLITE_CREATE_VIEW,
-        sqlite3.SQLITE_CREATE_VTABLE,
-    }
-)
-"""The same, where the schema is `temp`."""
-_OF_TABLES: Final = frozenset(
-    {
-        sqlite3.SQLITE_CREATE_TABLE,
-        sqlite3.SQLITE_DROP_TABLE,
-        sqlite3.SQLITE_ALTER_TABLE,
-        sqlite3.SQLITE_CREATE_VIEW,
-        sqlite3.SQLITE_DROP_VIEW,
-        sqlite3.SQLITE_CREATE_VTABLE,
-        sqlite3.SQLITE_DROP_VTABLE,
-        sqlite3.SQLITE_CREATE_TEMP_TABLE,
-        sqlite3.SQLITE_CREATE_TEMP_VIEW,
-    }
-)
-_SCHEMA_TABLES = frozenset({"sqlite_master", "sqlite_schema"})
-_CONTROL_ACTIONS = frozenset({sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT})
-
-
-_SAVEPOINT = f"SAVEPOINT level_0 {_MARK}"
-_RELEASE = f"RELEASE level_0 {_MARK}"
+_SAVEPOINT = f"SAVEPOINT level_0 {MARK}"
+_RELEASE = f"RELEASE level_0 {MARK}"
 """Around every unit of a group, so not put together each time."""
 
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
 
-class SqliteSession:
+class SqliteSession(Guard):
     """See `database.engine.contract.Session`."""
 
     __slots__ = (
-        "_admitting",
-        "_alone",
-        "_changed",
-        "_cursor",
-        "_deferred",
-        "_deferring",
         "_failing",
         "_identity",
         "_lock",
         "_locked",
         "_patience",
         "_progress",
-        "_refused",
         "_reopen",
-        "_restricted",
-        "_rowids",
-        "_schema",
-        "_schema_writable",
-        "_shared",
         "_streams",
         "_users",
-        "raw",
-        "readonly",
     )
 
     def __init__(
@@ -160,9 +99,7 @@ class SqliteSession:
         identity: tuple[int, int] = (0, 0),
         reopen: Callable[[], Lent] | None = None,
     ) -> None:
-        self.readonly = readonly
-        self._shared = False
-        """Whether others share the open transaction."""
+        super().__init__(readonly=readonly)
         self._patience = patience
         """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
         self._identity = identity
@@ -171,30 +108,11 @@ class SqliteSession:
         self._lock = lock
         self._locked = False
         self._progress = progress
-        self._admitting = False
-        """Whether BEGIN, COMMIT and the like may be prepared: while this class itself sends them."""
-        self._restricted = readonly
-        self._schema_writable = False
-        """Whether somebody may have switched on `writable_schema`."""
         self._streams: dict[int, sqlite3.Cursor] = {}
         self._failing: tuple[Any, Any, str] | None = None
         """What has just failed, and which of many it was, where the request does not say it."""
         self._users: BaseException | None = None
         """What the user's own code has just raised."""
-        self._refused: str | None = None
-        """What the authorizer has just refused because it changes one connection."""
-        self._alone = False
-        """Whether it has just refused something because others share the transaction."""
-        self._changed = False
-        """Whether the connection is to be exchanged when its transaction has ended."""
-        self._rowids: dict[str, bool] = {}
-        """Of INSERTs, by their text: whether the table has row ids."""
-        self._schema = -1
-        """The schema's version when it was looked through for foreign keys that are checked with the commit."""
-        self._deferred: dict[str, frozenset[str | None]] = {}
-        """Tables that such keys lead from or to, and their columns in them."""
-        self._deferring = True
-        """Whether statements may be prepared already that change such tables."""
         files.opened[identity] += 1
         self._take(raw)
 
@@ -269,54 +187,6 @@ class SqliteSession:
             self._admitting = False
         return not busy
 
-    def share(self, shared: bool) -> None:
-        """See `Session`.
-
-        A foreign key that is checked with the commit is checked for all members at once: one could make up for what
-        another leaves behind. So what may leave something behind gets a transaction of its own. The authorizer sees it, if
-        it is asked, and of statements that it has admitted before it is asked again.
-        """
-        self._shared = shared
-        if not shared:
-            return
-        version = self._cursor.execute("PRAGMA schema_version").fetchall()[0][0]
-        if version != self._schema:
-            self._deferred = _deferred(self.raw.plain_cursor())
-            self._schema = version
-            self._deferring = True
-        if self._deferring and self._deferred:
-            self._deferring = False
-            self.raw.install()
-
-    # For the connection, while it is lent: see `Keeper`
-
-    def control(self, sql: str, cursor: Any = None) -> None:
-        """See `Keeper`. Under a text that is nobody else's: what is cached is not shown to the authorizer again."""
-        self._admitting = True
-        try:
-            text = f"{sql} {_MARK}"
-            if cursor is None:
-                self._cursor.execute(text)
-            else:
-                self.raw.module.Cursor.execute(cursor, text)
-        finally:
-            self._admitting = False
-
-    def alter(self) -> None:
-        """See `Keeper`."""
-        if self._shared:
-            raise Alone
-        self._changed = True
-
-    def denied(self) -> bool:
-        """See `Keeper`."""
-        alone, self._alone = self._alone, False
-        return alone
-
-    def writes(self) -> bool:
-        """See `Keeper`."""
-        return not self._restricted
-
     def owns(self, cursor: Any) -> bool:
         """See `Keeper`."""
         return cursor is self._cursor or any(cursor is each for each in self._streams.values())
@@ -350,85 +220,19 @@ class SqliteSession:
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
-        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {_MARK}")
+        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {MARK}")
 
     def release(self, number: int) -> None:
         """See `Session`."""
-        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {_MARK}")
+        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {MARK}")
 
     def undo(self, number: int) -> None:
         """See `Session`."""
-        self._control(f"ROLLBACK TO level_{number} {_MARK}")
-        self._control(f"RELEASE level_{number} {_MARK}")
+        self._control(f"ROLLBACK TO level_{number} {MARK}")
+        self._control(f"RELEASE level_{number} {MARK}")
 
     def isolation(self, level: str) -> None:
         """See `Session`. There is but one level here, and it is the strictest."""
-
-    def restrict(self, readonly: bool) -> None:
-        """See `Session`. Setting the authorizer anew has every cached statement checked again."""
-        self._restricted = readonly
-        self.raw.install()
-
-    def _authorize(
-        self, action: int, first: str | None, second: str | None, schema: str | None, _by: str | None
-    ) -> int:
-        if action in _READ_ACTIONS:
-            return sqlite3.SQLITE_OK
-        if action in _CONTROL_ACTIONS:
-            return sqlite3.SQLITE_OK if self._admitting else sqlite3.SQLITE_DENY
-        if self._admitting:
-            return sqlite3.SQLITE_OK
-        if not self._restricted:
-            if self._deferred and action in _WRITE_ACTIONS and str(first).lower() in self._deferred:
-                return self._defer(action, str(first).lower(), second)
-            if action in _OF_TABLES:
-                self._rowids.clear()
-            if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
-                self._schema_writable = True
-            if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES or (schema == "temp" and action in _CREATIONS):
-                return self._judge(action, str(first).lower(), second)
-            return sqlite3.SQLITE_OK
-        # Virtual tables and table-valued functions (FTS5, json_each, pragma_table_info) ask for writes that they never
-        # do when they are first used: all of them to update the schema table, where they declare their columns, R*Tree
-        # to change its own tables. A reader's file cannot be written, whatever is admitted here.
-        if action in _WRITE_ACTIONS:
-            if self.readonly:
-                return sqlite3.SQLITE_OK if schema == "main" else sqlite3.SQLITE_DENY
-            if action == sqlite3.SQLITE_UPDATE and first in _SCHEMA_TABLES and not self._schema_writable:
-                return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_PRAGMA and first is not None:
-            known = analysis.READ_PRAGMAS if second is None else analysis.ARGUMENT_PRAGMAS
-            if first.lower() in known:
-                return sqlite3.SQLITE_OK
-        return sqlite3.SQLITE_DENY
-
-    def _defer(self, action: int, table: str, column: str | None) -> int:
-        """What the authorizer says to a change that may leave a foreign key to be checked with the commit."""
-        if action == sqlite3.SQLITE_UPDATE:
-            columns = self._deferred[table]
-            if str(column).lower() not in columns and None not in columns:
-                return sqlite3.SQLITE_OK
-        if self._shared:
-            self._alone = True
-            return sqlite3.SQLITE_DENY
-        self._deferring = True
-        return sqlite3.SQLITE_OK
-
-    def _judge(self, action: int, first: str, second: str | None) -> int:
-        """What the authorizer says to something that may change this connection."""
-        if action == sqlite3.SQLITE_PRAGMA and (
-            second is None or first in analysis.ARGUMENT_PRAGMAS or first in analysis.FILE_PRAGMAS
-        ):
-            return sqlite3.SQLITE_OK
-        if not self.raw.in_transaction:
-            self._refused = first if action == sqlite3.SQLITE_PRAGMA else _WORDS.get(action, "temporary")
-            return sqlite3.SQLITE_DENY
-        if self._shared:
-            self._alone = True
-            return sqlite3.SQLITE_DENY
-        if first != "defer_foreign_keys" or action != sqlite3.SQLITE_PRAGMA:  # that one ends with its transaction
-            self._changed = True
-        return sqlite3.SQLITE_OK
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
 
@@ -846,19 +650,5 @@ class SqliteSession:
         )
 
 
-def _deferred(cursor: sqlite3.Cursor) -> dict[str, frozenset[str | None]]:
-    """Tables with foreign keys that are checked with the commit, and the tables that these lead to, with the columns."""
-    found: dict[str, set[str | None]] = {}
-    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'")
-    for (name,) in cursor.fetchall():
-        for key in cursor.execute("SELECT * FROM pragma_foreign_key_list(?)", (name,)).fetchall():
-            found.setdefault(name.lower(), set()).add(key["from"].lower())
-            found.setdefault(key["table"].lower(), set()).add(key["to"] and key["to"].lower())
-    return {table: frozenset(columns) for table, columns in found.items()}
-
-
 def _names(cursor: sqlite3.Cursor) -> list[str]:
     return [column[0] for column in cursor.description]
-
-
-_WORDS: Final = {sqlite3.SQLITE_ATTACH: "ATTACH", sqlite3.SQLITE_DETACH: "DETACH"}

@@ -259,7 +259,7 @@ def _texts(parameters: Any) -> Iterator[str]:
     elif isinstance(parameters, (Sequence, sqlite3.Row)):
         values = cast("Any", parameters)
     else:
-        values = cast("Any", vars(parameters).values())
+        values = cast("Any", vars(parameters)).values()
     for value in islice(cast("Iterable[Any]", values), _VALUES):
         if isinstance(value, (bytes, bytearray)):
             yield bytes(value).decode("utf-8", "replace")

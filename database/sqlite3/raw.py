@@ -517,12 +517,12 @@ class Lent(_Connection):
         self._over = "this function has closed its connection; nothing more can be done with it"
 
     @property
-    def isolation_level(self) -> Any:  # type: ignore[override,unused-ignore]  # pyright: ignore
+    def isolation_level(self) -> Any:
         """What `sqlite3` would do on its own; here the transaction is open already, and nothing comes of it."""
         return self._isolation
 
     @isolation_level.setter
-    def isolation_level(self, value: Any) -> None:
+    def isolation_level(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if value is not None and (
             not isinstance(value, str) or value.upper() not in ("", "DEFERRED", "IMMEDIATE", "EXCLUSIVE")
         ):
