@@ -11,20 +11,22 @@ from decimal import Decimal
 from enum import Enum
 from itertools import chain, islice
 from pathlib import PurePath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
-__all__ = ["Row", "Rows", "bind", "bind_many"]
+__all__ = ["Row", "Rows", "bind", "bind_many", "row_class"]
 
 
-class Row(sqlite3.Row):
-    """A row: a sequence of values that also knows their names.
-
-    `row[0]`, `row["name"]` (case does not matter), `row[1:3]`, `len(row)`, `dict(row)`, `Entity(**row)`, and iteration
-    over the values.
-    """
+class _RowMethods:
+    """What our rows can do more than the library's own."""
 
     __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def keys(self) -> list[str]: ...
+        def __getitem__(self, key: Any, /) -> Any: ...
+        def __iter__(self) -> Iterator[Any]: ...
 
     def __repr__(self) -> str:
         return f"Row({', '.join(f'{name}={value!r}' for name, value in zip(self.keys(), self, strict=True))})"
@@ -60,6 +62,23 @@ class Row(sqlite3.Row):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.keys(), tuple(self))
+
+
+class Row(_RowMethods, sqlite3.Row):
+    """A row: a sequence of values that also knows their names.
+
+    `row[0]`, `row["name"]` (case does not matter), `row[1:3]`, `len(row)`, `dict(row)`, `Entity(**row)`, and iteration
+    over the values.
+    """
+
+    __slots__ = ()
+
+
+def row_class(base: type[Any]) -> type[Any]:
+    """The same on top of the rows of a drop-in for `sqlite3`, whose cursors make no others."""
+    found = type("Row", (_RowMethods, base), {"__slots__": (), "__module__": __name__, "__doc__": Row.__doc__})
+    cast("Any", Sequence).register(found)
+    return found
 
 
 cast("Any", Sequence).register(Row)
@@ -222,7 +241,7 @@ def bind(params: Any) -> Any:
     if isinstance(params, Mapping):
         mapping = cast("Mapping[str, Any]", params)
         return {name: _adapt(value) for name, value in mapping.items()}
-    if isinstance(params, sqlite3.Row):
+    if isinstance(params, (sqlite3.Row, _RowMethods)):
         return {name: _adapt(value) for name, value in zip(params.keys(), params, strict=True)}
     if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
         shown = f"{kind.__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
