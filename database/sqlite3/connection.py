@@ -32,6 +32,7 @@ from database.engine.statement import CONTROL, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
 from database.sqlite3.failures import BUSY_CODES, Patience, control_error, is_busy, read_only
+from database.sqlite3.library import classes
 from database.sqlite3.values import Row, Rows, bind, bind_many
 
 if TYPE_CHECKING:
@@ -70,14 +71,16 @@ class SqliteSession:
 
     __slots__ = (
         "_admitting",
+        "_connect",
         "_cursor",
         "_failing",
-        "_identity",
+        "_identities",
         "_lock",
         "_locked",
         "_patience",
         "_progress",
         "_restricted",
+        "_row_class",
         "_schema_writable",
         "_streams",
         "raw",
@@ -87,18 +90,25 @@ class SqliteSession:
     def __init__(
         self,
         raw: sqlite3.Connection,
-        lock: Lock,
+        lock: Lock | files.Locks,
         progress: Callable[[], bool],
         *,
         readonly: bool,
+        connect: Callable[[Path, str], Any],
         patience: float = 0.0,
-        identity: tuple[int, int] = (0, 0),
+        identities: tuple[tuple[int, int], ...] = (),
+        row_class: type[Any] = Row,
     ) -> None:
         self.raw = raw
         self.readonly = readonly
         self._patience = patience
         """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
-        self._identity = identity
+        self._identities = identities
+        """Of its files: the database and what is attached to it."""
+        self._row_class = row_class
+        """`Row`, on top of the library that this connection is of."""
+        self._connect = connect
+        """Opens another file in the same way, with the same key."""
         self._lock = lock
         self._locked = False
         self._progress = progress
@@ -110,7 +120,7 @@ class SqliteSession:
         self._streams: dict[int, sqlite3.Cursor] = {}
         self._failing: tuple[Statement, Any] | None = None
         """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
-        raw.row_factory = Row
+        raw.row_factory = row_class
         raw.set_authorizer(self._authorize)
         raw.set_progress_handler(progress, PROGRESS_STEPS)
         self._cursor = raw.cursor()
@@ -122,7 +132,7 @@ class SqliteSession:
         """See `Session`. A connection that was given up has none."""
         try:
             return self.raw.in_transaction
-        except sqlite3.ProgrammingError:
+        except classes.ProgrammingError:
             return False
 
     def try_lock(self, seconds: float) -> bool:
@@ -201,7 +211,7 @@ class SqliteSession:
         # to change its own tables. A reader's file cannot be written, whatever is admitted here.
         if action in _WRITE_ACTIONS:
             if self.readonly:
-                return sqlite3.SQLITE_OK if schema == "main" else sqlite3.SQLITE_DENY
+                return sqlite3.SQLITE_DENY if schema == "temp" else sqlite3.SQLITE_OK
             if action == sqlite3.SQLITE_UPDATE and first in _SCHEMA_TABLES and not self._schema_writable:
                 return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_PRAGMA and first is not None:
@@ -282,7 +292,7 @@ class SqliteSession:
                     try:
                         cursor.execute(text)
                         break
-                    except sqlite3.OperationalError as error:
+                    except classes.OperationalError as error:
                         patience.wait(error)
                 if cursor.description is not None:
                     cursor.fetchall()
@@ -377,11 +387,11 @@ class SqliteSession:
         """Runs a function of the user's on the raw connection."""
         try:
             result = function(self.raw, *arguments)
-            if isinstance(result, sqlite3.Cursor):
+            if isinstance(result, classes.Cursor):
                 result.close()  # half read, it would keep its snapshot, and pin the WAL, for as long as it is kept
             return result
         finally:
-            self.raw.row_factory = Row
+            self.raw.row_factory = self._row_class
             if self._restricted:
                 self.raw.set_authorizer(self._authorize)  # whatever the function did to it
 
@@ -408,7 +418,7 @@ class SqliteSession:
             try:
                 self.begin(readonly=False)
                 return
-            except sqlite3.OperationalError as error:
+            except classes.OperationalError as error:
                 if not is_busy(error) or time.monotonic() >= deadline or self._progress():
                     raise
             time.sleep(0.002)
@@ -446,7 +456,7 @@ class SqliteSession:
             self._failing = statement, params  # the error names the user's parameters, not ours
             raise
         finally:
-            self.raw.row_factory = Row
+            self.raw.row_factory = self._row_class
 
     def backup(self, path: Any, progress: Any, pages: Any) -> None:
         """Copies the database as it is now into a new file, then puts that in its place."""
@@ -456,7 +466,7 @@ class SqliteSession:
         partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
         try:
             files.create(partial)
-            copy = sqlite3.connect(files.uri(partial, "rw"), uri=True, isolation_level=None)
+            copy = self._connect(partial, "rw")
             try:
                 self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
 
@@ -502,7 +512,7 @@ class SqliteSession:
         """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
         # An extra reference, never given back: not even the child's own exit may finalize the connection.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
-        files.inherited.add(self._identity)
+        files.inherited.update(self._identities)
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
@@ -511,10 +521,10 @@ class SqliteSession:
             self._failing = None
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
-        if not isinstance(error, sqlite3.Error):
+        if not isinstance(error, classes.Error):
             if statement is None or isinstance(error, errors.DatabaseError):
                 return error
-            if isinstance(error, (OverflowError, UnicodeEncodeError, ValueError, sqlite3.Warning)):
+            if isinstance(error, (OverflowError, UnicodeEncodeError, ValueError, *classes.Warning)):
                 return errors.QueryExecutionError(
                     f"a parameter cannot be stored: {error}", sql=text, parameters=parameters
                 )

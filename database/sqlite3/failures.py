@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from database import errors
+from database.sqlite3.library import classes
 
 __all__ = ["BUSY_CODES", "BUSY_SLICE", "Patience", "control_error", "is_broken", "is_busy", "read_only", "reason"]
 
@@ -53,7 +54,7 @@ def read_only(text: str | None) -> errors.ReadOnlyTransactionError:
 
 def is_busy(error: BaseException) -> bool:
     """Whether somebody else holds a lock. Not BUSY_SNAPSHOT: that one never goes away by waiting."""
-    if isinstance(error, sqlite3.OperationalError):
+    if isinstance(error, classes.OperationalError):
         code = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF in BUSY_CODES and code != sqlite3.SQLITE_BUSY_SNAPSHOT
     return False
@@ -61,7 +62,7 @@ def is_busy(error: BaseException) -> bool:
 
 def is_broken(error: BaseException) -> bool:
     """Whether the connection can no longer be trusted."""
-    if isinstance(error, sqlite3.Error):
+    if isinstance(error, classes.Error):
         code = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF in _BROKEN
     return False
@@ -92,7 +93,7 @@ def reason(path: Path, error: BaseException) -> str:
     if path.is_dir():
         return "it is a directory, not a file"
     if (
-        isinstance(error, sqlite3.DatabaseError)
+        isinstance(error, classes.DatabaseError)
         and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB
     ):
         return f"it is not an SQLite database ({error})"

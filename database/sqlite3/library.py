@@ -1,7 +1,7 @@
 """Which `sqlite3` a database uses: Python's own, or the drop-in that its `module` names.
 
 A drop-in (pysqlite3, sqlcipher3) brings an SQLite of its own, and classes of its own: its errors are none of
-`sqlite3.Error`, its rows none of `sqlite3.Row`. Hence `raised` and `row_classes`, which count in whatever has been
+`sqlite3.Error`, its rows none of `sqlite3.Row`. Hence `classes`, which counts in whatever has been
 loaded so far; an `except` clause looks them up when something is raised, so that they cost nothing before.
 
 Constants are SQLite's own numbers, the same in each; they are always taken from the standard library, for drop-ins lack
@@ -19,7 +19,7 @@ from typing import Any
 from database import errors
 from database.sqlite3.values import Row, row_class
 
-__all__ = ["STANDARD", "Library", "installed", "load", "raised"]
+__all__ = ["STANDARD", "Library", "classes", "installed", "load"]
 
 STANDARD = "sqlite3"
 
@@ -69,12 +69,13 @@ class Library:
         return self._cipher
 
 
-class _Raised:
-    """The classes of errors of all libraries that have been loaded: `except raised.OperationalError`."""
+class _Classes:
+    """The classes of all libraries that have been loaded so far: `except classes.OperationalError`."""
 
-    __slots__ = ("DatabaseError", "Error", "OperationalError", "ProgrammingError", "Warning")
+    __slots__ = ("Cursor", "DatabaseError", "Error", "OperationalError", "ProgrammingError", "Warning")
 
     def __init__(self) -> None:
+        self.Cursor: tuple[type[sqlite3.Cursor], ...] = ()
         self.Error: tuple[type[sqlite3.Error], ...] = ()
         self.DatabaseError: tuple[type[sqlite3.DatabaseError], ...] = ()
         self.OperationalError: tuple[type[sqlite3.OperationalError], ...] = ()
@@ -91,7 +92,7 @@ class _Raised:
 _lock = Lock()
 _loaded: dict[str, Library] = {STANDARD: Library(STANDARD, sqlite3, Row)}
 
-raised = _Raised()
+classes = _Classes()
 
 
 def load(name: str = STANDARD) -> Library:
@@ -121,7 +122,9 @@ def _load(name: str) -> Library:
         raise errors.ConfigurationError(
             f"module: {name!r} is not installed: `pip install {name.partition('.')[0]}`, or leave `module` out"
         ) from error
-    lacking = [each for each in ("connect", "sqlite_version", *_NEEDED, *raised.__slots__) if not hasattr(module, each)]
+    lacking = [
+        each for each in ("connect", "sqlite_version", *_NEEDED, *classes.__slots__) if not hasattr(module, each)
+    ]
     lacking += [
         f"{kind}.{method}"
         for kind, methods in _NEEDED.items()
@@ -134,7 +137,7 @@ def _load(name: str) -> Library:
         )
     if module is sqlite3:
         return Library(name, module, Row)
-    raised.add(module)
+    classes.add(module)
     return Library(name, module, row_class(module.Row))
 
 
