@@ -53,6 +53,8 @@ from database.session.propagation import (
 from database.session.statements import TypedQuery
 from database.session.stream import Stream
 from database.session.transaction import Transaction, run_callbacks
+from database.settings.model import with_step
+from database.settings.rules import unfit_function
 
 if TYPE_CHECKING:
     from database.driver.observer import Observer
@@ -63,6 +65,7 @@ __all__ = ["Database"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
+C = TypeVar("C", bound=Callable[[Any], object])
 Parameters = Mapping[str, Any] | Sequence[Any] | object | None
 
 _CACHE_LIMIT = 5000
@@ -104,6 +107,8 @@ class Database:
         self._recent: Pool | None = None
         """The one that was used last: mostly there is but one loop."""
         self._operations: Any = None
+        self._steps: list[Callable[[Any], object]] = []
+        """What `on_connect` was given."""
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r}>"
@@ -126,6 +131,12 @@ class Database:
 
     def _resolve(self) -> None:
         name, self._settings = settings.current().find(self.name, self._wanted_engine)
+        for function in self._steps:
+            if not hasattr(self._settings, "on_connect"):
+                raise ConfigurationError(
+                    f"database {self.name!r}: on_connect prepares connections of SQLite, not of {name}"
+                )
+            self._settings = with_step(self._settings, function)
         if self._engine is None or self._engine.name != name:
             self._engine = contract.load(name)
             self._operations = self._engine.operations
@@ -738,6 +749,38 @@ class Database:
         return statement
 
     # The rest
+
+    def on_connect(self, function: C) -> C:
+        """Has each new connection prepared by a function, before anybody uses it; also serves as a decorator.
+
+        It is called as `function(connection)` with the driver's connection, on the connection's own thread, after what
+        the configuration's `on_connect` names: for the writer, for each reader, and for one that takes the place of
+        another. Functions, aggregates, collations and the like belong here.
+
+        Example::
+
+            @db.on_connect
+            def prepare(connection: sqlite3.Connection) -> None:
+                connection.create_function("reverse", 1, lambda text: text[::-1], deterministic=True)
+
+        Args:
+            function: A plain function; what it raises becomes a `ConnectionFailedError` that names it.
+
+        Returns:
+            The function.
+
+        Raises:
+            ConfigurationError: A pool of this database is open, or it is no plain function.
+        """
+        if problem := unfit_function(function):
+            raise ConfigurationError(f"database {self.name!r}: on_connect: {problem}")
+        if self._pools or self._replica_pools:
+            raise ConfigurationError(
+                f"database {self.name!r} is open: on_connect comes before its first use, or after `await db.close()`"
+            )
+        if function not in self._steps:
+            self._steps.append(function)
+        return function
 
     async def backup(
         self, path: str | os.PathLike[str], *, progress: Callable[[int, int, int], object] | None = None

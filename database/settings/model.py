@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 from database.errors import ConfigurationError
 from database.settings.words import closest
 
-__all__ = ["DEFAULT", "MEMORY", "Configuration", "LoggingSettings", "Settings", "Step", "with_step"]
+__all__ = ["DEFAULT", "MEMORY", "Configuration", "LoggingSettings", "Settings", "Step", "steps_of", "with_step"]
 
 DEFAULT = "default"
 MEMORY = ":memory:"
@@ -127,12 +127,18 @@ class Configuration:
         return Configuration(MappingProxyType(engines), self.source)
 
 
+def steps_of(on_connect: Any) -> tuple[Step, ...]:
+    """The functions of a setting `on_connect`, or where they are."""
+    if on_connect is None:
+        return ()
+    return cast("tuple[Step, ...]", on_connect) if isinstance(on_connect, tuple) else (on_connect,)
+
+
 def with_step(settings: Settings, step: Step) -> Settings:
     """The settings of one database, where one more function prepares its connections."""
     if not hasattr(settings, "on_connect"):
         return settings
-    before: Any = cast("Any", settings).on_connect
-    steps = () if before is None else before if isinstance(before, tuple) else (before,)
+    steps = steps_of(cast("Any", settings).on_connect)
     if step in steps:  # an application that is configured for each of its tests gives it again and again
         return settings
     return replace(settings, on_connect=(*steps, step) if steps else step)

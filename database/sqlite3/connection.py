@@ -28,6 +28,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from database import errors
+from database.engine.records import records
 from database.engine.statement import CONTROL, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -313,7 +314,7 @@ class SqliteSession:
             tuples = [*map(tuple, rows), *cursor.fetchall()]
         finally:
             cursor.close()
-        return Rows(cursor, tuples) if record_class is None else _records(cursor, tuples, record_class)
+        return Rows(cursor, tuples, self._row_class) if record_class is None else _records(cursor, tuples, record_class)
 
     def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
         """The first row, or None."""
@@ -363,7 +364,11 @@ class SqliteSession:
             raise errors.TransactionError("the transaction in which this stream was opened has ended")
         try:
             tuples = cursor.fetchmany(size)
-            rows = Rows(cursor, tuples) if record_class is None else _records(cursor, tuples, record_class)
+            rows = (
+                Rows(cursor, tuples, self._row_class)
+                if record_class is None
+                else _records(cursor, tuples, record_class)
+            )
         except BaseException:
             self.close_stream(key)
             raise
@@ -561,5 +566,4 @@ class SqliteSession:
 
 
 def _records(cursor: sqlite3.Cursor, rows: list[Any], record_class: Any) -> list[Any]:
-    names = [column[0] for column in cursor.description]
-    return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
+    return records([column[0] for column in cursor.description], rows, record_class)

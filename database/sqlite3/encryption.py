@@ -24,33 +24,33 @@ _PLAIN = b"SQLite format 3\0"
 _LOGGING = frozenset({"cipher_log", "cipher_log_level", "cipher_log_source"})
 
 
-def unlock(raw: Any, settings: SqliteSettings, path: str | Path, schema: str | None = None) -> None:
+def unlock(raw: Any, settings: SqliteSettings, path: str | Path) -> None:
     """Gives a connection its key and whatever else SQLCipher must know before it looks at the file.
+
+    A file that is attached later takes the same key, and SQLCipher's own defaults for all else.
 
     Args:
         raw: The connection, of which nothing has been asked yet.
         settings: Of the database.
         path: The file, for messages.
-        schema: That of an attached file, which takes the key of the database itself.
 
     Raises:
         ConnectionFailedError: There is no key, it does not fit, or a PRAGMA of SQLCipher's did not take.
     """
     if not settings.encrypted:
         return
-    if schema is None:
-        key = _key(settings, str(path))
-        if "cipher_log_level" not in settings.pragmas:
-            raw.execute("PRAGMA cipher_log_level = NONE").fetchall()  # it would write to the standard error output
-        try:
-            raw.execute("PRAGMA key = '" + key.replace("'", "''") + "'").fetchall()
-        except classes.Error:
-            raise errors.ConnectionFailedError(str(path), "SQLCipher does not take this key") from None
+    key = _key(settings, str(path))
+    if "cipher_log_level" not in settings.pragmas:
+        raw.execute("PRAGMA cipher_log_level = NONE").fetchall()  # it would write to the standard error output
+    try:
+        raw.execute("PRAGMA key = '" + key.replace("'", "''") + "'").fetchall()
+    except classes.Error:
+        raise errors.ConnectionFailedError(str(path), "SQLCipher does not take this key") from None
     for name, value in settings.pragmas.items():
-        if name in CIPHER and (schema is None or name not in _LOGGING):
-            raw.execute(write(name, value, schema)).fetchall()
+        if name in CIPHER:
+            raw.execute(write(name, value)).fetchall()
             if name not in _LOGGING:
-                read_back(raw, str(path), name, value, schema)
+                read_back(raw, str(path), name, value)
 
 
 def _key(settings: SqliteSettings, path: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any, cast
 from database import errors
 from database.engine.contract import Role
 from database.settings import SqliteSettings
+from database.settings.model import steps_of
 from database.settings.rules import unfit_function
 from database.sqlite3 import encryption, extensions, files
 from database.sqlite3.connection import SqliteSession
@@ -186,7 +187,6 @@ def _attach(raw: Any, settings: SqliteSettings, name: str, place: str, attached:
         if name not in attached:
             raw.execute("ATTACH ? AS ?", (files.uri(file, "ro" if readonly else "rw"), name))
             attached.add(name)
-            encryption.unlock(raw, settings, file, name)
         _journal(raw, settings, place, readonly=readonly, schema=name)
         _set(raw, place, [each for each in own_pragmas(settings) if each[0] in ("cache_size", "synchronous")], name)
     except classes.Error as error:
@@ -213,8 +213,7 @@ def resolved(settings: SqliteSettings) -> SqliteSettings:
     Raises:
         ConfigurationError: A name leads to no function.
     """
-    given = settings.on_connect
-    steps = given if isinstance(given, tuple) else () if given is None else (given,)
+    steps = steps_of(settings.on_connect)
     if not any(isinstance(step, str) for step in steps):
         return settings
     return replace(settings, on_connect=tuple(_function(step) if isinstance(step, str) else step for step in steps))
@@ -239,10 +238,9 @@ def _function(name: str) -> Callable[[Any], object]:
 
 
 def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
-    steps = resolved(settings).on_connect
-    if steps is None:
+    if settings.on_connect is None:
         return
-    for step in steps if isinstance(steps, tuple) else (steps,):
+    for step in steps_of(resolved(settings).on_connect):
         function = cast("Callable[[Any], object]", step)
         name = getattr(function, "__qualname__", None) or type(function).__qualname__
         try:

@@ -119,9 +119,9 @@ class Rows(list[Any]):
     __slots__ = ("_as_row",)
     __hash__ = None  # pyright: ignore  - as a list
 
-    def __init__(self, cursor: sqlite3.Cursor, tuples: Iterable[tuple[Any, ...]]) -> None:
+    def __init__(self, cursor: Any, tuples: Iterable[tuple[Any, ...]], row_class: Any = Row) -> None:
         super().__init__(tuples)
-        self._as_row: Callable[[Any], Row] | None = functools.partial(Row, cursor)
+        self._as_row: Callable[[Any], Row] | None = functools.partial(row_class, cursor)
         """None when the list holds rows."""
 
     def settle(self) -> None:
