@@ -30,7 +30,7 @@ from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
 
-__all__ = ["connect", "open_prepared", "open_session", "prepare", "resolved"]
+__all__ = ["connect", "journal_mode", "look", "open_prepared", "open_session", "prepare", "resolved"]
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
@@ -120,6 +120,41 @@ def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float =
         raw.close()
         raise
     return raw
+
+
+def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Any:
+    """A connection for looking only: with key, extensions and functions, whatever journal mode the file has.
+
+    Raises:
+        ConnectionFailedError: It cannot be opened.
+    """
+    file = Path(path).absolute()
+    raw: Any = None
+    try:
+        raw = connect(settings, file, mode, timeout=settings.busy_timeout / 1000)
+        raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        extensions.load(raw, settings, str(path))
+        _run_steps(raw, settings, str(path))
+        return raw
+    except BaseException as error:
+        if raw is not None:
+            raw.close()
+        if isinstance(error, (OSError, *classes.Error)):
+            raise errors.ConnectionFailedError(str(path), _reason(file, settings, error)) from error
+        raise
+
+
+def journal_mode(settings: SqliteSettings, path: str | Path) -> str:
+    """The journal mode that a file has, where that belongs to the file: `WAL`, or `DELETE` for all others.
+
+    Raises:
+        ConnectionFailedError, sqlite3.Error: It cannot be opened.
+    """
+    raw = connect(settings, Path(path).absolute(), "ro")
+    try:
+        return "WAL" if raw.execute("PRAGMA journal_mode").fetchone()[0] == "wal" else "DELETE"
+    finally:
+        raw.close()
 
 
 def prepare(
