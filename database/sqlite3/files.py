@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from threading import Lock
 
-__all__ = ["Locks", "create", "identity", "inherited", "sync", "uri", "write_lock"]
+__all__ = ["Locks", "create", "identity", "inherited", "is_open", "opened", "sync", "uri", "write_lock"]
 
 _write_locks: dict[str, Lock] = {}
 """The right to write to a file, within this process: each event loop's pool has a writer of its own."""
@@ -16,9 +17,13 @@ _write_locks: dict[str, Lock] = {}
 inherited: set[tuple[int, int]] = set()
 """Files that the parent had open, in the middle of something, when this process was forked: device and inode."""
 
+opened: Counter[tuple[int, int]] = Counter()
+"""Device and inode of what this process has open, and how often. Any thread; only ever looked at as a hint or a refusal."""
+
 
 def _renew_locks() -> None:
     _write_locks.clear()  # after a fork: whoever held one is in the parent
+    opened.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -40,7 +45,7 @@ class Locks:
         """As `Lock.acquire`: all of them, or none."""
         deadline = time.monotonic() + timeout
         for number, lock in enumerate(self._locks):
-            if not (lock.acquire(blocking, timeout if timeout < 0 else max(0.0, deadline - time.monotonic()))):
+            if not lock.acquire(blocking, timeout if timeout < 0 else max(0.0, deadline - time.monotonic())):
                 for held in reversed(self._locks[:number]):
                     held.release()
                 return False
@@ -68,6 +73,14 @@ def identity(path: Path) -> tuple[int, int]:
     """Device and inode."""
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process has that file open as a database, under whatever name."""
+    try:
+        return opened[identity(path)] > 0
+    except OSError:
+        return False
 
 
 def create(path: Path, *, exist_ok: bool = False) -> None:

@@ -29,6 +29,7 @@ from database.sqlite3.connection import SqliteSession
 from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
+from database.sqlite3.raw import CACHED, Lent, connection_class
 
 __all__ = ["connect", "journal_mode", "look", "open_prepared", "open_session", "prepare", "resolved"]
 
@@ -64,9 +65,12 @@ def open_session(
             raise errors.ConnectionFailedError(path if each is file else str(each), reason(each, error)) from error
         if identities[-1] in files.inherited:
             raise errors.ConnectionFailedError(path if each is file else str(each), _FORKED)
-    raw = open_prepared(settings, path, progress, readonly=readonly)
+
+    def reopen() -> Lent:
+        return open_prepared(settings, path, progress, readonly=readonly)
+
     return SqliteSession(
-        raw,
+        reopen(),
         files.write_lock(file, *attached),
         progress,
         readonly=readonly,
@@ -74,19 +78,20 @@ def open_session(
         identities=tuple(identities),
         row_class=load(settings.module).row_class,
         connect=partial(connect, settings),
+        reopen=reopen,
     )
 
 
 def open_prepared(
     settings: SqliteSettings, path: str, progress: Callable[[], bool] = lambda: False, *, readonly: bool
-) -> Any:
+) -> Lent:
     """A connection of the driver's own, as the pool's are, without what the pool keeps about it.
 
     Raises:
         ConnectionFailedError: As for `open_session`; no file is made that there is not.
     """
     file = Path(path).absolute()
-    raw: Any = None
+    raw: Lent | None = None
     try:
         raw = connect(settings, file, "ro" if readonly else "rw", timeout=min(BUSY_SLICE, settings.busy_timeout / 1000))
         prepare(raw, settings, path, progress, readonly=readonly)
@@ -99,20 +104,22 @@ def open_prepared(
         raise
 
 
-def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float = 0.0) -> Any:
+def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float = 0.0) -> Lent:
     """A connection that has its key, and nothing else; `mode` is SQLite's: `ro`, `rw`, or with more parameters.
 
     Raises:
         ConnectionFailedError: There is no key, or it is none.
         sqlite3.Error: The file cannot be opened; that of the `module` in use.
     """
-    raw = load(settings.module).module.connect(
+    module = load(settings.module).module
+    raw: Lent = module.connect(
         files.uri(file, mode),
         uri=True,
         timeout=timeout,
         isolation_level=None,
         check_same_thread=False,  # for `interrupt`; all else happens on the worker's thread
-        cached_statements=256,
+        cached_statements=CACHED,
+        factory=connection_class(module),
     )
     try:
         encryption.unlock(raw, settings, file)
@@ -122,14 +129,14 @@ def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float =
     return raw
 
 
-def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Any:
+def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
     """A connection for looking only: with key, extensions and functions, whatever journal mode the file has.
 
     Raises:
         ConnectionFailedError: It cannot be opened.
     """
     file = Path(path).absolute()
-    raw: Any = None
+    raw: Lent | None = None
     try:
         raw = connect(settings, file, mode, timeout=settings.busy_timeout / 1000)
         raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
