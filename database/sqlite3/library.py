@@ -36,20 +36,26 @@ class Library:
     Attributes:
         name: As the configuration names it.
         module: The module: `connect`, `Connection`, `Error` and so on.
-        version: Of its SQLite, as a text.
-        version_info: And as numbers.
         row_class: `values.Row`, on top of this library's own.
     """
 
-    __slots__ = ("_cipher", "module", "name", "row_class", "version", "version_info")
+    __slots__ = ("_cipher", "module", "name", "row_class")
 
     def __init__(self, name: str, module: Any, row: type[Any]) -> None:
         self.name = name
         self.module = module
         self.row_class = row
-        self.version: str = module.sqlite_version
-        self.version_info: tuple[int, ...] = module.sqlite_version_info
         self._cipher: str | None = None
+
+    @property
+    def version(self) -> str:
+        """Of its SQLite, as a text."""
+        return str(self.module.sqlite_version)
+
+    @property
+    def version_info(self) -> tuple[int, ...]:
+        """Of its SQLite, as numbers."""
+        return tuple(self.module.sqlite_version_info)
 
     @property
     def loads_extensions(self) -> bool:

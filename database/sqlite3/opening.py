@@ -133,7 +133,8 @@ def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
     """A connection for looking only: with key, extensions and functions, whatever journal mode the file has.
 
     Raises:
-        ConnectionFailedError: It cannot be opened.
+        ConnectionFailedError: There is no key, or it does not fit; an extension cannot be loaded, or `on_connect` failed.
+        sqlite3.Error: The file cannot be read.
     """
     file = Path(path).absolute()
     raw: Lent | None = None
@@ -146,7 +147,7 @@ def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
     except BaseException as error:
         if raw is not None:
             raw.close()
-        if isinstance(error, (OSError, *classes.Error)):
+        if settings.encrypted and isinstance(error, classes.Error):
             raise errors.ConnectionFailedError(str(path), _reason(file, settings, error)) from error
         raise
 
