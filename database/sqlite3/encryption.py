@@ -16,7 +16,7 @@ from database.settings import SqliteSettings
 from database.sqlite3.library import classes
 from database.sqlite3.pragmas import CIPHER, read_back, write
 
-__all__ = ["reason", "unlock"]
+__all__ = ["attach", "reason", "unlock"]
 
 _PLAIN = b"SQLite format 3\0"
 """How a file begins that is not encrypted."""
@@ -26,8 +26,6 @@ _LOGGING = frozenset({"cipher_log", "cipher_log_level", "cipher_log_source"})
 
 def unlock(raw: Any, settings: SqliteSettings, path: str | Path) -> None:
     """Gives a connection its key and whatever else SQLCipher must know before it looks at the file.
-
-    A file that is attached later takes the same key, and SQLCipher's own defaults for all else.
 
     Args:
         raw: The connection, of which nothing has been asked yet.
@@ -51,6 +49,17 @@ def unlock(raw: Any, settings: SqliteSettings, path: str | Path) -> None:
             raw.execute(write(name, value)).fetchall()
             if name not in _LOGGING:
                 read_back(raw, str(path), name, value)
+
+
+def attach(raw: Any, settings: SqliteSettings, uri: str, name: str) -> None:
+    """Attaches a file: an encrypted one with the same passphrase, and SQLCipher's own defaults for all else.
+
+    Without a KEY clause it would get the key that was derived for the database's own file, and fit no other.
+    """
+    if settings.encrypted:
+        raw.execute("ATTACH ? AS ? KEY ?", (uri, name, _key(settings, settings.path)))
+    else:
+        raw.execute("ATTACH ? AS ?", (uri, name))
 
 
 def _key(settings: SqliteSettings, path: str) -> str:

@@ -98,6 +98,7 @@ def open_prepared(
         return raw
     except BaseException as error:
         if raw is not None:
+            raw.end_cursors()
             raw.close()
         if isinstance(error, (OSError, *classes.Error)):
             raise errors.ConnectionFailedError(path, _reason(file, settings, error)) from error
@@ -124,6 +125,7 @@ def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float =
     try:
         encryption.unlock(raw, settings, file)
     except BaseException:
+        raw.end_cursors()
         raw.close()
         raise
     return raw
@@ -146,6 +148,7 @@ def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
         return raw
     except BaseException as error:
         if raw is not None:
+            raw.end_cursors()
             raw.close()
         if settings.encrypted and isinstance(error, classes.Error):
             raise errors.ConnectionFailedError(str(path), _reason(file, settings, error)) from error
@@ -166,7 +169,7 @@ def journal_mode(settings: SqliteSettings, path: str | Path) -> str:
 
 
 def prepare(
-    raw: Any, settings: SqliteSettings, path: str, progress: Callable[[], bool] = lambda: False, *, readonly: bool
+    raw: Lent, settings: SqliteSettings, path: str, progress: Callable[[], bool] = lambda: False, *, readonly: bool
 ) -> None:
     """Makes a connection what the configuration says.
 
@@ -177,6 +180,7 @@ def prepare(
     _apply(raw, settings, path, progress, readonly=readonly)
     extensions.load(raw, settings, path)
     _run_steps(raw, settings, path)
+    raw.end_cursors()
 
 
 def own_pragmas(settings: SqliteSettings) -> list[tuple[str, Value]]:
@@ -228,7 +232,7 @@ def _attach(raw: Any, settings: SqliteSettings, name: str, place: str, attached:
     file = Path(place).absolute()
     try:
         if name not in attached:
-            raw.execute("ATTACH ? AS ?", (files.uri(file, "ro" if readonly else "rw"), name))
+            encryption.attach(raw, settings, files.uri(file, "ro" if readonly else "rw"), name)
             attached.add(name)
         _journal(raw, settings, place, readonly=readonly, schema=name)
         _set(raw, place, [each for each in own_pragmas(settings) if each[0] in ("cache_size", "synchronous")], name)

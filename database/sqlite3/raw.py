@@ -276,15 +276,7 @@ class Lent(_Connection):
             sqlite3.Error: What it did can neither be kept nor undone; the whole transaction has to be rolled back.
         """
         self.lent = False
-        living = 0
-        if self._made:
-            for made in self._made:
-                cursor = made()
-                if cursor is not None:
-                    living += 1
-                    self._end(cursor)
-                    del cursor
-            self._made.clear()
+        living = self.end_cursors() if self._made else 0
         if keep:
             self.failure = None
         configured = self._configured
@@ -307,6 +299,21 @@ class Lent(_Connection):
             if not keep:
                 keeper.control(f"ROLLBACK TO {_BASE}")
             keeper.control(f"RELEASE {_BASE}")
+
+    def end_cursors(self) -> int:
+        """Ends the cursors that were made by a function, or before the connection was prepared; gives how many lived.
+
+        One that lives on, in a traceback say, would keep the files open behind `close()`.
+        """
+        living = 0
+        for made in self._made:
+            cursor = made()
+            if cursor is not None:
+                living += 1
+                self._end(cursor)
+                del cursor
+        self._made.clear()
+        return living
 
     def _end(self, cursor: Any) -> None:
         with contextlib.suppress(Exception):
@@ -437,7 +444,7 @@ class Lent(_Connection):
             cursor = super().cursor(_watched(factory, self.cursor_class))
         else:
             cursor = super().cursor(factory)
-        if self.lent:
+        if self.lent or self.keeper is None:
             made = self._made
             if len(made) >= 64 and not len(made) & (len(made) - 1):
                 made[:] = [each for each in made if each() is not None]
