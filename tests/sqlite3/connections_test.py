@@ -371,7 +371,9 @@ async def test_a_drop_in(module: str, make_db: Any, engine: Any) -> None:
     outside = sqlite3.connect(copy)
     assert outside.execute("SELECT count(*) FROM item").fetchone() == (101,)
     outside.close()
-    locker = sqlite3.connect(engine.path(), isolation_level=None)
+    locker = library.connect(
+        str(engine.path()), isolation_level=None
+    )  # POSIX locks do not tell two libraries of one process apart
     try:
         locker.execute("BEGIN IMMEDIATE")
         db = await make_db(module=module, schema=False, busy_timeout=50)
