@@ -108,6 +108,8 @@ class Database:
         self._operations: Any = None
         self._steps: list[Callable[[Any], object]] = []
         """What `on_connect` was given."""
+        self._adapters: dict[type, Callable[[Any], Any]] = {}
+        """What `adapt` was given."""
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r}>"
@@ -141,6 +143,8 @@ class Database:
             self._operations = self._engine.operations
             self._statements.clear()
         self._observer = logs.LogObserver(self.name, self._settings.logging)
+        if self._adapters:
+            self._refuse_adapting()
 
     def pin(self, engine: str) -> bool:
         """Makes sure that this handle is of that engine; False if it is of another one already."""
@@ -212,7 +216,7 @@ class Database:
                 if self._recent is pool:
                     self._recent = None
 
-            backend = backend or self.engine.backend(chosen)
+            backend = backend or self.engine.backend(chosen, self._adapters)
             observer = cast("Observer", self.observer)
             instrumentation = logs.instrumentation
             if instrumentation is not None:
@@ -772,6 +776,37 @@ class Database:
         return statement
 
     # The rest
+
+    def adapt(self, kind: type[T], function: Callable[[T], Any]) -> None:
+        """Says how values of a type of yours are stored by this database; those of subclasses, too.
+
+        `sqlite3.register_adapter` would say so to everybody in the process. Example::
+
+            db.adapt(dict, json.dumps)
+            db.adapt(Money, lambda money: money.cents)
+
+        Args:
+            kind: The class. It may be one that the package would store otherwise, such as `datetime` or `Decimal`.
+            function: Makes of a value what can be stored: a number, a text, bytes, None, or whatever the package knows.
+
+        Raises:
+            ConfigurationError: SQLite stores the type as it is; or this database is of an engine that cannot do this.
+        """
+        if not isinstance(kind, type) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"database {self.name!r}: adapt() takes a class and a function")
+        if kind in (int, float, str, bytes, bytearray, bool, type(None)):
+            raise ConfigurationError(
+                f"database {self.name!r}: {kind.__name__} is stored as it is; convert such values where they are given"
+            )
+        if self._engine is not None:
+            self._refuse_adapting()
+        self._adapters[kind] = function
+
+    def _refuse_adapting(self) -> None:
+        if not self.engine.adapts:
+            raise ConfigurationError(
+                f"database {self.name!r}: adapt() is for SQLite; on PostgreSQL, psycopg's own adapters say how types are stored"
+            )
 
     def on_connect(self, function: C) -> C:
         """Has each new connection prepared by a function, before anybody uses it; also serves as a decorator.

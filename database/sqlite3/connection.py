@@ -52,7 +52,7 @@ from database.sqlite3.failures import (
 )
 from database.sqlite3.library import classes
 from database.sqlite3.raw import Lent
-from database.sqlite3.values import Chunk, Feed, Row, bind
+from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
 
 if TYPE_CHECKING:
     from database.engine.migrations import Applied, MigrationReport, Order
@@ -113,6 +113,7 @@ class SqliteSession:
     """See `database.engine.contract.Session`."""
 
     __slots__ = (
+        "_adapters",
         "_admitting",
         "_alone",
         "_changed",
@@ -150,6 +151,7 @@ class SqliteSession:
         connect: Callable[[Path, str], Any],
         identities: tuple[tuple[int, int], ...] = (),
         row_class: type[Any] = Row,
+        adapters: Adapters | None = None,
         reopen: Callable[[], Lent] | None = None,
     ) -> None:
         self.readonly = readonly
@@ -161,6 +163,8 @@ class SqliteSession:
         """Of its files: the database and what is attached to it."""
         self._row_class = row_class
         """`Row`, on top of the library that this connection is of."""
+        self._adapters: Adapters = {} if adapters is None else adapters
+        """How types of the user's are stored."""
         self._connect = connect
         """Opens another file in the same way, with the same key."""
         self._reopen = reopen
@@ -402,7 +406,7 @@ class SqliteSession:
         if hint and hint != HINT_INSERT:
             return self._vacuum(statement, params) if hint == HINT_VACUUM else self._count(statement, params)
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         if statement.returns_rows:
             self._end(statement)
         rowcount = cursor.rowcount
@@ -418,7 +422,7 @@ class SqliteSession:
         """Runs an upsert, or a write that begins with WITH, which `sqlite3` does not know for one."""
         cursor, sql = self._cursor, statement.sql
         before = cursor.execute("SELECT last_insert_rowid()").fetchall()[0][0]
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         if statement.returns_rows:
             self._end(statement)
         rowcount, lastrowid = cursor.rowcount, None
@@ -474,7 +478,7 @@ class SqliteSession:
             raise read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
         self._admitting = not self.raw.in_transaction  # inside one, SQLite itself says why not
         try:
-            self._cursor.execute(statement.sql, bind(params, statement.sql))
+            self._cursor.execute(statement.sql, bind(params, statement.sql, self._adapters))
         finally:
             self._admitting = False
         return Result(-1, None)
@@ -482,7 +486,7 @@ class SqliteSession:
     def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
         """Runs a statement once for every row of parameters."""
         cursor, sql = self.raw.plain_cursor(), statement.sql
-        feed = Feed(rows, sql, self._progress)
+        feed = Feed(rows, sql, self._progress, self._adapters)
         try:
             if statement.hint == analysis.HINT_WITH:
                 count = 0
@@ -505,7 +509,7 @@ class SqliteSession:
         for number, (statement, params) in enumerate(items):
             try:
                 sql = statement.sql
-                self._cursor.execute(sql, bind(params, sql))
+                self._cursor.execute(sql, bind(params, sql, self._adapters))
                 if statement.returns_rows:
                     self._end(statement)
             except Exception:
@@ -544,7 +548,7 @@ class SqliteSession:
         """All rows."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         try:
             if record_class is None:
                 return cursor.fetchall()
@@ -574,7 +578,7 @@ class SqliteSession:
         """The first row; the statement is over when it is given back."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         row = None
         try:
             row = cursor.fetchone()
@@ -593,7 +597,7 @@ class SqliteSession:
         cursor = self._streams[key] = self.raw.plain_cursor()
         cursor.row_factory = None  # `Chunk` makes each row
         try:
-            cursor.execute(statement.sql, bind(params, statement.sql))
+            cursor.execute(statement.sql, bind(params, statement.sql, self._adapters))
         except BaseException:
             self.close_stream(key)
             raise

@@ -17,6 +17,7 @@ from database.sqlite3.connection import SqliteSession
 from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
 from database.sqlite3.library import classes, load
 from database.sqlite3.opening import open_session, resolved
+from database.sqlite3.values import Adapters
 
 __all__ = ["ENGINE"]
 
@@ -37,7 +38,7 @@ def _warn_of_known_bugs(version: str, numbers: tuple[int, ...]) -> None:
         )
 
 
-def _backend(settings: SqliteSettings) -> Backend:
+def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
     settings = resolved(settings)
     library = load(settings.module)
     if settings.journal_mode == "WAL":
@@ -50,7 +51,7 @@ def _backend(settings: SqliteSettings) -> Backend:
         path, dispose = memory.acquire(settings.name)
 
     def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
-        session = open_session(settings, path, role, progress)
+        session = open_session(settings, path, role, progress, adapters=adapters)
         if role == "writer":
             try:
                 _initialise(session, settings)

@@ -128,6 +128,7 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         parameters: As they were given.
         which: Which of many it was.
     """
+    unsupported = _UNSUPPORTED.search(str(error))
     message = _without_values(error, parameters)
     code: int | None = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
@@ -142,6 +143,9 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         message = f"another process kept its lock for longer than busy_timeout ({message})"
     elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         kind = errors.DatabaseCorruptError
+    elif unsupported is not None:
+        message = _unsupported(unsupported["number"], unsupported["kind"])
+        error.args = (message,)
     elif is_undecodable(error):
         column = message.split("'")[1] if message.count("'") > 1 else "?"
         message = (
@@ -152,6 +156,26 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
     if which:
         message = f"{message} ({which})"
     return kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+
+
+_UNSUPPORTED = re.compile(
+    r"^Error binding parameter (?P<number>\S+?):? (?:type '(?P<kind>[^']+)' is not supported|- probably unsupported type)"
+)
+
+
+def _unsupported(number: str, kind: str | None) -> str:
+    """What to do about a value that `sqlite3` cannot bind; its type is no secret, and itself is not shown."""
+    name = (kind or "").rpartition(".")[2]
+    what = f"is of type {kind}, which" if kind else "is of a type that"
+    if name in ("dict", "list", "tuple", "set", "frozenset"):
+        return (
+            f"parameter {number} {what} cannot be stored: give json.dumps(value), or say db.adapt({name}, json.dumps) once;"
+            " json_each(:values) makes rows of such a text, for IN"
+        )
+    return (
+        f"parameter {number} {what} cannot be stored: convert it to a number, a text or bytes, or say once how, by"
+        f" db.adapt({name or 'that type'}, function)"
+    )
 
 
 _NAMES = {

@@ -30,6 +30,7 @@ from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
 from database.sqlite3.raw import CACHED, Lent, connection_class
+from database.sqlite3.values import Adapters
 
 __all__ = ["connect", "journal_mode", "look", "open_prepared", "open_session", "prepare", "resolved"]
 
@@ -37,7 +38,13 @@ SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
 
 def open_session(
-    settings: SqliteSettings, path: str, role: Role, progress: Callable[[], bool], *, create: bool = True
+    settings: SqliteSettings,
+    path: str,
+    role: Role,
+    progress: Callable[[], bool],
+    *,
+    create: bool = True,
+    adapters: Adapters | None = None,
 ) -> SqliteSession:
     """Opens a connection and applies the settings, each read back.
 
@@ -47,6 +54,7 @@ def open_session(
         role: `"reader"` or `"writer"`.
         progress: See `Backend.connect`.
         create: Whether the writer makes the files that are missing.
+        adapters: How types of the user's are stored.
 
     Raises:
         ConnectionFailedError: It cannot be opened, it is no database, or something of the settings did not take.
@@ -79,6 +87,7 @@ def open_session(
         row_class=load(settings.module).row_class,
         connect=partial(connect, settings),
         reopen=reopen,
+        adapters=adapters,
     )
 
 

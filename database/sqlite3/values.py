@@ -19,7 +19,7 @@ from uuid import UUID
 from database.engine.contract import Interrupted
 from database.sqlite3.analysis import placeholders
 
-__all__ = ["Chunk", "Feed", "Row", "bind", "row_class"]
+__all__ = ["Adapters", "Chunk", "Feed", "Row", "bind", "row_class"]
 
 
 class _RowMethods:
@@ -124,7 +124,13 @@ _NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray})
 _is_native = _NATIVE.issuperset
 
 
-def _adapt(value: Any) -> Any:
+Adapters = Mapping[type, Callable[[Any], Any]]
+"""How types of the user's are stored: what `db.adapt` was given."""
+
+_NONE: Adapters = {}
+
+
+def _adapt(value: Any, adapters: Adapters = _NONE) -> Any:
     """A value as SQLite stores it; what is unknown is left to `sqlite3` and its registered adapters.
 
     Not by `sqlite3.register_adapter`, which would change every other user of `sqlite3` in the process; and its own
@@ -136,12 +142,19 @@ def _adapt(value: Any) -> Any:
     kind = type(value)
     if kind in _NATIVE:
         return value
+    if adapters:
+        for each in kind.__mro__:
+            if each in adapters:
+                made = adapters[each](value)
+                return (
+                    made if type(made) in _NATIVE else _adapt(made)
+                )  # by the package's own, so that none is in a circle
     if kind.__module__.partition(".")[0] in ("numpy", "pandas") and (kind, sqlite3.PrepareProtocol) not in _adapters:
         value = _plain(value, kind)
         if type(value) in _NATIVE:
             return value
     if isinstance(value, Enum):
-        return _adapt(value.value)
+        return _adapt(value.value, adapters)
     if isinstance(value, datetime):
         return value.isoformat(" ")
     if isinstance(value, (date, time_of_day)):
@@ -197,7 +210,7 @@ def _refuse_memory(value: object) -> None:
     try:
         memoryview(value).release()  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     except TypeError:
-        return
+        return  # `sqlite3` refuses it, if the statement asks for it at all
     raise TypeError(
         f"a value of type {type(value).__module__}.{type(value).__qualname__} would be stored as the bytes of its memory:"
         " convert it to a number, a text or bytes"
@@ -210,18 +223,19 @@ class _Attributes(dict[str, Any]):
     A dict, for `sqlite3` takes every other class with `__getitem__` for a sequence.
     """
 
-    def __init__(self, subject: object) -> None:
+    def __init__(self, subject: object, adapters: Adapters) -> None:
         super().__init__()
         self._subject = subject
+        self._adapters = adapters
 
     def __missing__(self, name: str) -> Any:
         try:
-            return _adapt(getattr(self._subject, name))
+            return _adapt(getattr(self._subject, name), self._adapters)
         except AttributeError:
             raise KeyError(name) from None
 
 
-def bind(params: Any, sql: str) -> Any:
+def bind(params: Any, sql: str, adapters: Adapters = _NONE) -> Any:
     """Parameters in a form that `sqlite3` binds: a sequence, a mapping, or an object with attributes.
 
     What is both (a NamedTuple, a `Row`) is taken as the placeholders of `sql` ask: by name, or by position.
@@ -234,21 +248,21 @@ def bind(params: Any, sql: str) -> Any:
     if kind is dict:
         for value in params.values():
             if type(value) not in _NATIVE:
-                return {name: _adapt(value) for name, value in params.items()}
+                return {name: _adapt(value, adapters) for name, value in params.items()}
         return params
     if kind is tuple or kind is list:
         for value in params:
             if type(value) not in _NATIVE:
-                return [_adapt(value) for value in params]
+                return [_adapt(value, adapters) for value in params]
         return params
     if params is None:
         return ()
     if isinstance(params, Mapping):
         mapping = cast("Mapping[str, Any]", params)
-        return {name: _adapt(value) for name, value in mapping.items()}
+        return {name: _adapt(value, adapters) for name, value in mapping.items()}
     names = _names(params)
     if names is not None and placeholders(sql):
-        return {name: _adapt(value) for name, value in zip(names, params, strict=True)}
+        return {name: _adapt(value, adapters) for name, value in zip(names, params, strict=True)}
     if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
         shown = f"{kind.__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
         raise TypeError(
@@ -256,8 +270,8 @@ def bind(params: Any, sql: str) -> Any:
             " a single value is written as (value,)"
         )
     if names is not None or isinstance(params, Sequence):
-        return [_adapt(value) for value in cast("Iterable[object]", params)]
-    return _Attributes(cast("object", params))
+        return [_adapt(value, adapters) for value in cast("Iterable[object]", params)]
+    return _Attributes(cast("object", params), adapters)
 
 
 def _names(params: Any) -> Sequence[str] | None:
@@ -280,10 +294,11 @@ class Feed:
     be long, it is asked whether anybody still waits.
     """
 
-    __slots__ = ("_before", "_chunk", "_gone", "_last", "_rows", "_size", "_sql", "raised")
+    __slots__ = ("_adapters", "_before", "_chunk", "_gone", "_last", "_rows", "_size", "_sql", "raised")
 
-    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool]) -> None:
+    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool], adapters: Adapters = _NONE) -> None:
         self._rows = rows
+        self._adapters = adapters
         self._sql = sql
         self._gone = gone
         self._before = 0
@@ -324,7 +339,7 @@ class Feed:
             if values is not None and _is_native(map(type, values)):
                 yield self._chunk
             else:
-                yield map(bind, self._chunk, repeat(sql))
+                yield map(bind, self._chunk, repeat(sql), repeat(self._adapters))
 
     def _one_by_one(self) -> Iterator[Any]:
         sql, gone = self._sql, self._gone
@@ -345,7 +360,7 @@ class Feed:
                 raise Interrupted
             self._before += 1
             self._last = row
-            yield bind(row, sql)
+            yield bind(row, sql, self._adapters)
 
 
 _SEQUENCES: set[type] = {tuple, list}
