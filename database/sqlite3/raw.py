@@ -39,7 +39,16 @@ from database.engine.contract import Alone
 from database.errors import TransactionError
 from database.sqlite3 import analysis
 
-__all__ = ["CACHED", "Keeper", "Lent", "RawConnection", "RawCursor", "connection_class"]
+__all__ = [
+    "CACHED",
+    "ENDED_BY_ITSELF",
+    "Keeper",
+    "Lent",
+    "LentCursor",
+    "RawConnection",
+    "RawCursor",
+    "connection_class",
+]
 
 if TYPE_CHECKING:
     _Connection = sqlite3.Connection
@@ -504,6 +513,8 @@ class Lent(_Connection):
     def close(self) -> None:
         """Ends the function's use of the connection, which is the pool's; what it has done stays."""
         if not self.lent:
+            if self.keeper is None:  # opened to look at something: a cursor in a traceback would keep the file open
+                self.end_cursors()
             super().close()
             return
         self.check()
@@ -559,6 +570,13 @@ class Lent(_Connection):
         self._handlers = self.lent
         super().set_trace_callback(trace_callback)
 
+    def deserialize(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refused: what the function has done so far would be gone, and the file with it."""
+        raise self.module.NotSupportedError(
+            "deserialize() would exchange the pool's database for a copy in memory: use a connection of your own,"
+            " sqlite3.connect(':memory:')"
+        )
+
     def _install_again(self, otherwise: Callable[[], None]) -> None:
         if self._guard is None:
             otherwise()
@@ -582,7 +600,6 @@ _ALTERING = (
     "create_collation",
     "create_function",
     "create_window_function",
-    "deserialize",
     "enable_load_extension",
     "load_extension",
     "setconfig",
@@ -639,7 +656,7 @@ def connection_class(module: ModuleType) -> type[Lent]:
     if hasattr(module.Connection, "autocommit"):
         body["autocommit"] = _Autocommit()
     for name in (*_ALTERING, "blobopen"):
-        if not hasattr(module.Connection, name):
+        if not hasattr(module.Connection, name) and name in vars(Lent):
             body[name] = _missing(name)
     return type("RawConnection", (Lent, module.Connection), body)
 
