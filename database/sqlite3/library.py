@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sqlite3
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -121,7 +122,8 @@ def _load(name: str) -> Library:
     try:
         module: Any = importlib.import_module(name)
         if not hasattr(module, "connect"):  # the classes of some stand one level below
-            module = importlib.import_module(f"{name}.dbapi2")
+            with suppress(ModuleNotFoundError):
+                module = importlib.import_module(f"{name}.dbapi2")
     except ImportError as error:
         if installed(name):
             raise errors.ConfigurationError(f"module: {name!r} cannot be used in place of sqlite3: {error}") from error
