@@ -8,7 +8,7 @@ called on the thread that opened it. A `Backend` opens sessions and carries the 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -179,7 +179,9 @@ class Engine:
         analyse: Analyses SQL text.
         control_error: The error for BEGIN, COMMIT and the like sent as SQL text, by their verb.
         operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
-        backend: Makes the driver's backend from a database's settings.
+        backend: Makes the driver's backend from a database's settings, and from the functions that say how types of the
+            user's are stored; of these, more may come later.
+        adapts: Whether it heeds those functions.
         adapter: aiosql's synchronous adapter for this engine.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
@@ -188,9 +190,10 @@ class Engine:
     analyse: Callable[[str], Statement]
     control_error: Callable[[str], BaseException]
     operations: Any
-    backend: Callable[[Any], Backend]
+    backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend]
     adapter: Any
     replica_backend: Callable[[Any], Backend | None] | None = None
+    adapts: bool = True
 
 
 def load(name: str) -> Engine:

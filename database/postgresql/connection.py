@@ -36,6 +36,7 @@ from psycopg.types.json import JsonbDumper
 
 from database import errors
 from database.driver.request import Request
+from database.engine.records import records
 from database.engine.statement import CONTROL, OTHER, READ, Result, Statement
 from database.postgresql import analysis
 from database.postgresql.analysis import Plan
@@ -1079,7 +1080,7 @@ class PostgresqlSession:
         if record_class is None:
             return transformer.load_rows(start, end, row_class(names))
         rows = transformer.load_rows(start, end, tuple)
-        return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
+        return records(names, rows, record_class)
 
     # Streams: a cursor on the server, known by a number
 
@@ -1111,7 +1112,7 @@ class PostgresqlSession:
             raise errors.TransactionError("the transaction in which this stream was opened has ended")
         if isinstance(source, list):
             rows, self._streams[key] = source[:size], source[size:]
-            return rows if record_class is None else [record_class(**dict(row)) for row in rows]
+            return rows if record_class is None or not rows else records(rows[0].keys(), rows, record_class)
         try:
             result = self._run(Plan(f"FETCH FORWARD {int(size)} FROM {source.decode()}", None, 0), ())
             rows = self._load(result, 0, result.ntuples, record_class)

@@ -33,7 +33,7 @@ _INIT_LOCK = 0x6A6F6275
 """The advisory lock under which `init_sql` runs, for many processes may start at once."""
 
 
-def _backend(settings: PostgresqlSettings) -> Backend:
+def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
     good = False
 
     def connect(role: Role, progress: Callable[[], bool]) -> PostgresqlSession:
@@ -112,5 +112,6 @@ ENGINE = Engine(
     operations=PostgresqlSession,
     backend=cast("Any", _backend),
     adapter=_adapter,
+    adapts=False,
     replica_backend=cast("Any", _replica_backend),
 )

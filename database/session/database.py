@@ -55,6 +55,8 @@ from database.session.retry import attempts, leave_behind, note
 from database.session.statements import TypedQuery, still
 from database.session.stream import Stream
 from database.session.transaction import Detached, Transaction, give_back, step_back
+from database.settings.model import with_step
+from database.settings.rules import unfit_function
 
 if TYPE_CHECKING:
     from database.driver.observer import Observer
@@ -67,6 +69,7 @@ __all__ = ["Database"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
+C = TypeVar("C", bound=Callable[[Any], object])
 Parameters = Mapping[str, Any] | Sequence[Any] | object | None
 
 _CACHE_LIMIT = 5000
@@ -103,6 +106,10 @@ class Database:
         self._recent: Pool | None = None
         """The one that was used last: mostly there is but one loop."""
         self._operations: Any = None
+        self._steps: list[Callable[[Any], object]] = []
+        """What `on_connect` was given."""
+        self._adapters: dict[type, Callable[[Any], Any]] = {}
+        """What `adapt` was given."""
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r}>"
@@ -125,11 +132,19 @@ class Database:
 
     def _resolve(self) -> None:
         name, self._settings = settings.current().find(self.name, self._wanted_engine)
+        for function in self._steps:
+            if not hasattr(self._settings, "on_connect"):
+                raise ConfigurationError(
+                    f"database {self.name!r}: on_connect prepares connections of SQLite, not of {name}"
+                )
+            self._settings = with_step(self._settings, function)
         if self._engine is None or self._engine.name != name:
             self._engine = contract.load(name)
             self._operations = self._engine.operations
             self._statements.clear()
         self._observer = logs.LogObserver(self.name, self._settings.logging)
+        if self._adapters:
+            self._refuse_adapting()
 
     def pin(self, engine: str) -> bool:
         """Makes sure that this handle is of that engine; False if it is of another one already."""
@@ -201,7 +216,7 @@ class Database:
                 if self._recent is pool:
                     self._recent = None
 
-            backend = backend or self.engine.backend(chosen)
+            backend = backend or self.engine.backend(chosen, self._adapters)
             observer = cast("Observer", self.observer)
             instrumentation = logs.instrumentation
             if instrumentation is not None:
@@ -765,6 +780,69 @@ class Database:
         return statement
 
     # The rest
+
+    def adapt(self, kind: type[T], function: Callable[[T], Any]) -> None:
+        """Says how values of a type of yours are stored by this database; those of subclasses, too.
+
+        `sqlite3.register_adapter` would say so to everybody in the process. Example::
+
+            db.adapt(dict, json.dumps)
+            db.adapt(Money, lambda money: money.cents)
+
+        Args:
+            kind: The class. It may be one that the package would store otherwise, such as `datetime` or `Decimal`.
+            function: Makes of a value what can be stored: a number, a text, bytes, None, or whatever the package knows.
+
+        Raises:
+            ConfigurationError: SQLite stores the type as it is; or this database is of an engine that cannot do this.
+        """
+        if not isinstance(kind, type) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"database {self.name!r}: adapt() takes a class and a function")
+        if kind in (int, float, str, bytes, bytearray, bool, type(None)):
+            raise ConfigurationError(
+                f"database {self.name!r}: {kind.__name__} is stored as it is; convert such values where they are given"
+            )
+        if self._engine is not None:
+            self._refuse_adapting()
+        self._adapters[kind] = function
+
+    def _refuse_adapting(self) -> None:
+        if not self.engine.adapts:
+            raise ConfigurationError(
+                f"database {self.name!r}: adapt() is for SQLite; on PostgreSQL, psycopg's own adapters say how types are stored"
+            )
+
+    def on_connect(self, function: C) -> C:
+        """Has each new connection prepared by a function, before anybody uses it; also serves as a decorator.
+
+        It is called as `function(connection)` with the driver's connection, on the connection's own thread, after what
+        the configuration's `on_connect` names: for the writer, for each reader, and for one that takes the place of
+        another. Functions, aggregates, collations and the like belong here.
+
+        Example::
+
+            @db.on_connect
+            def prepare(connection: sqlite3.Connection) -> None:
+                connection.create_function("reverse", 1, lambda text: text[::-1], deterministic=True)
+
+        Args:
+            function: A plain function; what it raises becomes a `ConnectionFailedError` that names it.
+
+        Returns:
+            The function.
+
+        Raises:
+            ConfigurationError: A pool of this database is open, or it is no plain function.
+        """
+        if problem := unfit_function(function):
+            raise ConfigurationError(f"database {self.name!r}: on_connect: {problem}")
+        if self._pools or self._replica_pools:
+            raise ConfigurationError(
+                f"database {self.name!r} is open: on_connect comes before its first use, or after `await db.close()`"
+            )
+        if function not in self._steps:
+            self._steps.append(function)
+        return function
 
     async def backup(
         self, path: str | os.PathLike[str], *, progress: Callable[[int, int, int], object] | None = None

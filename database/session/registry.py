@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from threading import Lock
 from typing import Any
@@ -54,16 +54,25 @@ def handles() -> list[Database]:
         return list(set(_handles.values()))
 
 
-def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> None:
+def configure(
+    source: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    on_connect: Callable[[Any], object] | None = None,
+) -> None:
     """Says where the configuration is: a YAML file's path, or a mapping of the same structure.
 
     The last call before the first use wins. After `close_all()` it may be called again. None goes back to the
     environment variable `DATABASE_CONFIG` and `config/database.yaml`.
 
+    Args:
+        source: A YAML file's path, a mapping, or None.
+        on_connect: Called as `on_connect(connection)` with each new connection of each SQLite database, on the
+            connection's own thread, before anybody uses it, and after what the configuration's `on_connect` names.
+
     Raises:
         ConfigurationError: It is wrong, cannot be read, or pools are open.
     """
-    settings.configure(source)
+    settings.configure(source, on_connect=on_connect)
 
 
 async def close_all(drain: float = DRAIN_SECONDS) -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from database.errors import ConfigurationError
 from database.settings import reading
 from database.settings.model import MEMORY, Configuration, LoggingSettings, Settings
 from database.settings.reading import DEFAULT_FILE, ENVIRONMENT_VARIABLE
+from database.settings.rules import unfit_function
 
 if TYPE_CHECKING:
     from database.postgresql.settings import PostgresqlSettings
@@ -77,13 +78,14 @@ class _State:
     which the garbage collector runs wherever it likes, within this very code too.
     """
 
-    __slots__ = ("configured", "found", "holders", "lock", "overridden")
+    __slots__ = ("configured", "found", "holders", "lock", "on_connect", "overridden")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.configured: Configuration | None = None
         self.found: Configuration | None = None
         self.overridden: Configuration | None = None
+        self.on_connect: Callable[[Any], object] | None = None  # for what is looked up
         # By id, for a reference would keep alive a pool that nobody closed. An id that is used again is
         # that of a new holder, which then takes the place of the lost one.
         self.holders: dict[int, str] = {}
@@ -98,28 +100,41 @@ class _State:
 _state = _State()
 
 
-def configure(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> None:
+def configure(
+    source: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    on_connect: Callable[[Any], object] | None = None,
+) -> None:
     """Sets the configuration, in place of `DATABASE_CONFIG` and `config/database.yaml`; the last call wins.
 
     The source is read and validated at once. If it is wrong, what was configured before stays.
 
     Args:
         source: A YAML file's path; or a mapping of its structure; or None, which forgets what was configured.
+        on_connect: Called with each new connection of each database, after what the configuration names.
 
     Raises:
         ConfigurationError: The source cannot be read or is wrong, or databases are open.
     """
+    if on_connect is not None and (problem := unfit_function(on_connect)):
+        raise ConfigurationError(f"configure(on_connect=…): {problem}")
     if _state.overridden is not None:
         if source is not None:
             reading.load(source)
+        _state.overridden = _prepared(_state.overridden, on_connect)
         return
     with _state.lock:
         _state.refuse_if_held()
-    configuration = None if source is None else reading.load(source)
+    configuration = None if source is None else _prepared(reading.load(source), on_connect)
     with _state.lock:
         _state.refuse_if_held()  # Again, for a pool may have opened while the file was read.
         _state.configured = configuration
         _state.found = None
+        _state.on_connect = on_connect
+
+
+def _prepared(configuration: Configuration, on_connect: Callable[[Any], object] | None) -> Configuration:
+    return configuration if on_connect is None else configuration.with_step(on_connect)
 
 
 def install(configuration: Configuration) -> None:
@@ -131,7 +146,7 @@ def install(configuration: Configuration) -> None:
     with _state.lock:
         _state.refuse_if_held()
         _state.configured = configuration
-        _state.found = None
+        _state.found = _state.on_connect = None
 
 
 def current() -> Configuration:
@@ -142,7 +157,7 @@ def current() -> Configuration:
     """
     configuration = _state.overridden or _state.configured or _state.found
     if configuration is None:
-        configuration = _state.found = reading.discover()
+        configuration = _state.found = _prepared(reading.discover(), _state.on_connect)
     return configuration
 
 
@@ -187,7 +202,7 @@ def release(holder: object) -> None:
 def reset() -> None:
     """Forgets everything, holders included. For tests; applications call `close_all()` and `configure()`."""
     with _state.lock:
-        _state.configured = _state.found = _state.overridden = None
+        _state.configured = _state.found = _state.overridden = _state.on_connect = None
         _state.holders.clear()
 
 

@@ -188,8 +188,20 @@ class Item:
                 raise item.error(f"unknown key; {did_you_mean(meant) or 'known: ' + ', '.join(known)}")
         return entries
 
+    def elements(self, expected: str) -> list[Item]:
+        """The list's values; null is an empty list."""
+        if self.value is None:
+            return []
+        if not isinstance(self.value, (list, tuple)):
+            raise self.error(f"expected {expected}, got {self.shown()}")
+        return list(self.members())
+
     def children(self) -> Iterator[tuple[Item, Item]]:
         """The mapping's keys and values; of equal keys, the last counts."""
+        raise NotImplementedError
+
+    def members(self) -> Iterator[Item]:
+        """The list's values, each under the list's own key."""
         raise NotImplementedError
 
 
@@ -209,6 +221,11 @@ class MappingItem(Item):
                 MappingItem(self.source, self.keys, key),
                 MappingItem(self.source, (*self.keys, word), value),
             )
+
+    def members(self) -> Iterator[Item]:
+        """The values."""
+        for value in cast("list[object]", self.value):
+            yield MappingItem(self.source, self.keys, value)
 
 
 class YamlItem(Item):
@@ -262,3 +279,8 @@ class YamlItem(Item):
             item = YamlItem(self.source, self.keys, self.loader, key)
             word = item.value if isinstance(item.value, str) else ""
             yield item, YamlItem(self.source, (*self.keys, word), self.loader, value, item.line)
+
+    def members(self) -> Iterator[Item]:
+        """The values."""
+        for value in cast("list[yaml.Node]", self.node.value):
+            yield YamlItem(self.source, self.keys, self.loader, value)

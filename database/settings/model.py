@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 from database.errors import ConfigurationError
 from database.settings.words import closest
 
-__all__ = ["DEFAULT", "MEMORY", "Configuration", "LoggingSettings", "Settings"]
+__all__ = ["DEFAULT", "MEMORY", "Configuration", "LoggingSettings", "Settings", "Step", "steps_of", "with_step"]
 
 DEFAULT = "default"
 MEMORY = ":memory:"
+
+Step: TypeAlias = "str | Callable[[Any], object]"
+"""What prepares a new connection: a function, or where it is (`"package.module:function"`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +118,27 @@ class Configuration:
         elif name == DEFAULT:
             text += "; it takes a path directly below the engine's section"
         raise ConfigurationError(f"{text} (known: {', '.join(map(repr, known)) or 'none'})")
+
+    def with_step(self, step: Step) -> Configuration:
+        """The same, where one more function prepares the connections of each database that knows such functions."""
+        engines: dict[str, Mapping[str, Settings]] = {}
+        for engine, databases in self.engines.items():
+            engines[engine] = MappingProxyType({name: with_step(each, step) for name, each in databases.items()})
+        return Configuration(MappingProxyType(engines), self.source)
+
+
+def steps_of(on_connect: Any) -> tuple[Step, ...]:
+    """The functions of a setting `on_connect`, or where they are."""
+    if on_connect is None:
+        return ()
+    return cast("tuple[Step, ...]", on_connect) if isinstance(on_connect, tuple) else (on_connect,)
+
+
+def with_step(settings: Settings, step: Step) -> Settings:
+    """The settings of one database, where one more function prepares its connections."""
+    if not hasattr(settings, "on_connect"):
+        return settings
+    steps = steps_of(cast("Any", settings).on_connect)
+    if step in steps:  # an application that is configured for each of its tests gives it again and again
+        return settings
+    return replace(settings, on_connect=(*steps, step) if steps else step)

@@ -16,7 +16,7 @@ from typing import Any, cast
 from database.errors import ConfigurationError
 from database.settings.document import Item, MappingItem, open_document
 from database.settings.model import DEFAULT, Configuration, LoggingSettings, Settings
-from database.settings.rules import LOGGING_RULES, Rule, Section, Unfit
+from database.settings.rules import LOGGING_RULES, Section, apply
 from database.settings.words import dotted, is_path, is_text, show
 
 __all__ = ["DEFAULT_FILE", "ENVIRONMENT_VARIABLE", "SECTIONS", "discover", "load", "section"]
@@ -90,6 +90,9 @@ def _read_section(section: Section, item: Item) -> dict[str, Settings]:
         if identity is not None and (other := places.setdefault(identity, name)) != name:
             key = next(each for each in section.own if each in own)
             raise own[key].error(f"{name!r} and {other!r} are the same database, {identity!r}")
+        if (fault := section.check(settings)) is not None:
+            key, text = fault
+            raise own[key].error(text) if key in own else fields[key].error(text)
 
     if any(key in fields for key in section.own):
         add(DEFAULT, item, fields, values, logging)
@@ -106,19 +109,18 @@ def _read_section(section: Section, item: Item) -> dict[str, Settings]:
         if not any(key in own for key in section.own):
             raise other.error("missing; it is what `databases` do not inherit", section.own[0])
         own_values, own_logging = _read_values(section, own)
-        add(name, other, own, inherited | own_values, logging | own_logging)
+        left = inherited
+        for one, another in section.replaces:
+            dropped = {another} if one in own else {one} if another in own else set[str]()
+            left = {key: value for key, value in left.items() if key not in dropped}
+        for key in section.merged:
+            if key in left and key in own_values:
+                own_values[key] = left[key] | own_values[key]
+        add(name, other, own, left | own_values, logging | own_logging)
     return databases
 
 
 def _read_values(section: Section, fields: Mapping[str, Item]) -> tuple[dict[str, Any], dict[str, Any]]:
-    values = {key: _apply(section.rules[key], item) for key, item in fields.items() if key in section.rules}
+    values = {key: apply(section.rules[key], item) for key, item in fields.items() if key in section.rules}
     logging = fields["logging"].fields(LOGGING_RULES) if "logging" in fields else {}
-    return values, {key: _apply(LOGGING_RULES[key], item) for key, item in logging.items()}
-
-
-def _apply(rule: Rule, item: Item) -> object:
-    try:
-        return rule(item)
-    except Unfit as unfit:
-        hint = unfit.hint and f"; {unfit.hint}"
-        raise item.error(f"expected {unfit.expected}, got {item.shown()}{hint}") from None
+    return values, {key: apply(LOGGING_RULES[key], item) for key, item in logging.items()}

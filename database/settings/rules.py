@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from database.settings.model import MEMORY
 from database.settings.words import closest, did_you_mean, is_path, no_such_file
@@ -23,6 +23,8 @@ __all__ = [
     "Rule",
     "Section",
     "Unfit",
+    "amount",
+    "apply",
     "boolean",
     "choice",
     "duration",
@@ -31,8 +33,11 @@ __all__ = [
     "path",
     "path_text",
     "text",
+    "unfit_function",
     "whole",
 ]
+
+T = TypeVar("T")
 
 
 class Unfit(Exception):
@@ -45,6 +50,19 @@ class Unfit(Exception):
 
 
 Rule: TypeAlias = "Callable[[Item], object]"
+
+
+def apply(rule: Callable[[Item], T], item: Item) -> T:
+    """What the rule makes of the item.
+
+    Raises:
+        ConfigurationError: It does not fit; the error names file, line and key.
+    """
+    try:
+        return rule(item)
+    except Unfit as unfit:
+        hint = unfit.hint and f"; {unfit.hint}"
+        raise item.error(f"expected {unfit.expected}, got {item.shown()}{hint}") from None
 
 
 def boolean(item: Item) -> bool:
@@ -80,6 +98,20 @@ def duration(unit: str, *, optional: bool = False) -> Rule:
             if 0 <= number < float("inf"):  # Not true of NaN either.
                 return number
         raise Unfit(f"a number of {unit}, 0 or more{', or null' if optional else ''}")
+
+    return rule
+
+
+def amount(unit: str, *, optional: bool = False) -> Rule:
+    """A number above 0; `optional`: or None."""
+
+    def rule(item: Item) -> float | None:
+        value = item.value
+        if value is None and optional:
+            return None
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**53:
+            return value
+        raise Unfit(f"a number of {unit}, more than 0{', or null' if optional else ''}")
 
     return rule
 
@@ -151,6 +183,17 @@ def file(item: Item) -> str | None:
     return None if item.value is None else path_text(item, "a file's path, or null")
 
 
+def unfit_function(function: object) -> str | None:
+    """Why a function cannot prepare a connection; None: it can."""
+    if not callable(function):
+        return f"expected a function that takes a connection, got a value of type {type(function).__name__}"
+    import inspect  # noqa: PLC0415 - few configure any
+
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return "it is called on the connection's own thread, where nothing can be awaited: make it a plain `def`"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """An engine's part of the document.
@@ -163,6 +206,9 @@ class Section:
         identity: What no two databases may have in common, if there is such a thing; it is shown in messages.
         private: Keys that are not inherited either, but may be left out.
         kept: Keys of `own` that are inherited nevertheless, where a database gives the other one.
+        merged: Mappings that are inherited entry by entry.
+        replaces: Pairs of keys of which a database that gives one does not inherit the other.
+        check: Looks whether a database's settings go together: the key at fault and why, or None.
     """
 
     engine: str
@@ -172,6 +218,9 @@ class Section:
     identity: Callable[[Any], str | None]
     private: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    replaces: tuple[tuple[str, str], ...] = ()
+    check: Callable[[Any], tuple[str, str] | None] = lambda settings: None
 
 
 LOGGING_RULES: Mapping[str, Rule] = {

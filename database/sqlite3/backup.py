@@ -7,37 +7,40 @@ import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from database import errors
 from database.sqlite3 import files
+from database.sqlite3.library import classes
 
 __all__ = ["copy"]
 
 _IN_USE = "a database is in use there; back up to another file"
 
 
-def copy(path: str, run: Callable[[sqlite3.Connection], None]) -> None:
+def copy(path: str, run: Callable[[Any], None], connect: Callable[[Path, str], Any]) -> None:
     """Makes the copy.
 
     Args:
         path: Its place.
         run: Fills the connection that it is given.
+        connect: Opens a file as the database's own is opened: of an encrypted one, the copy has the same key.
 
     Raises:
         ConnectionFailedError: A database is in use there, or nothing can be written.
     """
     target = Path(path)
-    _refuse_database_in_use(target)
+    _refuse_database_in_use(target, connect)
     partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
     try:
         files.create(partial)
-        connection = sqlite3.connect(files.uri(partial, "rw"), uri=True, isolation_level=None)
+        connection = connect(partial, "rw")
         try:
             run(connection)
         finally:
             connection.close()
         files.sync(partial)
-        _refuse_database_in_use(target)
+        _refuse_database_in_use(target, connect)
         partial.replace(target)
         files.sync(target.parent)
     except OSError as error:
@@ -47,7 +50,7 @@ def copy(path: str, run: Callable[[sqlite3.Connection], None]) -> None:
             partial.unlink()
 
 
-def _refuse_database_in_use(target: Path) -> None:
+def _refuse_database_in_use(target: Path, connect: Callable[[Path, str], Any]) -> None:
     """Whoever has it open would go on with a file that has no name any more, and all that is written there is lost."""
     if target.is_dir():
         raise errors.ConnectionFailedError(str(target), "it is a directory: name the file that the copy is to be")
@@ -61,16 +64,16 @@ def _refuse_database_in_use(target: Path) -> None:
         return
     # Another process's lock. By SQLite, for closing a file that it has open gives its locks up.
     try:
-        probe = sqlite3.connect(files.uri(target, "rw"), uri=True, timeout=0, isolation_level=None)
-    except sqlite3.Error:
+        probe = connect(target, "rw")
+    except classes.Error:
         return  # not to be opened, and replaced all the same if the rights on the directory allow it
     try:
         probe.execute("BEGIN EXCLUSIVE")
         probe.execute("ROLLBACK")
-    except sqlite3.OperationalError as error:
+    except classes.OperationalError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise errors.ConnectionFailedError(str(target), _IN_USE) from error
-    except sqlite3.DatabaseError:
+    except classes.DatabaseError:
         pass  # no database
     finally:
         probe.close()

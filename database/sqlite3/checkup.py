@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,12 @@ from typing import Any
 from database import errors
 from database.engine.migrations import load, pending
 from database.settings import MEMORY, SqliteSettings
+from database.settings.model import steps_of
+from database.sqlite3 import library as libraries
 from database.sqlite3.engine import WAL_RESET_FIXED
+from database.sqlite3.library import classes
 from database.sqlite3.migrate import applied
-from database.sqlite3.opening import open_session
+from database.sqlite3.opening import connect, look, open_session
 
 __all__ = ["Finding", "checkup", "measure"]
 
@@ -85,7 +87,7 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
         return
     yield _file(path)
     yield from _place(path)
-    tidy = _Tidied(path)
+    tidy = _Tidied(settings, path)
     try:
         session = open_session(settings, str(path), "reader", stopped)
     except errors.ConnectionFailedError as error:
@@ -93,18 +95,19 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
         return
     with tidy, closing(session):
         raw = session.raw
-        yield _pragmas(settings)
         try:
+            where = yield from _writer(raw, settings, path, stopped)
+            yield from _prepared(settings, where)
             yield from _pages(raw, path)
             yield from _wal(path, settings)
             yield from _integrity(raw, quick=quick)
             yield from _references(raw, settings)
             yield from _migrations(session, settings)
-        except sqlite3.OperationalError as error:
+        except classes.OperationalError as error:
             if stopped():
                 return
             yield Finding("read", FAILED, str(error))
-        except sqlite3.DatabaseError as error:
+        except classes.DatabaseError as error:
             yield Finding(
                 "integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell"
             )
@@ -117,24 +120,31 @@ class _Tidied:
     opened only where there was no WAL before and the new one is empty, so there is nothing that it could write.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._wal = Path(f"{path}-wal")
-        self._before = self._wal.exists()
+    def __init__(self, settings: SqliteSettings, path: Path) -> None:
+        self._settings = settings
+        self._files = [path.absolute(), *(Path(each).absolute() for each in settings.attach.values())]
+        self._files = [each for each in self._files if not _wal_of(each).exists()]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_error: object) -> None:
-        with suppress(OSError, sqlite3.Error):
-            if not self._before and self._wal.stat().st_size == 0:
-                with closing(sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=rw", uri=True, timeout=0)) as raw:
-                    raw.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        for file in self._files:
+            with suppress(OSError, errors.ConnectionFailedError, *classes.Error):
+                if _wal_of(file).stat().st_size == 0:
+                    with closing(connect(self._settings, file, "rw")) as raw:
+                        raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
+def _wal_of(path: Path) -> Path:
+    return Path(f"{path}-wal")
 
 
 def _version(settings: SqliteSettings) -> Iterator[Finding]:
-    found = sqlite3.sqlite_version_info
-    yield Finding("SQLite", OK, sqlite3.sqlite_version)
+    library = libraries.load(settings.module)
+    found = library.version_info
+    text = library.version if settings.module == libraries.STANDARD else f"{library.version}, of {settings.module}"
+    yield Finding("SQLite", OK, f"{text}, SQLCipher {library.cipher}" if settings.encrypted else text)
     for since, fixed, text, where in _BUGS:
         if since <= found < fixed and (fixed != WAL_RESET_FIXED or settings.journal_mode == "WAL"):
             wanted = ".".join(map(str, fixed))
@@ -189,11 +199,12 @@ def _file_system(path: Path) -> str | None:
 
 def _unopened(settings: SqliteSettings, path: Path, error: errors.ConnectionFailedError) -> Iterator[Finding]:
     """Why a connection could not be opened as the settings want it."""
+    unreadable: tuple[type[BaseException], ...] = (errors.ConnectionFailedError, *classes.Error)
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as raw:
+        with closing(connect(settings, path.absolute(), "ro")) as raw:
             mode = str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper()
-    except sqlite3.Error:
-        yield Finding("open", FAILED, str(error.reason))
+    except unreadable:
+        yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
         return
     if mode != settings.journal_mode:
         yield Finding(
@@ -203,15 +214,76 @@ def _unopened(settings: SqliteSettings, path: Path, error: errors.ConnectionFail
             "the next program that opens it with this configuration changes the file; then check again",
         )
     else:
-        yield Finding("open", FAILED, str(error.reason))
+        yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
 
 
-def _pragmas(settings: SqliteSettings) -> Finding:
-    # They have been read back, one by one, when the connection was opened.
-    text = (
-        f"journal_mode {settings.journal_mode}, synchronous {settings.synchronous}, cache_size {settings.cache_size},"
-        f" foreign_keys {'on' if settings.foreign_keys else 'off'}: as configured"
-    )
+def _advice(settings: SqliteSettings, error: errors.ConnectionFailedError) -> str:
+    attached = any(Path(each).absolute() == Path(error.path).absolute() for each in settings.attach.values())
+    return "`python -m database init` creates attached files, too" if attached and not Path(error.path).exists() else ""
+
+
+BOTH, READER = "on a reader and the writer", "on a reader"
+
+
+def _writer(
+    raw: Any, settings: SqliteSettings, path: Path, stopped: Callable[[], bool]
+) -> Generator[Finding, None, str]:
+    """Opens a connection as the writer's, too, unless that would change a file; gives where all was verified.
+
+    It is closed before the reader is, so that it is not the last one, which would copy the WAL into the database.
+    """
+    files = [path, *map(Path, settings.attach.values())]
+    if not all(os.access(each, os.W_OK) and os.access(each.absolute().parent, os.W_OK) for each in files):
+        return READER  # which has been told
+    for schema in ("main", *settings.attach):
+        quoted = '"' + schema.replace('"', '""') + '"'
+        mode = str(raw.execute(f"PRAGMA {quoted}.journal_mode").fetchone()[0]).upper()
+        if (mode == "WAL") != (settings.journal_mode == "WAL"):
+            yield Finding(
+                "PRAGMAs",
+                WARNING,
+                f"the journal_mode of {schema!r} is {mode}, the configuration's {settings.journal_mode}",
+                "the next program that opens it with this configuration changes the file; then check again",
+            )
+            return READER
+    try:
+        open_session(settings, str(path), "writer", stopped, create=False).close()
+    except errors.ConnectionFailedError as error:
+        yield Finding("writer", FAILED, str(error.reason))
+        return READER
+    return BOTH
+
+
+def _prepared(settings: SqliteSettings, where: str) -> Iterator[Finding]:
+    """What belongs to a connection. All of it was verified, bit by bit, when the connections were opened."""
+    if settings.encrypted:
+        source = "key_env" if settings.key_env is not None else "key_file"
+        yield Finding("encryption", OK, f"the key of {source} fits, and the file does not show that it is SQLite's")
+    yield _pragmas(settings, where)
+    if settings.extensions:
+        yield Finding("extensions", OK, f"{', '.join(settings.extensions)}: loaded {where}")
+    for name, place in settings.attach.items():
+        text = f"{name}: {place}, {_size(Path(place).stat().st_size)}, read-only on readers"
+        if settings.encrypted:
+            text += ", with the same key"
+        yield Finding("attached", OK, text)
+    for step in steps_of(settings.on_connect):
+        yield Finding("on_connect", OK, f"{step if isinstance(step, str) else step.__qualname__}: called {where}")
+
+
+def _pragmas(settings: SqliteSettings, where: str) -> Finding:
+    words = [
+        f"journal_mode {settings.journal_mode}",
+        f"synchronous {settings.synchronous}",
+        f"cache_size {settings.cache_size}",
+        f"foreign_keys {'on' if settings.foreign_keys else 'off'}",
+        f"wal_autocheckpoint {settings.wal_autocheckpoint}",
+        *(
+            f"{name} {('off', 'on')[value] if isinstance(value, bool) else value}"
+            for name, value in settings.pragmas.items()
+        ),
+    ]
+    text = f"{', '.join(words)}: as configured, {where}"
     if settings.synchronous == "OFF":
         return Finding("PRAGMAs", WARNING, text, "with synchronous OFF, a power failure can damage the database")
     if settings.journal_mode in ("OFF", "MEMORY"):
@@ -219,7 +291,7 @@ def _pragmas(settings: SqliteSettings) -> Finding:
     return Finding("PRAGMAs", OK, text)
 
 
-def _pages(raw: sqlite3.Connection, path: Path) -> Iterator[Finding]:
+def _pages(raw: Any, path: Path) -> Iterator[Finding]:
     count, unused, size = (_pragma(raw, name) for name in ("page_count", "freelist_count", "page_size"))
     text = f"{count:,} of {size:,} bytes, {unused:,} of them unused"
     if unused * size > 10 * 2**20 and unused * 4 > count:
@@ -248,7 +320,7 @@ def _wal(path: Path, settings: SqliteSettings) -> Iterator[Finding]:
         yield Finding("WAL", OK, _size(wal))
 
 
-def _integrity(raw: sqlite3.Connection, *, quick: bool) -> Iterator[Finding]:
+def _integrity(raw: Any, *, quick: bool) -> Iterator[Finding]:
     pragma = "quick_check" if quick else "integrity_check"
     rows = [str(row[0]) for row in raw.execute(f"PRAGMA {pragma}(10)")]
     if rows == ["ok"]:
@@ -258,7 +330,7 @@ def _integrity(raw: sqlite3.Connection, *, quick: bool) -> Iterator[Finding]:
             yield Finding("integrity", FAILED, row, "restore a backup, or try the `.recover` of SQLite's own shell")
 
 
-def _references(raw: sqlite3.Connection, settings: SqliteSettings) -> Iterator[Finding]:
+def _references(raw: Any, settings: SqliteSettings) -> Iterator[Finding]:
     broken: dict[tuple[str, str], int] = {}
     for table, _, parent, _ in raw.execute("PRAGMA foreign_key_check"):
         broken[table, parent] = broken.get((table, parent), 0) + 1
@@ -289,7 +361,7 @@ def _migrations(session: Any, settings: SqliteSettings) -> Iterator[Finding]:
         yield Finding("migrations", OK, text)
 
 
-def _pragma(raw: sqlite3.Connection, name: str) -> int:
+def _pragma(raw: Any, name: str) -> int:
     return int(raw.execute(f"PRAGMA {name}").fetchone()[0])
 
 
@@ -313,7 +385,7 @@ def measure(settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool
         stopped: Whether to give up.
     """
     path = Path(settings.path)
-    with _Tidied(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as raw:
+    with _Tidied(settings, path), closing(look(settings, path)) as raw:
         raw.set_progress_handler(stopped, 10_000)
         sizes = _sizes(raw)
         objects = raw.execute(
@@ -333,7 +405,7 @@ def measure(settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool
             quoted = '"' + name.replace('"', '""') + '"'
             try:
                 rows = raw.execute(f"SELECT count(*) FROM {quoted}").fetchone()[0] if count else None  # noqa: S608 - quoted
-            except sqlite3.OperationalError:  # a virtual table whose module is missing here
+            except classes.OperationalError:  # a virtual table whose module is missing here
                 if stopped():
                     raise
                 rows = None
@@ -357,16 +429,16 @@ def measure(settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool
             "journal_mode": str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper(),
             "encoding": str(raw.execute("PRAGMA encoding").fetchone()[0]),
             "user_version": _pragma(raw, "user_version"),
-            "sqlite": sqlite3.sqlite_version,
+            "sqlite": libraries.load(settings.module).version,
             "tables": tables,
         }
 
 
-def _sizes(raw: sqlite3.Connection) -> dict[str, int] | None:
+def _sizes(raw: Any) -> dict[str, int] | None:
     """Bytes of each table and index; None where this SQLite was built without `dbstat`."""
     try:
         return dict(raw.execute("SELECT name, sum(pgsize) FROM dbstat WHERE aggregate = 1 GROUP BY name").fetchall())
-    except sqlite3.OperationalError as error:
+    except classes.OperationalError as error:
         if "dbstat" not in str(error):
             raise
         return None

@@ -30,11 +30,13 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from database import errors
 from database.engine.contract import Alone, Interrupted
+from database.engine.records import records
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -48,8 +50,9 @@ from database.sqlite3.failures import (
     read_only,
 )
 from database.sqlite3.guard import MARK, Guard
+from database.sqlite3.library import classes
 from database.sqlite3.raw import ENDED_BY_ITSELF, Lent
-from database.sqlite3.values import Chunk, Feed, Row, bind
+from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
 
 if TYPE_CHECKING:
     from database.engine.migrations import Applied, MigrationReport, Order
@@ -77,13 +80,17 @@ class SqliteSession(Guard):
     """See `database.engine.contract.Session`."""
 
     __slots__ = (
+        "_adapters",
+        "_connect",
+        "_counts",
         "_failing",
-        "_identity",
+        "_identities",
         "_lock",
         "_locked",
         "_patience",
         "_progress",
         "_reopen",
+        "_row_class",
         "_streams",
         "_users",
     )
@@ -91,34 +98,46 @@ class SqliteSession(Guard):
     def __init__(
         self,
         raw: Lent,
-        lock: Lock,
+        lock: Lock | files.Locks,
         progress: Callable[[], bool],
         *,
         readonly: bool,
         patience: float = 0.0,
-        identity: tuple[int, int] = (0, 0),
+        connect: Callable[[Path, str], Any],
+        identities: tuple[tuple[int, int], ...] = (),
+        row_class: type[Any] = Row,
+        adapters: Adapters | None = None,
         reopen: Callable[[], Lent] | None = None,
     ) -> None:
         super().__init__(readonly=readonly)
         self._patience = patience
         """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
-        self._identity = identity
+        self._identities = identities
+        """Of its files: the database and what is attached to it."""
+        self._row_class = row_class
+        """`Row`, on top of the library that this connection is of."""
+        self._adapters: Adapters = {} if adapters is None else adapters
+        """How types of the user's are stored."""
+        self._connect = connect
+        """Opens another file in the same way, with the same key."""
         self._reopen = reopen
         """Opens a new connection, just as this one was opened."""
         self._lock = lock
         self._locked = False
         self._progress = progress
         self._streams: dict[int, sqlite3.Cursor] = {}
+        self._counts: dict[int, int] = {}
+        """Of streams of records: how many have been made."""
         self._failing: tuple[Any, Any, str] | None = None
         """What has just failed, and which of many it was, where the request does not say it."""
         self._users: BaseException | None = None
         """What the user's own code has just raised."""
-        files.opened[identity] += 1
+        files.opened.update(identities)
         self._take(raw)
 
     def _take(self, raw: Lent) -> None:
         self.raw = raw
-        raw.row_factory = Row
+        raw.row_factory = self._row_class
         raw.prepared(self, self._authorize, self._progress, PROGRESS_STEPS)
         self._cursor = raw.plain_cursor()
 
@@ -130,7 +149,7 @@ class SqliteSession(Guard):
             return
         old = self.raw
         self._cursor.close()
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*classes.Error):
             if old.plain_cursor().execute("PRAGMA locking_mode").fetchone()[0] == "exclusive":
                 old.close()  # nobody else could open the file
         try:
@@ -148,7 +167,7 @@ class SqliteSession(Guard):
         """See `Session`. A connection that was given up has none."""
         try:
             return self.raw.in_transaction
-        except sqlite3.ProgrammingError:
+        except classes.ProgrammingError:
             return False
 
     @property
@@ -181,7 +200,7 @@ class SqliteSession(Guard):
         self._admitting = True
         try:
             busy = self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]
-        except sqlite3.OperationalError:  # another process holds a lock: there will be another time
+        except classes.OperationalError:  # another process holds a lock: there will be another time
             return False
         finally:
             self._admitting = False
@@ -248,7 +267,7 @@ class SqliteSession(Guard):
             known = self._rowids.get(sql)
             if known is None:
                 known = self._has_rowids(sql)  # before: behind a write nothing more may fail
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         if statement.returns_rows:
             self._end(statement)
         rowcount = cursor.rowcount
@@ -262,14 +281,14 @@ class SqliteSession(Guard):
         known = inserts and self._has_rowids(sql)
         before = cursor.execute("SELECT last_insert_rowid()").fetchall()[0][0]
         total = self.raw.total_changes
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         if statement.returns_rows:
             self._end(statement)
         rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
         if statement.hint != HINT_UPSERT:
             try:
                 rowcount = self.raw.plain_cursor().execute("SELECT changes()").fetchall()[0][0]
-            except sqlite3.Error:  # interrupted, but the write is done: so what is known without a statement
+            except classes.Error:  # interrupted, but the write is done: so what is known without a statement
                 rowcount = self.raw.total_changes - total
         if not known or rowcount <= 0:
             return Result(rowcount, None)
@@ -287,7 +306,7 @@ class SqliteSession(Guard):
                 try:
                     probe = f"SELECT rowid, _rowid_, oid FROM {table} LIMIT 0"  # noqa: S608  - quoted as a name
                     self.raw.plain_cursor().execute(probe).close()
-                except sqlite3.OperationalError as error:
+                except classes.OperationalError as error:
                     if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
                         raise
                     known = "no such column" not in str(error)
@@ -323,7 +342,7 @@ class SqliteSession(Guard):
             raise read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
         self._admitting = not self.raw.in_transaction  # inside one, SQLite itself says why not
         try:
-            self._cursor.execute(statement.sql, bind(params, statement.sql))
+            self._cursor.execute(statement.sql, bind(params, statement.sql, self._adapters))
         finally:
             self._admitting = False
         return Result(-1, None)
@@ -331,7 +350,7 @@ class SqliteSession(Guard):
     def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
         """Runs a statement once for every row of parameters."""
         cursor, sql = self.raw.plain_cursor(), statement.sql
-        feed = Feed(rows, sql, self._progress)
+        feed = Feed(rows, sql, self._progress, self._adapters)
         try:
             if statement.hint == analysis.HINT_WITH:
                 count = 0
@@ -356,7 +375,7 @@ class SqliteSession(Guard):
                 raise Interrupted
             try:
                 sql = statement.sql
-                self._cursor.execute(sql, bind(params, sql))
+                self._cursor.execute(sql, bind(params, sql, self._adapters))
                 if statement.returns_rows:
                     self._end(statement)
             except Exception:
@@ -383,7 +402,7 @@ class SqliteSession(Guard):
                         if cursor.description is not None:
                             cursor.fetchall()
                         break
-                    except sqlite3.OperationalError as error:
+                    except classes.OperationalError as error:
                         if is_undecodable(error):
                             break
                         patience.wait(error)
@@ -397,7 +416,7 @@ class SqliteSession(Guard):
         """All rows."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         try:
             if record_class is None:
                 return cursor.fetchall()
@@ -405,7 +424,7 @@ class SqliteSession(Guard):
             try:
                 tuples = cursor.fetchall()
             finally:
-                cursor.row_factory = Row
+                cursor.row_factory = self._row_class
         except Exception:
             self._end(statement)
             raise
@@ -427,7 +446,7 @@ class SqliteSession(Guard):
         """The first row; the statement is over when it is given back."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql))
+        cursor.execute(sql, bind(params, sql, self._adapters))
         row = None
         try:
             row = cursor.fetchone()
@@ -446,7 +465,7 @@ class SqliteSession(Guard):
         cursor = self._streams[key] = self.raw.plain_cursor()
         cursor.row_factory = None  # `Chunk` makes each row
         try:
-            cursor.execute(statement.sql, bind(params, statement.sql))
+            cursor.execute(statement.sql, bind(params, statement.sql, self._adapters))
         except BaseException:
             self.close_stream(key)
             raise
@@ -459,7 +478,9 @@ class SqliteSession(Guard):
         try:
             tuples = cursor.fetchmany(size)
             rows = (
-                Chunk(cursor, tuples) if record_class is None else self._records(_names(cursor), tuples, record_class)
+                Chunk(cursor, tuples, self._row_class)
+                if record_class is None
+                else self._records(_names(cursor), tuples, record_class, key)
             )
         except BaseException:
             self.close_stream(key)
@@ -471,6 +492,7 @@ class SqliteSession(Guard):
     def close_stream(self, key: Any, _params: Any = None, _extra: Any = None) -> None:
         """Stops reading."""
         cursor = self._streams.pop(key, None)
+        self._counts.pop(key, None)
         if cursor is not None:
             cursor.close()
 
@@ -480,9 +502,13 @@ class SqliteSession(Guard):
 
     # User code
 
-    def _records(self, names: list[str], rows: list[Any], record_class: Any) -> list[Any]:
+    def _records(self, names: list[str], rows: list[Any], record_class: Any, stream: int | None = None) -> list[Any]:
         try:
-            return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
+            if stream is None:
+                return records(names, rows, record_class)
+            before = self._counts.get(stream, 0)
+            self._counts[stream] = before + len(rows)
+            return records(names, rows, record_class, before=before)
         except BaseException as error:
             self._users = error
             raise
@@ -526,7 +552,7 @@ class SqliteSession(Guard):
             try:
                 self.begin(readonly=False)
                 return
-            except sqlite3.OperationalError as error:
+            except classes.OperationalError as error:
                 if not is_busy(error) or time.monotonic() >= deadline or self._progress():
                     raise
             time.sleep(0.002)
@@ -578,25 +604,25 @@ class SqliteSession(Guard):
         def run(target: sqlite3.Connection) -> None:
             self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
             try:
-                sqlite3.Connection.backup(self.raw, target, pages=pages, progress=step)
+                self.raw.module.Connection.backup(self.raw, target, pages=pages, progress=step)
             finally:
                 self.rollback()
 
-        copy(path, run)
+        copy(path, run, self._connect)
 
     def interrupt(self) -> None:
         """See `Session`."""
-        with contextlib.suppress(sqlite3.ProgrammingError):  # it is just being exchanged
+        with contextlib.suppress(*classes.ProgrammingError):  # it is just being exchanged
             self.raw.interrupt()
 
     def close(self) -> None:
         """See `Session`. The last one out checkpoints, and only one may do so at a time."""
         held = self._locked or self.readonly or self.try_lock(1.0)
-        files.opened[self._identity] -= 1
+        files.opened.subtract(self._identities)
         try:
             # A cursor that some traceback keeps alive would keep its statement, and that the files open.
             self._close_streams()
-            with contextlib.suppress(sqlite3.ProgrammingError):
+            with contextlib.suppress(*classes.ProgrammingError):
                 self._cursor.close()
             self.raw.close()
         finally:
@@ -607,7 +633,7 @@ class SqliteSession(Guard):
         """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
         # An extra reference, never given back: not even the child's own exit may finalize the connection.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
-        files.inherited.add(self._identity)
+        files.inherited.update(self._identities)
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
@@ -623,8 +649,8 @@ class SqliteSession(Guard):
             _, sql, parameters = failure
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
-        if not isinstance(error, sqlite3.Error):
-            if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, sqlite3.Warning)):
+        if not isinstance(error, classes.Error):
+            if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, *classes.Warning)):
                 return error
             return explain(error, text, parameters, which)
         primary = getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,9 @@ from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis
 from database.sqlite3.connection import SqliteSession
 from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
-from database.sqlite3.opening import open_session
+from database.sqlite3.library import classes, load
+from database.sqlite3.opening import open_session, resolved
+from database.sqlite3.values import Adapters
 
 __all__ = ["ENGINE"]
 
@@ -26,21 +27,22 @@ _logger = logging.getLogger("database.pool")
 
 
 @cache
-def _warn_of_known_bugs() -> None:
-    version = sqlite3.sqlite_version_info
-    if (3, 7, 0) <= version < WAL_RESET_FIXED:
+def _warn_of_known_bugs(version: str, numbers: tuple[int, ...]) -> None:
+    if (3, 7, 0) <= numbers < WAL_RESET_FIXED:
         _logger.warning(
             "SQLite %s has the WAL-reset bug (sqlite.org/wal.html#walresetbug): connections that checkpoint at the same"
             " moment can damage a database. Within one process this package keeps clear of it, for only one connection"
             " writes and checkpoints; where several processes write to one file, use SQLite %s or later.",
-            sqlite3.sqlite_version,
+            version,
             ".".join(map(str, WAL_RESET_FIXED)),
         )
 
 
-def _backend(settings: SqliteSettings) -> Backend:
+def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
+    settings = resolved(settings)
+    library = load(settings.module)
     if settings.journal_mode == "WAL":
-        _warn_of_known_bugs()
+        _warn_of_known_bugs(library.version, library.version_info)
     dispose: Callable[[], None] = lambda: None  # noqa: E731  - replaced below
     path = settings.path
     if path == MEMORY:
@@ -49,7 +51,7 @@ def _backend(settings: SqliteSettings) -> Backend:
         path, dispose = memory.acquire(settings.name)
 
     def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
-        session = open_session(settings, path, role, progress)
+        session = open_session(settings, path, role, progress, adapters=adapters)
         if role == "writer":
             try:
                 _initialise(session, settings)
@@ -59,7 +61,7 @@ def _backend(settings: SqliteSettings) -> Backend:
                     session.migrate(Order(settings.migrations))
             except BaseException as error:
                 session.close()
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, classes.Error):
                     raise errors.ConnectionFailedError(settings.path, f"the schema cannot be made: {error}") from error
                 raise
         return session

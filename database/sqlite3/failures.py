@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
+from database.sqlite3.library import classes
 
 __all__ = [
     "BUSY_SLICE",
@@ -66,7 +67,7 @@ def read_only(text: str | None) -> errors.ReadOnlyTransactionError:
 
 def is_busy(error: BaseException) -> bool:
     """Whether somebody else holds a lock. Not BUSY_SNAPSHOT, nor one's own open statement: these never go away by waiting."""
-    if isinstance(error, sqlite3.OperationalError):
+    if isinstance(error, classes.OperationalError):
         code = getattr(error, "sqlite_errorcode", None)
         return (
             code is not None
@@ -88,10 +89,10 @@ def _is_in_its_own_way(error: BaseException, code: int | None) -> bool:
 
 def is_broken(error: BaseException) -> bool:
     """Whether the connection can no longer be trusted."""
-    if isinstance(error, sqlite3.Error):
+    if isinstance(error, classes.Error):
         code = getattr(error, "sqlite_errorcode", None)
         if code is None:
-            return isinstance(error, sqlite3.ProgrammingError) and str(error) == _CLOSED
+            return isinstance(error, classes.ProgrammingError) and str(error) == _CLOSED
         return code & 0xFF in _BROKEN
     return False
 
@@ -103,7 +104,7 @@ _CLOSED = "Cannot operate on a closed database."
 def is_undecodable(error: BaseException) -> bool:
     """Whether a row could not be made of what SQLite gave, for its TEXT is not UTF-8; the statement itself was fine."""
     return (
-        isinstance(error, sqlite3.OperationalError)
+        isinstance(error, classes.OperationalError)
         and getattr(error, "sqlite_errorcode", None) is None
         and str(error).startswith("Could not decode")
     )
@@ -140,11 +141,12 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         parameters: As they were given.
         which: Which of many it was.
     """
+    unsupported = _UNSUPPORTED.search(str(error))
     message = _without_values(error, parameters)
     code: int | None = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
     kind = errors.QueryExecutionError
-    if not isinstance(error, sqlite3.Error):
+    if not isinstance(error, classes.Error):
         if not isinstance(error, TypeError):
             message = f"a parameter cannot be stored: {message}"
     elif primary == sqlite3.SQLITE_CONSTRAINT:
@@ -159,6 +161,9 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         message = f"another process kept its lock for longer than busy_timeout ({message})"
     elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         kind = errors.DatabaseCorruptError
+    elif unsupported is not None:
+        message = _unsupported(unsupported["number"], unsupported["kind"])
+        error.args = (message,)
     elif is_undecodable(error):
         column = message.split("'")[1] if message.count("'") > 1 else "?"
         message = (
@@ -169,6 +174,26 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
     if which:
         message = f"{message} ({which})"
     return kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+
+
+_UNSUPPORTED = re.compile(
+    r"^Error binding parameter (?P<number>\S+?):? (?:type '(?P<kind>[^']+)' is not supported|- probably unsupported type)"
+)
+
+
+def _unsupported(number: str, kind: str | None) -> str:
+    """What to do about a value that `sqlite3` cannot bind; its type is no secret, and itself is not shown."""
+    name = (kind or "").rpartition(".")[2]
+    what = f"is of type {kind}, which" if kind else "is of a type that"
+    if name in ("dict", "list", "tuple", "set", "frozenset"):
+        return (
+            f"parameter {number} {what} cannot be stored: give json.dumps(value), or say db.adapt({name}, json.dumps) once;"
+            " json_each(:values) makes rows of such a text, for IN"
+        )
+    return (
+        f"parameter {number} {what} cannot be stored: convert it to a number, a text or bytes, or say once how, by"
+        f" db.adapt({name or 'that type'}, function)"
+    )
 
 
 _NAMES = {
@@ -292,7 +317,7 @@ def reason(path: Path, error: BaseException) -> str:
     if path.is_dir():
         return "it is a directory, not a file"
     if (
-        isinstance(error, sqlite3.DatabaseError)
+        isinstance(error, classes.DatabaseError)
         and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB
     ):
         return f"it is not an SQLite database ({error})"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from threading import Lock
 
-__all__ = ["create", "identity", "inherited", "is_open", "opened", "sync", "uri", "write_lock"]
+__all__ = ["Locks", "create", "identity", "inherited", "is_open", "opened", "sync", "uri", "write_lock"]
 
 _write_locks: dict[str, Lock] = {}
 """The right to write to a file, within this process: each event loop's pool has a writer of its own."""
@@ -29,9 +30,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-def write_lock(path: Path) -> Lock:
-    """The right to write to that file, by whatever name it is known."""
-    return _write_locks.setdefault(os.path.realpath(path), Lock())
+class Locks:
+    """The right to write to several files at once: a database and those that are attached to it.
+
+    They are taken in one order by everybody, so that nobody waits in a circle.
+    """
+
+    __slots__ = ("_locks",)
+
+    def __init__(self, locks: list[Lock]) -> None:
+        self._locks = locks
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """As `Lock.acquire`: all of them, or none."""
+        deadline = time.monotonic() + timeout
+        for number, lock in enumerate(self._locks):
+            if not lock.acquire(blocking, timeout if timeout < 0 else max(0.0, deadline - time.monotonic())):
+                for held in reversed(self._locks[:number]):
+                    held.release()
+                return False
+        return True
+
+    def release(self) -> None:
+        """Gives all of them back."""
+        for lock in reversed(self._locks):
+            lock.release()
+
+
+def write_lock(path: Path, *attached: Path) -> Lock | Locks:
+    """The right to write to that file, by whatever name it is known, and to those that are attached to it."""
+    places = sorted({os.path.realpath(each) for each in (path, *attached)})
+    locks = [_write_locks.setdefault(place, Lock()) for place in places]
+    return locks[0] if len(locks) == 1 else Locks(locks)
 
 
 def uri(path: Path, mode: str) -> str:

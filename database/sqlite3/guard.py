@@ -201,7 +201,7 @@ class Guard:
         # to change its own tables. A reader's file cannot be written, whatever is admitted here.
         if action in _WRITE_ACTIONS:
             if self.readonly:
-                return sqlite3.SQLITE_OK if schema == "main" else sqlite3.SQLITE_DENY
+                return sqlite3.SQLITE_DENY if schema == "temp" else sqlite3.SQLITE_OK
             if action == sqlite3.SQLITE_UPDATE and first in _SCHEMA_TABLES and not self._schema_writable:
                 return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_PRAGMA and first is not None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.errors import DatabaseError, MigrationError
 from database.sqlite3 import analysis
+from database.sqlite3.library import classes
 
 if TYPE_CHECKING:
     from database.sqlite3.connection import SqliteSession
@@ -86,7 +87,7 @@ def _enforce_again(session: SqliteSession) -> None:
     """Enforces foreign keys again; a connection on which that fails must not be used any more."""
     # Whoever cancels interrupts whatever runs at that moment, and that may be this.
     for _ in range(3):
-        with suppress(sqlite3.OperationalError):
+        with suppress(*classes.OperationalError):
             session.control("PRAGMA foreign_keys = ON")
             if session.raw.execute("PRAGMA foreign_keys").fetchone()[0]:
                 return

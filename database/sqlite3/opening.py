@@ -1,114 +1,318 @@
-"""Opening a connection, and making it what the configuration says it is."""
+"""Opening a connection, and making it what the configuration says it is.
+
+There is one way to do it, whoever the connection is for: a pool's readers and writer, one that takes the place of
+another, the commands of `python -m database`, a backup's check. `connect` opens the file and gives SQLCipher its key;
+`prepare` does all else, in this order: the package's PRAGMAs, attached files, the user's PRAGMAs, extensions, and last
+`on_connect`, which may build on them. All of it on the connection's own thread.
+
+On a reader, everything is opened with `mode=ro`, attached files too. The writer makes what is missing: folders, files
+that only their owner can read, the journal mode. It is opened before the readers are.
+"""
 
 from __future__ import annotations
 
-import sqlite3
+import importlib
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from database import errors
 from database.engine.contract import Role
 from database.settings import SqliteSettings
-from database.sqlite3 import files
+from database.settings.model import steps_of
+from database.settings.rules import unfit_function
+from database.sqlite3 import encryption, extensions, files
 from database.sqlite3.connection import SqliteSession
-from database.sqlite3.failures import BUSY_SLICE, Patience, reason
-from database.sqlite3.raw import CACHED, Lent, RawConnection
+from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
+from database.sqlite3.library import classes, load
+from database.sqlite3.pragmas import CIPHER, Value, read_back, write
+from database.sqlite3.raw import CACHED, Lent, connection_class
+from database.sqlite3.values import Adapters
 
-__all__ = ["open_session"]
+__all__ = ["connect", "journal_mode", "look", "open_prepared", "open_session", "prepare", "resolved"]
+
+SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
 
-def open_session(settings: SqliteSettings, path: str, role: Role, progress: Callable[[], bool]) -> SqliteSession:
+def open_session(
+    settings: SqliteSettings,
+    path: str,
+    role: Role,
+    progress: Callable[[], bool],
+    *,
+    create: bool = True,
+    adapters: Adapters | None = None,
+) -> SqliteSession:
     """Opens a connection and applies the settings, each read back.
 
+    Args:
+        settings: Of the database.
+        path: Its file.
+        role: `"reader"` or `"writer"`.
+        progress: See `Backend.connect`.
+        create: Whether the writer makes the files that are missing.
+        adapters: How types of the user's are stored.
+
     Raises:
-        ConnectionFailedError: It cannot be opened, it is no database, or a PRAGMA did not take.
+        ConnectionFailedError: It cannot be opened, it is no database, or something of the settings did not take.
     """
     readonly = role == "reader"
     file = Path(path).absolute()
-    try:
-        if not readonly:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            files.create(file, exist_ok=True)
-        identity = files.identity(file)
-        if identity in files.inherited:
-            raise errors.ConnectionFailedError(str(path), _FORKED)
-    except OSError as error:
-        raise errors.ConnectionFailedError(str(path), reason(file, error)) from error
+    attached = [Path(each).absolute() for each in settings.attach.values()]
+    identities: list[tuple[int, int]] = []
+    for each in (file, *attached):
+        try:
+            if create and not readonly:
+                each.parent.mkdir(parents=True, exist_ok=True)
+                files.create(each, exist_ok=True)
+            identities.append(files.identity(each))
+        except OSError as error:
+            raise errors.ConnectionFailedError(path if each is file else str(each), reason(each, error)) from error
+        if identities[-1] in files.inherited:
+            raise errors.ConnectionFailedError(path if each is file else str(each), _FORKED)
 
-    def connect() -> Lent:
-        return _connect(settings, file, path, progress, readonly=readonly)
+    def reopen() -> Lent:
+        return open_prepared(settings, path, progress, readonly=readonly)
 
     return SqliteSession(
-        connect(),
-        files.write_lock(file),
+        reopen(),
+        files.write_lock(file, *attached),
         progress,
         readonly=readonly,
         patience=settings.busy_timeout / 1000,
-        identity=identity,
-        reopen=connect,
+        identities=tuple(identities),
+        row_class=load(settings.module).row_class,
+        connect=partial(connect, settings),
+        reopen=reopen,
+        adapters=adapters,
     )
 
 
-def _connect(settings: SqliteSettings, file: Path, path: str, progress: Callable[[], bool], *, readonly: bool) -> Lent:
+def open_prepared(
+    settings: SqliteSettings, path: str, progress: Callable[[], bool] = lambda: False, *, readonly: bool
+) -> Lent:
+    """A connection of the driver's own, as the pool's are, without what the pool keeps about it.
+
+    Raises:
+        ConnectionFailedError: As for `open_session`; no file is made that there is not.
+    """
+    file = Path(path).absolute()
+    raw: Lent | None = None
     try:
-        raw = sqlite3.connect(
-            files.uri(file, "ro" if readonly else "rw"),
-            uri=True,
-            timeout=min(BUSY_SLICE, settings.busy_timeout / 1000),
-            isolation_level=None,
-            check_same_thread=False,  # for `interrupt`; all else happens on the worker's thread
-            cached_statements=CACHED,
-            factory=RawConnection,
-        )
-    except (OSError, sqlite3.Error) as error:
-        raise errors.ConnectionFailedError(str(path), reason(file, error)) from error
-    try:
-        _apply(raw, settings, path, progress, readonly=readonly)
+        raw = connect(settings, file, "ro" if readonly else "rw", timeout=min(BUSY_SLICE, settings.busy_timeout / 1000))
+        prepare(raw, settings, path, progress, readonly=readonly)
+        return raw
     except BaseException as error:
+        if raw is not None:
+            raw.end_cursors()
+            raw.close()
+        if isinstance(error, (OSError, *classes.Error)):
+            raise errors.ConnectionFailedError(path, _reason(file, settings, error)) from error
+        raise
+
+
+def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float = 0.0) -> Lent:
+    """A connection that has its key, and nothing else; `mode` is SQLite's: `ro`, `rw`, or with more parameters.
+
+    Raises:
+        ConnectionFailedError: There is no key, or it is none.
+        sqlite3.Error: The file cannot be opened; that of the `module` in use.
+    """
+    module = load(settings.module).module
+    raw: Lent = module.connect(
+        files.uri(file, mode),
+        uri=True,
+        timeout=timeout,
+        isolation_level=None,
+        check_same_thread=False,  # for `interrupt`; all else happens on the worker's thread
+        cached_statements=CACHED,
+        factory=connection_class(module),
+    )
+    try:
+        encryption.unlock(raw, settings, file)
+    except BaseException:
+        raw.end_cursors()
         raw.close()
-        if isinstance(error, sqlite3.Error):
-            raise errors.ConnectionFailedError(str(path), reason(file, error)) from error
         raise
     return raw
 
 
-def _apply(
-    raw: sqlite3.Connection, settings: SqliteSettings, path: str, progress: Callable[[], bool], *, readonly: bool
+def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
+    """A connection for looking only: with key, extensions and functions, whatever journal mode the file has.
+
+    Raises:
+        ConnectionFailedError: There is no key, or it does not fit; an extension cannot be loaded, or `on_connect` failed.
+        sqlite3.Error: The file cannot be read.
+    """
+    file = Path(path).absolute()
+    raw: Lent | None = None
+    try:
+        raw = connect(settings, file, mode, timeout=settings.busy_timeout / 1000)
+        raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        extensions.load(raw, settings, str(path))
+        _run_steps(raw, settings, str(path))
+        return raw
+    except BaseException as error:
+        if raw is not None:
+            raw.end_cursors()
+            raw.close()
+        if settings.encrypted and isinstance(error, classes.Error):
+            raise errors.ConnectionFailedError(str(path), _reason(file, settings, error)) from error
+        raise
+
+
+def journal_mode(settings: SqliteSettings, path: str | Path) -> str:
+    """The journal mode that a file has, where that belongs to the file: `WAL`, or `DELETE` for all others.
+
+    Raises:
+        ConnectionFailedError, sqlite3.Error: It cannot be opened.
+    """
+    raw = connect(settings, Path(path).absolute(), "ro")
+    try:
+        return "WAL" if raw.execute("PRAGMA journal_mode").fetchone()[0] == "wal" else "DELETE"
+    finally:
+        raw.close()
+
+
+def prepare(
+    raw: Lent, settings: SqliteSettings, path: str, progress: Callable[[], bool] = lambda: False, *, readonly: bool
 ) -> None:
-    wanted: list[tuple[str, object, object]] = [
-        ("cache_size", settings.cache_size, settings.cache_size),
-        ("foreign_keys", int(settings.foreign_keys), int(settings.foreign_keys)),
-        ("synchronous", settings.synchronous, ("OFF", "NORMAL", "FULL", "EXTRA").index(settings.synchronous)),
+    """Makes a connection what the configuration says.
+
+    Raises:
+        ConnectionFailedError: Something did not take, an extension cannot be loaded, or `on_connect` failed.
+        sqlite3.Error: The file is no database, or somebody keeps it locked.
+    """
+    _apply(raw, settings, path, progress, readonly=readonly)
+    extensions.load(raw, settings, path)
+    _run_steps(raw, settings, path)
+    raw.end_cursors()
+
+
+def own_pragmas(settings: SqliteSettings) -> list[tuple[str, Value]]:
+    """The PRAGMAs of a connection that have a setting of their own; the journal mode is the file's."""
+    return [
+        ("cache_size", settings.cache_size),
+        ("foreign_keys", settings.foreign_keys),
+        ("synchronous", SYNCHRONOUS.index(settings.synchronous)),
+        ("wal_autocheckpoint", settings.wal_autocheckpoint),
     ]
-    # The journal mode is the file's, or the writer's to set; a reader only sees that it is as it should be.
-    journal = (settings.journal_mode, settings.journal_mode.lower())
+
+
+def more_pragmas(settings: SqliteSettings) -> list[tuple[str, Value]]:
+    """The others that were configured, but for those that only count before the file is looked at."""
+    return [(name, value) for name, value in settings.pragmas.items() if name not in CIPHER]
+
+
+def _apply(raw: Any, settings: SqliteSettings, path: str, progress: Callable[[], bool], *, readonly: bool) -> None:
+    attached: set[str] = set()
     patience = Patience(settings.busy_timeout / 1000, progress)
     while True:
         try:
-            if readonly:
-                if settings.journal_mode == "WAL":
-                    _expect(path, "journal_mode", raw.execute("PRAGMA journal_mode").fetchone()[0], journal[1])
-            else:
-                _expect(
-                    path,
-                    "journal_mode",
-                    raw.execute(f"PRAGMA journal_mode = {journal[0]}").fetchone()[0],
-                    journal[1],
-                )
-            for name, value, shown in wanted:
-                raw.execute(f"PRAGMA {name} = {value}")  # names and values were checked against fixed lists and types
-                _expect(path, name, raw.execute(f"PRAGMA {name}").fetchone()[0], shown)
+            _journal(raw, settings, path, readonly=readonly)
+            _set(raw, path, own_pragmas(settings))
+            for name, place in settings.attach.items():
+                _attach(raw, settings, name, place, attached, readonly=readonly)
+            _set(raw, path, more_pragmas(settings))
             return
-        except sqlite3.OperationalError as error:
+        except classes.OperationalError as error:
             patience.wait(error)
 
 
-def _expect(path: str, name: str, found: object, wanted: object) -> None:
-    if str(found).lower() != str(wanted).lower():
+def _set(raw: Any, path: str, pragmas: list[tuple[str, Value]], schema: str | None = None) -> None:
+    for name, value in pragmas:
+        raw.execute(write(name, value, schema)).fetchall()
+        read_back(raw, path, name, value, schema)
+
+
+def _journal(raw: Any, settings: SqliteSettings, path: str, *, readonly: bool, schema: str | None = None) -> None:
+    """The journal mode is the file's, or the writer's to set; a reader only sees that it is as it should be."""
+    if not readonly:
+        raw.execute(write("journal_mode", settings.journal_mode, schema)).fetchall()
+    elif settings.journal_mode != "WAL":
+        return
+    read_back(raw, path, "journal_mode", settings.journal_mode, schema)
+
+
+def _attach(raw: Any, settings: SqliteSettings, name: str, place: str, attached: set[str], *, readonly: bool) -> None:
+    file = Path(place).absolute()
+    try:
+        if name not in attached:
+            encryption.attach(raw, settings, files.uri(file, "ro" if readonly else "rw"), name)
+            attached.add(name)
+        _journal(raw, settings, place, readonly=readonly, schema=name)
+        _set(raw, place, [each for each in own_pragmas(settings) if each[0] in ("cache_size", "synchronous")], name)
+    except classes.Error as error:
+        if isinstance(error, classes.OperationalError) and file.exists() and is_busy(error):
+            raise  # it is waited for
         raise errors.ConnectionFailedError(
-            path,
-            f"PRAGMA {name} did not take: it is {found!r} instead of {wanted!r}; change {name} in the configuration",
-        )
+            place, f"it cannot be attached as {name!r}: {_reason(file, settings, error)}"
+        ) from error
+
+
+def _reason(file: Path, settings: SqliteSettings, error: BaseException) -> str:
+    return (not file.is_dir() and encryption.reason(file, settings, error)) or reason(file, error)
+
+
+# What code does to each connection
+
+
+def resolved(settings: SqliteSettings) -> SqliteSettings:
+    """The settings with functions in place of their names.
+
+    Importing a module may take the lock of one that is being imported by this thread: so a pool does it on the event
+    loop's thread, which is the one that could wait for itself.
+
+    Raises:
+        ConfigurationError: A name leads to no function.
+    """
+    steps = steps_of(settings.on_connect)
+    if not any(isinstance(step, str) for step in steps):
+        return settings
+    return replace(settings, on_connect=tuple(_function(step) if isinstance(step, str) else step for step in steps))
+
+
+def _function(name: str) -> Callable[[Any], object]:
+    module, _, attributes = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise errors.ConfigurationError(f"on_connect: {module!r} cannot be imported: {error}") from error
+    for attribute in attributes.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            raise errors.ConfigurationError(
+                f"on_connect: there is no {attributes!r} in the module {module!r}"
+            ) from None
+    if problem := unfit_function(found):
+        raise errors.ConfigurationError(f"on_connect: {name!r}: {problem}")
+    return cast("Callable[[Any], object]", found)
+
+
+def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
+    if settings.on_connect is None:
+        return
+    for step in steps_of(resolved(settings).on_connect):
+        function = cast("Callable[[Any], object]", step)
+        name = getattr(function, "__qualname__", None) or type(function).__qualname__
+        try:
+            result = function(raw)
+        except (Exception, SystemExit) as error:
+            raise errors.ConnectionFailedError(
+                path, f"on_connect: {name} raised {type(error).__name__}: {error}"
+            ) from error
+        if inspect.iscoroutine(result):
+            result.close()
+            raise errors.ConnectionFailedError(
+                path, f"on_connect: {name} is a coroutine function; make it a plain `def`"
+            )
+        if raw.in_transaction:
+            raise errors.ConnectionFailedError(path, f"on_connect: {name} left a transaction open; commit or roll back")
+        raw.isolation_level = None  # the package begins and ends transactions itself
 
 
 _FORKED = (

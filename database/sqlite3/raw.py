@@ -286,15 +286,7 @@ class Lent(_Connection):
             sqlite3.Error: What it did can neither be kept nor undone; the whole transaction has to be rolled back.
         """
         self.lent = False
-        living = 0
-        if self._made:
-            for made in self._made:
-                cursor = made()
-                if cursor is not None:
-                    living += 1
-                    self._end(cursor)
-                    del cursor
-            self._made.clear()
+        living = self.end_cursors() if self._made else 0
         if keep:
             self.failure = None
         configured = self._configured
@@ -317,6 +309,21 @@ class Lent(_Connection):
             if not keep:
                 keeper.control(f"ROLLBACK TO {_BASE}")
             keeper.control(f"RELEASE {_BASE}")
+
+    def end_cursors(self) -> int:
+        """Ends the cursors that were made by a function, or before the connection was prepared; gives how many lived.
+
+        One that lives on, in a traceback say, would keep the files open behind `close()`.
+        """
+        living = 0
+        for made in self._made:
+            cursor = made()
+            if cursor is not None:
+                living += 1
+                self._end(cursor)
+                del cursor
+        self._made.clear()
+        return living
 
     def _end(self, cursor: Any) -> None:
         with contextlib.suppress(Exception):
@@ -447,7 +454,7 @@ class Lent(_Connection):
             cursor = super().cursor(_watched(factory, self.cursor_class))
         else:
             cursor = super().cursor(factory)
-        if self.lent:
+        if self.lent or self.keeper is None:
             made = self._made
             if len(made) >= 64 and not len(made) & (len(made) - 1):
                 made[:] = [each for each in made if each() is not None]
@@ -507,6 +514,8 @@ class Lent(_Connection):
     def close(self) -> None:
         """Ends the function's use of the connection, which is the pool's; what it has done stays."""
         if not self.lent:
+            if self.keeper is None:  # opened to look at something: a cursor in a traceback would keep the file open
+                self.end_cursors()
             super().close()
             return
         self.check()
@@ -587,7 +596,7 @@ def _altering(name: str) -> Any:
     return method
 
 
-for _name in (
+_ALTERING = (
     "create_aggregate",
     "create_collation",
     "create_function",
@@ -596,9 +605,10 @@ for _name in (
     "load_extension",
     "setconfig",
     "setlimit",
-):
-    if hasattr(sqlite3.Connection, _name):
-        setattr(Lent, _name, _altering(_name))
+)
+
+for _name in _ALTERING:
+    setattr(Lent, _name, _altering(_name))
 
 
 class _Autocommit:
@@ -646,8 +656,8 @@ def connection_class(module: ModuleType) -> type[Lent]:
     body: dict[str, Any] = {"module": module, "cursor_class": cursor_class, "ended_class": _ended_class(module)}
     if hasattr(module.Connection, "autocommit"):
         body["autocommit"] = _Autocommit()
-    for name in ("create_window_function", "blobopen", "setlimit", "setconfig", "enable_load_extension"):
-        if not hasattr(module.Connection, name) and hasattr(Lent, name):
+    for name in (*_ALTERING, "blobopen"):
+        if not hasattr(module.Connection, name) and name in vars(Lent):
             body[name] = _missing(name)
     return type("RawConnection", (Lent, module.Connection), body)
 

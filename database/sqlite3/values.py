@@ -13,22 +13,24 @@ from enum import Enum
 from itertools import chain, islice, repeat
 from operator import length_hint
 from pathlib import PurePath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from database.sqlite3.analysis import placeholders
 
-__all__ = ["Chunk", "Feed", "Row", "bind"]
+__all__ = ["Adapters", "Chunk", "Feed", "Row", "bind", "row_class"]
 
 
-class Row(sqlite3.Row):
-    """A row: a sequence of values that also knows their names.
-
-    `row[0]`, `row["name"]` (case does not matter), `row[1:3]`, `len(row)`, `dict(row)`, `Entity(**row)`, and iteration
-    over the values.
-    """
+class _RowMethods:
+    """What our rows can do more than the library's own."""
 
     __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def keys(self) -> list[str]: ...
+        def __getitem__(self, key: Any, /) -> Any: ...
+        def __iter__(self) -> Iterator[Any]: ...
 
     def __repr__(self) -> str:
         return f"Row({', '.join(f'{name}={value!r}' for name, value in zip(self.keys(), self, strict=True))})"
@@ -66,6 +68,23 @@ class Row(sqlite3.Row):
         return _unpickled, (self.keys(), tuple(self))
 
 
+class Row(_RowMethods, sqlite3.Row):
+    """A row: a sequence of values that also knows their names.
+
+    `row[0]`, `row["name"]` (case does not matter), `row[1:3]`, `len(row)`, `dict(row)`, `Entity(**row)`, and iteration
+    over the values.
+    """
+
+    __slots__ = ()
+
+
+def row_class(base: type[Any]) -> type[Any]:
+    """The same on top of the rows of a drop-in for `sqlite3`, whose cursors make no others."""
+    found = type("Row", (_RowMethods, base), {"__slots__": (), "__module__": __name__, "__doc__": Row.__doc__})
+    cast("Any", Sequence).register(found)
+    return found
+
+
 cast("Any", Sequence).register(Row)
 
 
@@ -89,9 +108,9 @@ class Chunk:
 
     __slots__ = ("_as_row", "_tuples")
 
-    def __init__(self, cursor: sqlite3.Cursor, tuples: list[tuple[Any, ...]]) -> None:
+    def __init__(self, cursor: Any, tuples: list[tuple[Any, ...]], row_class: Any = Row) -> None:
         self._tuples = tuples
-        self._as_row: Callable[[Any], Row] = functools.partial(Row, cursor)
+        self._as_row: Callable[[Any], Row] = functools.partial(row_class, cursor)
 
     def __len__(self) -> int:
         return len(self._tuples)
@@ -104,7 +123,13 @@ _NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray})
 _is_native = _NATIVE.issuperset
 
 
-def _adapt(value: Any) -> Any:
+Adapters = Mapping[type, Callable[[Any], Any]]
+"""How types of the user's are stored: what `db.adapt` was given."""
+
+_NONE: Adapters = {}
+
+
+def _adapt(value: Any, adapters: Adapters = _NONE) -> Any:
     """A value as SQLite stores it; what is unknown is left to `sqlite3` and its registered adapters.
 
     Not by `sqlite3.register_adapter`, which would change every other user of `sqlite3` in the process; and its own
@@ -116,12 +141,19 @@ def _adapt(value: Any) -> Any:
     kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind in _NATIVE:
         return value
+    if adapters:
+        for each in kind.__mro__:
+            if each in adapters:
+                made = adapters[each](value)
+                return (
+                    made if type(made) in _NATIVE else _adapt(made)
+                )  # by the package's own, so that none is in a circle
     if kind.__module__.partition(".")[0] in ("numpy", "pandas") and (kind, sqlite3.PrepareProtocol) not in _adapters:
         value = _plain(value, kind)
         if type(value) in _NATIVE:
             return value
     if isinstance(value, Enum):
-        return _adapt(value.value)
+        return _adapt(value.value, adapters)
     if isinstance(value, datetime):
         return value.isoformat(" ")
     if isinstance(value, (date, time_of_day)):
@@ -177,7 +209,7 @@ def _refuse_memory(value: object) -> None:
     try:
         memoryview(value).release()  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     except TypeError:
-        return
+        return  # `sqlite3` refuses it, if the statement asks for it at all
     raise TypeError(
         f"a value of type {type(value).__module__}.{type(value).__qualname__} would be stored as the bytes of its memory:"
         " convert it to a number, a text or bytes"
@@ -190,18 +222,19 @@ class _Attributes(dict[str, Any]):
     A dict, for `sqlite3` takes every other class with `__getitem__` for a sequence.
     """
 
-    def __init__(self, subject: object) -> None:
+    def __init__(self, subject: object, adapters: Adapters) -> None:
         super().__init__()
         self._subject = subject
+        self._adapters = adapters
 
     def __missing__(self, name: str) -> Any:
         try:
-            return _adapt(getattr(self._subject, name))
+            return _adapt(getattr(self._subject, name), self._adapters)
         except AttributeError:
             raise KeyError(name) from None
 
 
-def bind(params: Any, sql: str) -> Any:
+def bind(params: Any, sql: str, adapters: Adapters = _NONE) -> Any:
     """Parameters in a form that `sqlite3` binds: a sequence, a mapping, or an object with attributes.
 
     What is both (a NamedTuple, a `Row`) is taken as the placeholders of `sql` ask: by name, or by position.
@@ -214,21 +247,21 @@ def bind(params: Any, sql: str) -> Any:
     if kind is dict:
         for value in params.values():
             if type(value) not in _NATIVE:
-                return {name: _adapt(value) for name, value in params.items()}
+                return {name: _adapt(value, adapters) for name, value in params.items()}
         return params
     if kind is tuple or kind is list:
         for value in params:
             if type(value) not in _NATIVE:
-                return [_adapt(value) for value in params]
+                return [_adapt(value, adapters) for value in params]
         return params
     if params is None:
         return ()
     if isinstance(params, Mapping):
         mapping = cast("Mapping[str, Any]", params)
-        return {name: _adapt(value) for name, value in mapping.items()}
+        return {name: _adapt(value, adapters) for name, value in mapping.items()}
     names = _names(params)
     if names is not None and placeholders(sql):
-        return {name: _adapt(value) for name, value in zip(names, params, strict=True)}
+        return {name: _adapt(value, adapters) for name, value in zip(names, params, strict=True)}
     if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
         shown = f"{kind.__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
         raise TypeError(
@@ -236,13 +269,13 @@ def bind(params: Any, sql: str) -> Any:
             " a single value is written as (value,)"
         )
     if names is not None or isinstance(params, Sequence):
-        return [_adapt(value) for value in cast("Iterable[object]", params)]
-    return _Attributes(cast("object", params))
+        return [_adapt(value, adapters) for value in cast("Iterable[object]", params)]
+    return _Attributes(cast("object", params), adapters)
 
 
 def _names(params: Any) -> Sequence[str] | None:
     """The names of the values, where they have both names and an order."""
-    if isinstance(params, sqlite3.Row):
+    if isinstance(params, (sqlite3.Row, _RowMethods)):
         return params.keys()
     names: Any = getattr(cast("Any", params), "_fields", None) if isinstance(params, tuple) else None
     return cast("tuple[str, ...]", names) if isinstance(names, tuple) else None
@@ -260,10 +293,11 @@ class Feed:
     be long, it is asked whether anybody still waits.
     """
 
-    __slots__ = ("_before", "_chunk", "_gone", "_last", "_rows", "_size", "_sql", "raised")
+    __slots__ = ("_adapters", "_before", "_chunk", "_gone", "_last", "_rows", "_size", "_sql", "raised")
 
-    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool]) -> None:
+    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool], adapters: Adapters = _NONE) -> None:
         self._rows = rows
+        self._adapters = adapters
         self._sql = sql
         self._gone = gone
         self._before = 0
@@ -305,7 +339,7 @@ class Feed:
             if values is not None and _is_native(map(type, values)):
                 yield self._chunk
             else:
-                yield map(bind, self._chunk, repeat(sql))
+                yield map(bind, self._chunk, repeat(sql), repeat(self._adapters))
 
     def _one_by_one(self) -> Iterator[Any]:
         sql, gone = self._sql, self._gone
@@ -326,7 +360,7 @@ class Feed:
                 raise _interrupted()
             self._before += 1
             self._last = row
-            yield bind(row, sql)
+            yield bind(row, sql, self._adapters)
 
 
 def _interrupted() -> sqlite3.OperationalError:

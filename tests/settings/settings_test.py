@@ -426,7 +426,8 @@ MODES = "expected one of DELETE, TRUNCATE, PERSIST, MEMORY, WAL, OFF"
 LEVELS = "expected one of CRITICAL, FATAL, ERROR, WARNING, WARN, INFO, DEBUG, NOTSET"
 KEYS = (
     "unknown key; known: path, pool_size, pool_timeout, busy_timeout, journal_mode, synchronous, cache_size, "
-    "foreign_keys, init_sql, migrations, auto_migrate, monitor, logging"
+    "foreign_keys, pragmas, extensions, attach, on_connect, module, key_env, key_file, wal_limit, wal_autocheckpoint, "
+    "inline_reads, init_sql, migrations, auto_migrate, monitor, logging"
 )
 SYNCHRONOUS = "expected one of OFF, NORMAL, FULL, EXTRA"
 SQL_FOLDER = "expected the path of a folder of SQL files, or null for none"

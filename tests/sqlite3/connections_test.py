@@ -1,0 +1,550 @@
+"""What belongs to a connection belongs to every one of them: readers, the writer, and those that take another's place."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from database import errors
+from database.sqlite3 import opening
+from tests.contract.support import gather
+
+pytestmark = pytest.mark.anyio
+
+KEY = "it's a 'secret' word"
+
+
+@pytest.fixture(params=["sqlite3"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """SQLite alone."""
+    from tests.conftest import handles_of, make_engine
+
+    engine = make_engine("sqlite3", tmp_path)
+    with handles_of(engine):
+        yield engine
+    engine.dispose()
+
+
+def drop_in(*names: str) -> str:
+    """The first of these that is installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            return name
+    pytest.skip(f"needs {' or '.join(names)}")
+
+
+def with_extensions() -> str:
+    """A module that can load extensions: this Python's own, if it was built so, or a drop-in."""
+    if hasattr(sqlite3.Connection, "enable_load_extension"):
+        return "sqlite3"
+    return drop_in("pysqlite3", "sqlcipher3")
+
+
+async def everywhere(db: Any, sql: str, readers: int = 2) -> list[Any]:
+    """A value as the writer and each reader have it; the readers are kept busy, so that each takes its turn."""
+    found = [await db.run(lambda connection: connection.execute(sql).fetchone()[0])]
+    taken: list[Any] = []
+    all_taken = anyio.Event()
+
+    async def read() -> None:
+        async with db.transaction(readonly=True):
+            taken.append(await db.fetch_value(sql))
+            if len(taken) == readers:
+                all_taken.set()
+            await all_taken.wait()
+
+    with anyio.fail_after(30):
+        await gather(*(read for _ in range(readers)))
+    return [*found, *taken]
+
+
+async def test_pragmas(make_db: Any) -> None:
+    """More PRAGMAs hold on every connection, also on one that takes the place of another, beside the package's own."""
+    db = await make_db(
+        pragmas={
+            "mmap_size": 1 << 20,
+            "temp_store": "memory",
+            "Recursive_Triggers": True,
+            "case_sensitive_like": "on",
+            "cache_spill": True,
+            "secure_delete": "FAST",
+            "journal_size_limit": -1,
+        },
+        wal_autocheckpoint=123,
+    )
+    wanted = {
+        "PRAGMA mmap_size": 1 << 20,
+        "PRAGMA temp_store": 2,
+        "PRAGMA recursive_triggers": 1,
+        "PRAGMA secure_delete": 2,
+        "PRAGMA wal_autocheckpoint": 123,
+        "PRAGMA foreign_keys": 1,
+        "SELECT 'a' LIKE 'A'": 0,
+    }
+    for sql, value in wanted.items():
+        assert await everywhere(db, sql) == [value] * 3, sql
+    async with db.transaction():  # what holds for a transaction ends with it
+        await db.execute("PRAGMA recursive_triggers = OFF")
+        await db.execute("PRAGMA mmap_size = 0")
+        await db.execute("CREATE TEMP TABLE mine (x)")
+        assert await db.fetch_value("PRAGMA mmap_size") == 0
+    for sql, value in wanted.items():
+        assert await everywhere(db, sql) == [value] * 3, sql
+
+
+async def test_a_pragma_that_does_not_take(make_db: Any) -> None:
+    """What SQLite makes something else of is an error that names it."""
+    with pytest.raises(errors.ConnectionFailedError, match=r"PRAGMA mmap_size did not take: it is \d+"):
+        await make_db(pragmas={"mmap_size": 1 << 62})
+
+
+async def test_attach(make_db: Any, engine: Any) -> None:
+    """Attached files are there on every connection, made by the writer with their folders, and one transaction takes in
+    all of them; readers cannot write to them."""
+    archive = engine.directory / "deep" / "down" / "archive.db"
+    db = await make_db(attach={"archive": str(archive)}, pool_size=2)
+    assert os.name != "posix" or archive.stat().st_mode & 0o077 == 0
+    await db.execute("CREATE TABLE archive.old (id INTEGER PRIMARY KEY, value TEXT)")
+    await db.execute("INSERT INTO item (id, value) VALUES (1, 'one'), (2, 'two')")
+    async with db.transaction():
+        await db.execute("INSERT INTO archive.old SELECT id, value FROM item WHERE id = 1")
+        await db.execute("DELETE FROM item WHERE id = 1")
+    joined = "SELECT (SELECT count(*) FROM item) || ' ' || (SELECT group_concat(value) FROM archive.old)"
+    assert await everywhere(db, joined) == ["1 one"] * 3
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction():
+            await db.execute("INSERT INTO archive.old VALUES (3, 'three')")
+            await db.execute("DELETE FROM item")
+            raise ZeroDivisionError
+    assert await everywhere(db, joined) == ["1 one"] * 3
+    assert await everywhere(db, "PRAGMA archive.journal_mode") == ["wal"] * 3
+    assert await everywhere(db, "PRAGMA archive.synchronous") == [0] * 3
+    async with db.transaction(readonly=True):
+        with pytest.raises(errors.ReadOnlyTransactionError):
+            await db.execute("DELETE FROM archive.old")
+    with pytest.raises(errors.DatabaseError, match="read"):  # past the package's own look at the text
+        await db.run(lambda connection: connection.execute("DELETE FROM archive.old"), readonly=True)
+    with pytest.raises(errors.ConnectionFailedError, match="in use"):  # the file is known to be open
+        await db.backup(archive)
+    await db.close()
+    outside = sqlite3.connect(archive)
+    assert outside.execute("SELECT value FROM old").fetchall() == [("one",)]
+    outside.close()
+    assert not Path(f"{archive}-wal").exists()
+
+
+async def test_attached_to_two(make_db: Any, engine: Any) -> None:
+    """Where a file is a database of its own as well, nobody in this process sees it locked: writers take turns."""
+    path = engine.path("audit")
+    db = await make_db(attach={"audit": str(path)}, busy_timeout=0, audit={"attach": {}})
+    audit = engine.public.get_db("audit")
+    await audit.execute("CREATE TABLE note (text)")
+
+    async def write(handle: Any, table: str) -> None:
+        for number in range(20):
+            async with handle.transaction():
+                await handle.execute(f"INSERT INTO {table} VALUES (?)", (number,))
+                await anyio.sleep(0)
+
+    with anyio.fail_after(30):
+        await gather(lambda: write(db, "audit.note"), lambda: write(audit, "note"), lambda: write(db, "audit.note"))
+    assert await db.fetch_value("SELECT count(*) FROM audit.note") == 60
+
+
+async def test_attach_what_cannot_be(make_db: Any, engine: Any) -> None:
+    """A file that is none is named, with the name that it was to have."""
+    broken = engine.directory / "broken.db"
+    broken.write_bytes(b"no database" * 100)
+    with pytest.raises(errors.ConnectionFailedError, match="attached as 'archive': it is not an SQLite database"):
+        await make_db(attach={"archive": str(broken)})
+    (engine.directory / "folder").mkdir()
+    with pytest.raises(errors.ConnectionFailedError, match="it is a directory"):
+        await make_db(attach={"archive": str(engine.directory / "folder")})
+
+
+def prepare(connection: Any) -> None:
+    """For `on_connect`: REGEXP, and a collation that goes by the alphabet, not by the code."""
+    connection.create_function("regexp", 2, lambda pattern, text: re.search(pattern, text) is not None)
+    connection.create_collation("alphabet", alphabetically)
+
+
+def alphabetically(one: str, other: str) -> int:
+    one, other = (text.casefold().replace("ä", "a") for text in (one, other))
+    return (one > other) - (one < other)
+
+
+def explode(connection: Any) -> None:
+    raise ValueError("something is wrong")
+
+
+not_a_function = 5
+
+
+async def test_on_connect(make_db: Any, engine: Any) -> None:
+    """A function of the configuration's, one of `configure`'s and one of the handle's, in this order, prepare every
+    connection on its own thread: REGEXP, a collation in an index, an aggregate."""
+    calls: list[tuple[str, str, bool]] = []
+
+    def second(connection: Any) -> None:
+        assert connection.execute("SELECT 'abc' REGEXP 'b'").fetchone()[0] == 1
+        calls.append(("second", threading.current_thread().name, isinstance(connection, sqlite3.Connection)))
+
+    class Longest:
+        def __init__(self) -> None:
+            self.found = ""
+
+        def step(self, value: str) -> None:
+            self.found = max(self.found, value, key=len)
+
+        def finalize(self) -> str:
+            return self.found
+
+    await engine.public.close_all()
+    settings = engine.settings(on_connect=f"{__name__}:prepare")
+    engine.public.configure(settings, on_connect=second)
+    db = engine.public.get_db("default")
+
+    @db.on_connect
+    def third(connection: Any) -> None:
+        connection.create_aggregate("longest", 1, Longest)
+        calls.append(("third", threading.current_thread().name, True))
+
+    try:
+        await db.execute("CREATE TABLE word (text TEXT)")
+        await db.execute("CREATE INDEX word_text ON word (text COLLATE alphabet)")
+        await db.execute_many("INSERT INTO word VALUES (?)", [("Zebra",), ("Äpfel",), ("apfelbaum",), ("birne",)])
+        ordered = "SELECT group_concat(text) FROM (SELECT text FROM word ORDER BY text COLLATE alphabet)"
+        assert await everywhere(db, ordered) == ["Äpfel,apfelbaum,birne,Zebra"] * 3
+        assert (
+            "word_text"
+            in (await db.fetch_one("EXPLAIN QUERY PLAN SELECT text FROM word ORDER BY text COLLATE alphabet"))["detail"]
+        )
+        assert await everywhere(db, "SELECT longest(text) FROM word WHERE text REGEXP '^[a-z]'") == ["apfelbaum"] * 3
+        threads = ["database-default-writer", "database-default-reader-1", "database-default-reader-2"]
+        assert sorted(calls) == sorted((name, thread, True) for name in ("second", "third") for thread in threads)
+        assert [name for name, thread, _ in calls if thread == threads[0]] == ["second", "third"]
+        calls.clear()
+        async with db.transaction():  # the connection is exchanged at its end
+            await db.execute("CREATE TEMP TABLE mine (x)")
+        assert [name for name, *_ in calls] == ["second", "third"]
+        assert await everywhere(db, "SELECT 'abc' REGEXP '^a'") == [1] * 3
+        with pytest.raises(errors.ConfigurationError, match="is open"):
+            db.on_connect(prepare)
+    finally:
+        await db.close()
+        db._steps.clear()
+
+
+async def test_on_connect_that_fails(make_db: Any, engine: Any) -> None:
+    """Whatever a function does wrong is a ConnectionFailedError that names it, for readers as for the writer; what is no
+    function is a ConfigurationError."""
+
+    def leaves(connection: Any) -> None:
+        connection.execute("BEGIN")
+
+    def leaving(connection: Any) -> None:
+        raise SystemExit(3)
+
+    def only_readers(connection: Any) -> None:
+        if threading.current_thread().name.startswith("database-default-reader"):
+            raise KeyError("reader")
+
+    async def asynchronous(connection: Any) -> None:
+        pass
+
+    lazy: Any = lambda connection: asynchronous(connection)  # noqa: E731
+    for function, message in (
+        (explode, "on_connect: explode raised ValueError: something is wrong"),
+        (leaves, "leaves left a transaction open"),
+        (leaving, "leaving raised SystemExit"),
+        (lazy, "is a coroutine function"),
+        (f"{__name__}:explode", "on_connect: explode raised ValueError"),
+    ):
+        with pytest.raises(errors.ConnectionFailedError, match=re.escape(message)) as caught:
+            await make_db(on_connect=function)
+        if "ValueError" in message:
+            assert isinstance(caught.value.__cause__, ValueError)
+    db = await make_db(on_connect=only_readers)
+    await db.execute("INSERT INTO item (value) VALUES ('x')")
+    with pytest.raises(errors.ConnectionFailedError, match=r"only_readers raised KeyError: 'reader'"):
+        await db.fetch_all("SELECT * FROM item")
+    for function in (f"{__name__}:nothing", f"{__name__}:not_a_function", "tests.nothing:x"):
+        with pytest.raises(errors.ConfigurationError, match="on_connect"):
+            await make_db(on_connect=function)
+    for function in (asynchronous, 5):
+        with pytest.raises(errors.ConfigurationError, match="on_connect"):
+            engine.public.configure(engine.settings(), on_connect=function)
+
+
+async def test_memory(make_db: Any) -> None:
+    """A database in memory has prepared connections, too."""
+    db = await make_db(path=":memory:", schema=False, on_connect=prepare, pragmas={"recursive_triggers": True})
+    assert await everywhere(db, "SELECT 'abc' REGEXP 'c$'") == [1] * 3
+    assert await everywhere(db, "PRAGMA recursive_triggers") == [1] * 3
+
+
+async def test_nearest_neighbours(make_db: Any) -> None:
+    """sqlite-vec: fifty tasks at once ask all readers for the nearest of a hundred vectors; no SQL loads another one."""
+    pytest.importorskip("sqlite_vec")
+    db = await make_db(module=with_extensions(), extensions=["sqlite_vec"], pool_size=4)
+    await db.execute("CREATE VIRTUAL TABLE place USING vec0(position float[2])")
+    await db.execute_many(
+        "INSERT INTO place (rowid, position) VALUES (?, ?)", [(n, json.dumps([n, n % 10])) for n in range(1, 101)]
+    )
+    nearest = "SELECT rowid FROM place WHERE position MATCH :at ORDER BY distance LIMIT 3"
+    answers: dict[int, list[int]] = {}
+
+    async def ask(n: int) -> None:
+        async with db.transaction(readonly=True):
+            rows = await db.fetch_all(nearest, {"at": json.dumps([n, n % 10])})
+            answers[n] = [row["rowid"] for row in rows]
+
+    with anyio.fail_after(60):
+        await gather(*(lambda n=n: ask(n) for n in range(20, 70)))
+    assert {n: found[0] for n, found in answers.items()} == {n: n for n in range(20, 70)}
+    assert await everywhere(db, "SELECT vec_version() LIKE 'v%'", readers=4) == [1] * 5
+    for readonly in (True, False):
+        with pytest.raises(errors.DatabaseError, match="not authorized"):
+            await db.run(lambda connection: connection.execute("SELECT load_extension('x')"), readonly=readonly)
+
+
+async def test_an_extension_that_cannot_be_loaded(make_db: Any, engine: Any) -> None:
+    """It is named; so is a package that brings none."""
+    file = engine.directory / "nothing.so"
+    file.write_bytes(b"no library")
+    module = with_extensions()
+    with pytest.raises(errors.ConnectionFailedError, match=f"the extension '{re.escape(str(file))}' cannot be loaded"):
+        await make_db(module=module, extensions=[str(file)])
+    with pytest.raises(errors.ConfigurationError, match=r"'json' does not say where its extension is"):
+        await make_db(module=module, extensions=["json"])
+
+
+def test_a_python_that_loads_no_extensions(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said so, with the setting that helps, before anything is opened."""
+    from database.sqlite3.library import Library
+
+    monkeypatch.setattr(Library, "loads_extensions", property(lambda self: False))
+    with pytest.raises(errors.ConfigurationError, match=r"sqlite\.extensions: .*built without.*module: pysqlite3"):
+        engine.public.configure(engine.settings(extensions=["json"]))
+
+
+@pytest.mark.parametrize("module", ["pysqlite3", "sqlcipher3"])
+async def test_a_drop_in(module: str, make_db: Any, engine: Any) -> None:
+    """With a drop-in for sqlite3, rows, errors, streams, functions, transactions and backups are as ever."""
+    drop_in(module)
+    library = importlib.import_module(module)
+    db = await make_db(module=module)
+    assert await everywhere(db, "SELECT sqlite_version()") == [library.sqlite_version] * 3
+    await db.execute_many("INSERT INTO item (id, value) VALUES (?, ?)", [(n, f"v{n}") for n in range(1, 101)])
+    rows = await db.fetch_all("SELECT id, value FROM item ORDER BY id")
+    assert [dict(row) for row in rows] == [{"id": n, "value": f"v{n}"} for n in range(1, 101)]
+    assert repr(rows[0]) == "Row(id=1, value='v1')"
+    assert isinstance(rows[0], library.Row)
+    async with db.stream("SELECT id FROM item ORDER BY id", chunk_size=7) as stream:
+        assert [row["id"] async for row in stream] == list(range(1, 101))
+    await db.execute("INSERT INTO item (id, value) VALUES (:id, :value)", dict(rows[0]) | {"id": 500})
+    await db.execute("UPDATE item SET value = 'x' WHERE id = :id AND value = :value", rows[1])
+    assert await db.fetch_value("SELECT value FROM item WHERE id = 2") == "x"
+    with pytest.raises(errors.IntegrityError, match="UNIQUE") as caught:
+        await db.execute("INSERT INTO item (id, value) VALUES (1, 'again')")
+    assert isinstance(caught.value.__cause__, library.IntegrityError)
+    with pytest.raises(errors.QueryExecutionError, match="no such table"):
+        await db.fetch_all("SELECT * FROM no_table")
+    with pytest.raises(errors.ReadOnlyTransactionError):
+        await db.run(lambda connection: connection.execute("DELETE FROM item"), readonly=True)
+    with pytest.raises(errors.IntegrityError):
+        await db.run(function_that_fails)
+    assert await db.run(lambda connection: connection.execute("SELECT count(*) FROM item").fetchone()[0]) == 101
+    with anyio.move_on_after(0.1):
+        await db.fetch_value("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n")
+    copy = engine.directory / "copy.db"
+    await db.backup(copy)
+    outside = sqlite3.connect(copy)
+    assert outside.execute("SELECT count(*) FROM item").fetchone() == (101,)
+    outside.close()
+    locker = library.connect(
+        str(engine.path()), isolation_level=None
+    )  # POSIX locks do not tell two libraries of one process apart
+    try:
+        locker.execute("BEGIN IMMEDIATE")
+        db = await make_db(module=module, schema=False, busy_timeout=50)
+        with pytest.raises(errors.DatabaseBusyError):
+            await db.execute("INSERT INTO item (value) VALUES ('waits')")
+        locker.execute("COMMIT")
+        await db.execute("INSERT INTO item (value) VALUES ('waits')")
+    finally:
+        locker.close()
+
+
+def function_that_fails(connection: Any) -> None:
+    connection.execute("INSERT INTO item (id, value) VALUES (900, 'gone')")
+    connection.execute("INSERT INTO item (id, value) VALUES (1, 'again')")
+
+
+@pytest.mark.parametrize("place", ["key_env", "key_file"])
+async def test_encryption(
+    place: str, make_db: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, capfd: Any
+) -> None:
+    """SQLCipher: what is written cannot be read without the key, by its file, its backup or what is attached; it can be
+    read with it, migrated and backed up; a wrong key is told, and no key is ever shown."""
+    drop_in("sqlcipher3")
+    caplog.set_level("DEBUG")
+    if place == "key_env":
+        monkeypatch.setenv("TEST_KEY", KEY)
+        encrypted = {"module": "sqlcipher3", "key_env": "TEST_KEY"}
+    else:
+        file = engine.directory / "key"
+        file.write_text(KEY + "\n")
+        encrypted = {"module": "sqlcipher3", "key_file": str(file)}
+    encrypted["pragmas"] = {"kdf_iter": 1000, "cipher_page_size": 8192}
+    encrypted["attach"] = {"archive": str(engine.directory / "archive.db")}
+    migrations = engine.directory / "migrations"
+    migrations.mkdir()
+    (migrations / "0001_note.sql").write_text("CREATE TABLE note (text TEXT);\n")
+    db = await make_db(**encrypted, migrations=str(migrations))
+    await db.migrate()
+    await db.execute("INSERT INTO note VALUES ('plain text to be found')")
+    await db.execute("CREATE TABLE archive.old AS SELECT * FROM note")
+    assert await everywhere(db, "SELECT text FROM note") == ["plain text to be found"] * 3
+    assert await everywhere(db, "SELECT text FROM archive.old") == ["plain text to be found"] * 3
+    copy = engine.directory / "copy.db"
+    await db.backup(copy)
+    await engine.public.close_all()
+    for written in (engine.path(), copy, engine.directory / "archive.db"):
+        data = written.read_bytes()
+        assert not data.startswith(b"SQLite format 3"), written
+        assert b"plain text" not in data, written
+        with pytest.raises(sqlite3.DatabaseError):
+            outside = sqlite3.connect(written)
+            try:
+                outside.execute("SELECT * FROM sqlite_master")
+            finally:
+                outside.close()
+    db = await make_db(**encrypted, schema=False)  # opened again
+    assert await everywhere(db, "SELECT text FROM note") == ["plain text to be found"] * 3
+    db = await make_db(**encrypted | {"path": str(copy)}, schema=False)
+    assert await db.fetch_value("SELECT text FROM note") == "plain text to be found"
+    await engine.public.close_all()
+    if place == "key_env":
+        monkeypatch.setenv("TEST_KEY", "another")
+    else:
+        file.write_text("another")
+    texts: list[str] = []
+    with pytest.raises(errors.ConnectionFailedError, match="the key does not fit") as caught:
+        await (await make_db(**encrypted, schema=False)).open()
+    texts.append(repr(caught.value) + str(caught.value.__cause__))
+    with pytest.raises(errors.ConnectionFailedError, match="or it is encrypted: then name its key") as caught:
+        await (await make_db(schema=False)).open()
+    plain = engine.directory / "plain.db"
+    outside = sqlite3.connect(plain)
+    outside.execute("CREATE TABLE t (x)")
+    outside.close()
+    with pytest.raises(errors.ConnectionFailedError, match="it is not encrypted, but"):
+        await (await make_db(**encrypted | {"path": str(plain), "attach": {}}, schema=False)).open()
+    if place == "key_env":
+        for value, message in ((None, "is not set"), ("", "is empty")):
+            monkeypatch.delenv("TEST_KEY") if value is None else monkeypatch.setenv("TEST_KEY", value)
+            with pytest.raises(errors.ConnectionFailedError, match=f"key_env names {message}"):
+                await (await make_db(**encrypted, schema=False)).open()
+    else:
+        file.write_text("\n")
+        with pytest.raises(errors.ConnectionFailedError, match="key_file is empty"):
+            await (await make_db(**encrypted, schema=False)).open()
+        file.unlink()
+        with pytest.raises(errors.ConnectionFailedError, match="key_file cannot be read"):
+            await (await make_db(**encrypted, schema=False)).open()
+    await engine.public.close_all()
+    texts += [caplog.text, *map(repr, caplog.records), *capfd.readouterr()]
+    assert not [text for text in texts if "secret" in text or "another" in text]
+
+
+def test_encryption_without_sqlcipher(engine: Any) -> None:
+    """A key for an SQLite that cannot encrypt is a mistake of the configuration."""
+    for module in ("sqlite3", "pysqlite3"):
+        if importlib.util.find_spec(module) is not None:
+            with pytest.raises(errors.ConfigurationError, match=r"key_env: encryption needs SQLCipher.*sqlcipher3"):
+                engine.public.configure(engine.settings(module=module, key_env="TEST_KEY"))
+
+
+def test_connections_for_tools(engine: Any) -> None:
+    """What looks at a database without a pool has the same connection: `open_prepared`, and `look` at any journal mode."""
+    settings = engine_settings(engine, on_connect=prepare, pragmas={"recursive_triggers": True})
+    session = opening.open_session(settings, settings.path, "writer", lambda: False)
+    session.close()
+    for readonly in (True, False):
+        raw = opening.open_prepared(settings, settings.path, readonly=readonly)
+        assert raw.execute("SELECT 'abc' REGEXP 'b'").fetchone()[0] == 1
+        assert raw.execute("PRAGMA recursive_triggers").fetchone()[0] == 1
+        raw.close()
+    outside = sqlite3.connect(settings.path)
+    outside.execute("PRAGMA journal_mode = DELETE")
+    outside.close()
+    raw = opening.look(settings, settings.path)
+    assert raw.execute("SELECT 'abc' REGEXP 'b'").fetchone()[0] == 1
+    raw.close()
+    assert opening.journal_mode(settings, settings.path) == "DELETE"
+
+
+def engine_settings(engine: Any, **more: Any) -> Any:
+    from database import settings
+
+    return settings.read(engine.settings(**more)).engines["sqlite3"]["default"]
+
+
+class Money:
+    def __init__(self, cents: int) -> None:
+        self.cents = cents
+
+
+class Tip(Money):
+    pass
+
+
+async def test_adapt(make_db: Any, engine: Any) -> None:
+    """Types of the user's are stored as `db.adapt` says, by every way that parameters go, for this database only; dicts
+    and lists raise an error that says how, until it is said."""
+    db = await make_db(audit={})
+    audit = engine.public.get_db("audit")
+    for value in ({"a": 1}, [1, 2], (1, 2), {1}):
+        with pytest.raises(errors.QueryExecutionError, match=r"db\.adapt\((dict|list|tuple|set), json\.dumps\)"):
+            await db.execute("INSERT INTO item (value) VALUES (?)", (value,))
+    try:
+        db.adapt(dict, json.dumps)
+        db.adapt(list, json.dumps)
+        db.adapt(Money, lambda money: money.cents)
+        db.adapt(Path, lambda path: path.name.encode())  # in place of the package's own
+        ways = "INSERT INTO item (value) VALUES (?)", "INSERT INTO item (value) VALUES (:value)"
+        await db.execute(ways[0], ({"a": [1]},))
+        await db.execute(ways[1], {"value": [1, None]})
+        await db.execute(ways[1], Holder(Tip(5)))
+        await db.execute_many(ways[0], [(Money(6),), (Path("/a/b"),)])
+        await db.execute_many(ways[1], ({"value": Money(n)} for n in (7, 8)))
+        async with db.batch() as batch:
+            await batch.execute(ways[0], (Money(9),))
+        wanted = ['{"a": [1]}', "[1, null]", "5", "6", b"b", "7", "8", "9"]
+        assert [row[0] for row in await db.fetch_all("SELECT value FROM item ORDER BY id")] == wanted
+        found = "SELECT count(*) FROM item WHERE id IN (SELECT value FROM json_each(:ids))"
+        assert await db.fetch_value(found, {"ids": [1, 2, 3]}) == 3
+        async with db.stream("SELECT :a AS a", {"a": Money(1)}) as rows:
+            assert [row["a"] async for row in rows] == [1]
+        with pytest.raises(errors.QueryExecutionError, match=r"Money"):
+            await audit.execute(ways[0], (Money(1),))
+        for kind, function in ((int, str), (str, str), (5, str), (Money, 5)):
+            with pytest.raises(errors.ConfigurationError, match="'default'"):
+                db.adapt(kind, function)
+    finally:
+        db._adapters.clear()
+
+
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value = value
