@@ -7,6 +7,10 @@ Foreign keys are not enforced while a migration runs. Changing a table in SQLite
 copy it, drop it and rename the copy (sqlite.org/lang_altertable.html#otheralter); enforced, the drop would delete or
 refuse because of the rows that refer to it. The PRAGMA has no effect inside a transaction, so it stands outside. Before
 each commit `foreign_key_check` finds what the migration has broken; what was broken before it is none of its business.
+
+A migration changes the database, not the connection, which goes on to serve everybody else. What would change that (most
+PRAGMAs, ATTACH), and what SQLite cannot do within a transaction, is refused before the first file runs. The few PRAGMAs
+that schema changes are made with, and temporary tables, are put right behind each file.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING
 from database.errors import DatabaseError, MigrationError
 from database.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.sqlite3 import analysis
+from database.statements import CONTROL
 
 if TYPE_CHECKING:
     from database.sqlite3.connection import SqliteSession
@@ -42,8 +47,6 @@ _EXISTS = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?"
 _READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number"  # noqa: S608 - a constant
 _WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"  # noqa: S608 - a constant
 
-_BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*", re.DOTALL)
-
 
 def applied(session: SqliteSession) -> tuple[Applied, ...]:
     """The database's record; empty where it has none."""
@@ -63,9 +66,14 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
         if number is not None and not 0 < number <= len(migrations):
             raise MigrationError(f"{order.folder} holds no migration {number}, which `{option}` names")
     record = applied(session)
-    if order.baseline is None and not _wanted(migrations, record, order):
-        return MigrationReport((), len(record), order.dry_run)
+    if order.baseline is None:
+        left = _wanted(migrations, record, order)
+        if not left:
+            return MigrationReport((), len(record), order.dry_run)
+        for migration in left:
+            _check(migration)
     raw = session.raw
+    before = _kept_pragmas(raw)
     enforced = bool(raw.execute("PRAGMA foreign_keys").fetchone()[0])
     if enforced:
         raw.execute("PRAGMA foreign_keys = OFF")
@@ -73,14 +81,127 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
         if order.baseline is not None:
             return _baseline(session, migrations, order)
         if order.dry_run:
-            return _try(session, migrations, order, enforced=enforced)
-        return _apply(session, migrations, order, enforced=enforced)
+            return _try(session, migrations, order, before, enforced=enforced)
+        return _apply(session, migrations, order, before, enforced=enforced)
     finally:
         try:
             session.rollback()
+            _put_right(raw, before)
         finally:
             if enforced:
                 _enforce_again(raw)
+
+
+# What a file may hold
+
+_TOLD = frozenset(
+    {"user_version", "application_id", "schema_version", "defer_foreign_keys", "foreign_keys", "optimize"}
+)
+"""PRAGMAs that may be given a value: they change the database, end with the transaction, or do nothing within one."""
+
+_PUT_RIGHT = ("legacy_alter_table", "writable_schema", "ignore_check_constraints", "recursive_triggers")
+"""PRAGMAs of the connection that schema changes are made with."""
+
+_TABLES = frozenset({*analysis.ARGUMENT_PRAGMAS, "incremental_vacuum"})
+
+_NAME = r"""(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|`(?:[^`]|``)*`|\[[^\]]*\]|[^\W\d]\w*)"""
+_GAP = r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*"
+_BLANK = re.compile(_GAP, re.DOTALL)
+_PRAGMA = re.compile(
+    rf"{_GAP}PRAGMA{_GAP}(?:{_NAME}{_GAP}\.{_GAP})?(?P<name>{_NAME}){_GAP}(?P<value>[=(])?", re.DOTALL | re.IGNORECASE
+)
+
+_EXPLAIN = re.compile(rf"\A{_GAP}EXPLAIN(?:{_GAP}QUERY{_GAP}PLAN)?", re.DOTALL | re.IGNORECASE)
+
+
+def _check(migration: Migration) -> None:
+    """Refuses what a migration must not hold.
+
+    Raises:
+        MigrationError: Names file and line.
+    """
+    position = 0
+    for text in analysis.split(migration.sql):
+        position = migration.sql.index(text, position)
+        why = _refusal(text)
+        if why:
+            offset = position + _start(text)
+            line = migration.sql.count("\n", 0, offset) + 1
+            raise MigrationError(f"{migration.path}:{line}: {why}; nothing was applied")
+        position += len(text)
+
+
+def _refusal(text: str) -> str:
+    """Why a statement cannot stand in a migration; empty if it can."""
+    verb = analysis.analyse(text).verb
+    if verb == "VACUUM":
+        return "VACUUM cannot be done within a transaction: run it outside migrations, with `python -m database shell`"
+    if verb in ("ATTACH", "DETACH"):
+        return f"{verb} would stay with the connection: name the other file in the configuration, under `attach`"
+    if verb == "EXPLAIN":  # some PRAGMAs take effect while they are compiled
+        return _refusal(_EXPLAIN.sub("", text, count=1))
+    if verb != "PRAGMA":
+        return ""
+    match = _PRAGMA.match(text)
+    if match is None:  # a syntax error: SQLite says which
+        return ""
+    name = match["name"].strip("\"'`[]").lower()
+    if (
+        name in _TOLD
+        or name in _PUT_RIGHT
+        or name in _TABLES
+        or (match["value"] is None and name in analysis.READ_PRAGMAS)
+    ):
+        return ""
+    where = f"set `{name}`" if name in _SETTINGS else "set it under `pragmas`"
+    if name in ("journal_mode", "auto_vacuum", "page_size", "encoding", "wal_checkpoint"):
+        within = f"PRAGMA {name} has no effect within a transaction"
+        return (
+            f"{within}: {where} in the configuration" if name in _SETTINGS else f"{within}: run it outside migrations"
+        )
+    return f"PRAGMA {name} would change the connection, not the database: {where} in the configuration"
+
+
+_SETTINGS = frozenset({"journal_mode", "synchronous", "cache_size", "busy_timeout"})
+
+
+def _start(text: str) -> int:
+    """Where a statement begins, behind blanks and comments."""
+    match = _BLANK.match(text)
+    return 0 if match is None else match.end()
+
+
+def _kept_pragmas(raw: sqlite3.Connection) -> dict[str, int]:
+    return {name: int(raw.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PUT_RIGHT}
+
+
+def _temporary(raw: sqlite3.Connection) -> set[tuple[str, str]]:
+    rows = raw.execute("SELECT type, name FROM temp.sqlite_master WHERE name NOT LIKE 'sqlite^_%' ESCAPE '^'")
+    return {(str(row[0]), str(row[1])) for row in rows}
+
+
+def _drop_temporary(raw: sqlite3.Connection, before: set[tuple[str, str]]) -> None:
+    """Drops what a file has left in the connection's own schema, inside the file's transaction."""
+    for kind, name in sorted(_temporary(raw) - before, key=lambda each: each[0] == "table"):
+        quoted = name.replace('"', '""')
+        raw.execute(f'DROP {kind} IF EXISTS temp."{quoted}"')
+
+
+def _put_right(raw: sqlite3.Connection, before: dict[str, int]) -> None:
+    for name, value in before.items():
+        for _ in range(3):  # whoever cancels interrupts whatever runs at that moment, and that may be this
+            with suppress(sqlite3.OperationalError):
+                if int(raw.execute(f"PRAGMA {name}").fetchone()[0]) == value:
+                    break
+                raw.execute(f"PRAGMA {name} = {value}")
+        else:
+            raise _given_up(f"PRAGMA {name} cannot be set back")
+
+
+def _given_up(message: str) -> sqlite3.Error:
+    error = sqlite3.InternalError(message)
+    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up
+    return error
 
 
 def _enforce_again(raw: sqlite3.Connection) -> None:
@@ -91,9 +212,7 @@ def _enforce_again(raw: sqlite3.Connection) -> None:
             raw.execute("PRAGMA foreign_keys = ON")
             if raw.execute("PRAGMA foreign_keys").fetchone()[0]:
                 return
-    error = sqlite3.InternalError("foreign keys cannot be enforced again")
-    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up
-    raise error
+    raise _given_up("foreign keys cannot be enforced again")
 
 
 def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], order: Order) -> tuple[Migration, ...]:
@@ -109,7 +228,12 @@ def _begin(session: SqliteSession, order: Order) -> tuple[Applied, ...]:
 
 
 def _apply(
-    session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool
+    session: SqliteSession,
+    migrations: tuple[Migration, ...],
+    order: Order,
+    before: dict[str, int],
+    *,
+    enforced: bool,
 ) -> MigrationReport:
     done: list[Migration] = []
     tolerated: Counter[tuple[str, str]] | None = None
@@ -128,18 +252,27 @@ def _apply(
             tolerated = session.broken_references()  # what was broken before: looked for only when it matters
             continue
         session.commit()
+        _put_right(session.raw, before)
         done.append(left[0])
         _logger.info("migration %s applied in %.3f s", left[0].name, seconds)
         if order.progress is not None:
             order.progress(left[0], seconds)
 
 
-def _try(session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool) -> MigrationReport:
+def _try(
+    session: SqliteSession,
+    migrations: tuple[Migration, ...],
+    order: Order,
+    before: dict[str, int],
+    *,
+    enforced: bool,
+) -> MigrationReport:
     record = _begin(session, order)
     left = _wanted(migrations, record, order)
     tolerated = session.broken_references() if enforced else None
     for migration in left:
         seconds = _run(session, migration, tolerated, enforced=enforced)
+        _put_right(session.raw, before)
         if order.progress is not None:
             order.progress(migration, seconds)
     session.rollback()
@@ -171,16 +304,23 @@ def _run(
     """One file, inside the open transaction."""
     began = time.perf_counter()
     position = 0
+    temporary = _temporary(session.raw)
     cursor = session.raw.cursor()
     try:
         for text in analysis.split(migration.sql):
             position = migration.sql.index(text, position)
             try:
+                statement = analysis.analyse(text)
+                if statement.kind == CONTROL:
+                    raise MigrationError(
+                        f"{statement.verb} is the package's own business here, for each file is one transaction: leave it out,"
+                        " and split the file where a part is to stand although the next one fails"
+                    )
                 cursor.execute(text)
                 if cursor.description is not None:
                     cursor.fetchall()
             except Exception as error:
-                raise _failed(session, migration, position + _BLANK.match(text).end(), error) from error  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+                raise _failed(session, migration, position + _start(text), error) from error
             if not session.in_transaction:
                 raise MigrationError(
                     f"{migration.path}: the database has ended the transaction by itself; nothing is kept"
@@ -188,6 +328,7 @@ def _run(
             position += len(text)
     finally:
         cursor.close()
+    _drop_temporary(session.raw, temporary)
     if enforced and (broken := session.broken_references() - (tolerated or Counter())):
         (table, parent), count = broken.most_common(1)[0]
         raise _BrokenError(
