@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from database import errors
-    from database.neutral import transactional, transactional_readonly
-    from database.queries import load_queries
-    from database.registry import close_all, configure, get_db, lifespan
+    from database.session.face import transactional, transactional_readonly
+    from database.session.queries import load_queries
+    from database.session.registry import close_all, configure, get_db, lifespan
 
 __all__ = [
     "close_all",
@@ -33,9 +33,9 @@ def __getattr__(name: str) -> Any:
     if name == "errors":
         found: Any = import_module("database.errors")
     else:
-        module = "database.neutral" if name.startswith("transactional") else "database.registry"
+        module = "database.session.face" if name.startswith("transactional") else "database.session.registry"
         if name == "load_queries":
-            module = "database.queries"
+            module = "database.session.queries"
         found = getattr(import_module(module), name)
     globals()[name] = found  # asked only once
     return found

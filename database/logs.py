@@ -26,9 +26,10 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from database.driver.backend import Observer
 from database.driver.lease import Lease
+from database.driver.observer import Observer
 from database.driver.request import Request
+from database.engine.statement import Result, Statement
 from database.errors import (
     DatabaseError,
     QueryExecutionError,
@@ -38,7 +39,6 @@ from database.errors import (
     shorten,
 )
 from database.settings import LoggingSettings
-from database.statements import Result, Statement
 
 __all__ = ["ConsoleFormatter", "ForwardHandler", "Instrumentation", "LogObserver", "harmless", "set_up"]
 
@@ -138,7 +138,7 @@ def tear_down() -> None:
 
 
 class LogObserver:
-    """Reports one database's statements, transactions and errors. See `database.driver.backend.Observer`."""
+    """Reports one database's statements, transactions and errors. See `database.engine.contract.Observer`."""
 
     __slots__ = ("_name", "_settings", "_slow", "slow_transaction")
 

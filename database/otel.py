@@ -29,13 +29,13 @@ from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from database import logs
-from database.driver import registry
+from database.driver import process as registry
 from database.driver.lease import Lease
 from database.driver.request import COMMIT, MANY, SCRIPT, Request
 from database.driver.worker import here
+from database.engine.statement import Result, Statement
 from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, QueryExecutionError
 from database.logs import LogObserver, harmless, parameters_of
-from database.statements import Result, Statement
 
 try:
     from opentelemetry import metrics, trace
@@ -43,7 +43,7 @@ except ImportError as error:
     raise ImportError("database.otel needs opentelemetry-api: pip install 'jobu-database[otel]'") from error
 
 if TYPE_CHECKING:
-    from database.driver.backend import Observer
+    from database.driver.observer import Observer
     from database.driver.pool import Pool
 
 __all__ = ["instrument", "sanitize", "summarize", "uninstrument"]

@@ -21,8 +21,8 @@ import pytest
 __all__ = ["layer"]
 
 if TYPE_CHECKING:
-    from database.handle import Database
     from database.sandbox import Sandbox, Setup
+    from database.session.database import Database
 
 Sandboxes = dict[str, "Sandbox"]
 

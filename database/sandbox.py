@@ -32,9 +32,10 @@ from urllib.parse import quote
 
 import anyio
 
-from database import registry, settings
+from database import settings
 from database.errors import DatabaseError
-from database.handle import Database, Parked
+from database.session import registry
+from database.session.database import Database, Parked
 from database.settings import Configuration, Settings
 
 __all__ = ["Layer", "Sandbox", "Setup"]

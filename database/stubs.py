@@ -99,9 +99,9 @@ def _read(path: Path, engine: str) -> dict[str, Any]:
     from aiosql.query_loader import QueryLoader  # noqa: PLC0415  - only those who use query files pay for it
     from aiosql.utils import SQLLoadException, SQLParseException  # noqa: PLC0415
 
-    from database import engine as engines  # noqa: PLC0415
+    from database.engine import contract  # noqa: PLC0415
 
-    adapter: Any = engines.load(engine).adapter
+    adapter: Any = contract.load(engine).adapter
     loader: Any = QueryLoader(adapter(), cast("Any", _Names()), "__", mandatory_parameters=False)
     try:
         if path.is_dir():

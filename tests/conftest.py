@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import pytest
 
-from database import registry
-from database.handle import Database
+from database.session import registry
+from database.session.database import Database
 from tests.contract.support import Engine, collected, is_idle, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
 

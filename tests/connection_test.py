@@ -9,7 +9,7 @@ import pytest
 
 from database import errors
 from database.settings import SqliteSettings
-from database.sqlite3 import connection
+from database.sqlite3 import opening
 
 
 class Stubborn:
@@ -31,7 +31,7 @@ def test_a_pragma_that_does_not_take(pragma: str, tmp_path: Any) -> None:
     raw = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
     try:
         with pytest.raises(errors.ConnectionFailedError, match=f"PRAGMA {pragma} did not take"):
-            connection._apply(
+            opening._apply(
                 Stubborn(raw, pragma), SqliteSettings("default", "x.db"), "x.db", lambda: False, readonly=False
             )
     finally:

@@ -9,8 +9,9 @@ from typing import Any
 import anyio
 import pytest
 
-from database import close_all, configure, errors, registry
+from database import close_all, configure, errors
 from database.copy import copy, find, main
+from database.session import registry
 from tests.conftest import make_engine
 
 SQLITE_SCHEMA = """

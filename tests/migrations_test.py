@@ -15,8 +15,8 @@ import anyio.lowlevel
 import pytest
 
 from database import errors
-from database.migrations import load
-from database.sqlite3.connection import is_broken
+from database.engine.migrations import load
+from database.sqlite3.failures import is_broken
 from database.sqlite3.migrate import _enforce_again
 from tests.contract.support import SLOW_INSERT, eventually
 

@@ -20,7 +20,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from database import monitor
+from database.driver import monitor
 from database.driver.pool import PoolStats
 from tests.contract.support import eventually
 
@@ -209,7 +209,7 @@ def test_after_a_fork(folder: Path, tmp_path: Path) -> None:
     """A forked child leaves its parent's socket alone, and has one of its own when it opens a pool."""
     code = f"""
 import os, sys, time, anyio
-from database import monitor
+from database.driver import monitor
 from database.sqlite3 import configure, get_db
 folder = {str(folder)!r}
 configure({{"database": {{"sqlite": {{"path": {str(tmp_path / "x.db")!r}, "init_sql": "", "monitor": folder}}}}}})

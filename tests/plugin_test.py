@@ -497,7 +497,7 @@ def test_it_keeps_out_of_the_way(project: Project) -> None:
         import sys, pytest
 
         def test_not_imported():
-            for name in ("database.handle", "database.sqlite3", "database.sandbox", "aiosql", "yaml", "_sqlite3"):
+            for name in ("database.session.database", "database.sqlite3", "database.sandbox", "aiosql", "yaml", "_sqlite3"):
                 assert name not in sys.modules, name
 
         @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from database.cli.support import Status, Target, duration, err, fail, in_thread, out, out_json, run, size
-from database.handle import Database
+from database.session.database import Database
 
 __all__ = ["backup", "copy", "file_in"]
 

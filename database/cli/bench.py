@@ -32,9 +32,9 @@ from rich.text import Text
 
 from database import errors
 from database.cli.support import Failure, Status, Target, clean, err, fail, out, out_json, run
-from database.registry import close_all, configure
+from database.session.registry import close_all, configure
 from database.settings import MEMORY
-from database.sqlite3.public import get_db, transactional
+from database.sqlite3 import get_db, transactional
 
 __all__ = ["bench"]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from database.cli.support import Status, fail, quote
 from database.cli.values import Document, Exact, fits, from_csv, json_text
-from database.handle import Database
+from database.session.database import Database
 from database.sqlite3.analysis import split as sqlite_split
 
 __all__ = ["Column", "Dialect", "dialect_of"]

@@ -20,7 +20,7 @@ from database.cli.dialects import dialect_of
 from database.cli.records import check_delimiter, format_of
 from database.cli.support import Status, Target, duration, err, fail, quote, remark, run, utf8
 from database.cli.values import csv_text, json_text, kind_in_csv
-from database.handle import Database
+from database.session.database import Database
 
 __all__ = ["Writing", "export_query", "progress"]
 

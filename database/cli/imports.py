@@ -21,7 +21,7 @@ from database.cli.exports import progress
 from database.cli.records import Reading, Record, Source
 from database.cli.support import Failure, Status, Target, duration, fail, out, out_json, quote, remark, run, utf8
 from database.cli.values import kind_in_csv, kind_in_json, suiting
-from database.handle import Database
+from database.session.database import Database
 
 __all__ = ["import_file"]
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from database.cli.backup import copy, file_in
 from database.cli.support import Status, Target, Verdict, choose, clean, duration, fail, out, out_json, remark, run
-from database.migrations import Migration, MigrationReport, MigrationStatus
+from database.engine.migrations import Migration, MigrationReport, MigrationStatus
 from database.settings import MEMORY
 
 __all__ = ["init", "migrate"]

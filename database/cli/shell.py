@@ -41,8 +41,8 @@ from database.cli.support import (
     utf8,
 )
 from database.cli.values import csv_text, json_text
-from database.handle import Database
-from database.statements import CONTROL, READ
+from database.engine.statement import CONTROL, READ
+from database.session.database import Database
 
 __all__ = ["shell"]
 

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.text import Text
 
 from database import errors, settings
-from database.handle import Database
-from database.registry import close_all, get_db
+from database.session.database import Database
+from database.session.registry import close_all, get_db
 from database.settings import MEMORY
 
 __all__ = [

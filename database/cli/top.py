@@ -1,4 +1,4 @@
-"""`top`: what the pools of running processes are doing, live. Reads the sockets that `database.monitor` offers."""
+"""`top`: what the pools of running processes are doing, live. Reads the sockets that `database.driver.monitor` offers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from database import monitor
 from database.cli.support import ENGINES, Status, Target, choose, clean, duration, fail, out, out_json, size
+from database.driver import monitor
 
 __all__ = ["top"]
 

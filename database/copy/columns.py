@@ -23,7 +23,7 @@ from typing import Any
 from uuid import UUID
 
 from database import errors
-from database.handle import Database
+from database.session.database import Database
 
 __all__ = ["Column", "Form", "Way", "form_of", "normalised", "quote", "way"]
 

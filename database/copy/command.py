@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from database import errors, registry
+from database import errors
 from database.copy.work import Progress, copy
-from database.handle import Database
+from database.session import registry
+from database.session.database import Database
 
 __all__ = ["add_arguments", "find", "main", "run"]
 

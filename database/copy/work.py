@@ -15,8 +15,8 @@ from typing import Any
 
 from database import errors
 from database.copy.columns import Column, Form, Way, form_of, normalised, quote, way
-from database.handle import Database
-from database.migrations import TABLE as MIGRATIONS
+from database.engine.migrations import TABLE as MIGRATIONS
+from database.session.database import Database
 
 __all__ = ["NOTES", "Progress", "Report", "Table", "copy"]
 

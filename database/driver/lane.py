@@ -24,10 +24,10 @@ from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
-from database.driver.backend import Alone, Interrupted
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, WAKE, Servable, Worker
+from database.engine.contract import Alone, Interrupted
 from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from database.driver.backend import Interrupted, Session
 from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
+from database.engine.contract import Interrupted, Session
 from database.errors import PoolClosedError, TransactionError
 
 if TYPE_CHECKING:

@@ -34,15 +34,16 @@ from time import perf_counter
 
 import anyio
 
-from database.driver import registry
-from database.driver.backend import Backend, Observer, Session
+from database.driver import process as registry
 from database.driver.courtesy import Courtesy
 from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
+from database.driver.observer import Observer, aside
 from database.driver.request import STATEMENT, Request
-from database.driver.shared import SharedLane
+from database.driver.shared_lane import SharedLane
 from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker, here
+from database.engine.contract import Backend, Session
 from database.errors import (
     ConnectionFailedError,
     ConnectionPoolExhaustedError,
@@ -50,7 +51,7 @@ from database.errors import (
     PoolClosedError,
 )
 
-__all__ = ["Pool", "PoolStats", "aside"]
+__all__ = ["Pool", "PoolStats"]
 
 DRAIN_SECONDS = 10.0
 """How long a closing pool lets statements go on that run already."""
@@ -669,14 +670,6 @@ class Pool:
             lease.doom = PoolClosedError("this transaction belongs to the process that this one was forked from")
             lease.ended = True
         return [worker.session for worker in (self.writer, *self._readers) if worker.session is not None]
-
-
-def aside(function: Callable[[], None]) -> None:
-    """Runs what may have to wait (a log handler) on a thread of its own, for an event loop must not. Any thread."""
-    try:
-        Thread(target=function, name="database-log", daemon=True).start()
-    except RuntimeError:  # the interpreter is about to end
-        function()
 
 
 def _again(error: BaseException) -> BaseException:

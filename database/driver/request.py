@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
-from database.driver.backend import Operation
+from database.engine.contract import Operation
 
 __all__ = [
     "ALONE",

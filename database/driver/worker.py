@@ -21,7 +21,7 @@ end it waits for `_guard`, which the loop's thread holds while it looks and inte
 Commits are entered under the guard, for they may not be interrupted at all.
 
 After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
-hangs an exit, and `database.driver.registry` stops them at exit.
+hangs an exit, and `database.driver.process` stops them at exit.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from threading import Lock, Thread, local
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from database.driver.backend import Alone, Interrupted, Role, Session
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Home, Request
 from database.driver.wakeup import Notice
+from database.engine.contract import Alone, Interrupted, Role, Session
 from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 from database import errors
-from database.statements import CONTROL, OTHER, READ, WRITE, Statement
+from database.engine.statement import CONTROL, OTHER, READ, WRITE, Statement
 
 __all__ = ["Insert", "Plan", "analyse", "plan_of", "split"]
 

@@ -36,6 +36,7 @@ from psycopg.types.json import JsonbDumper
 
 from database import errors
 from database.driver.request import Request
+from database.engine.statement import CONTROL, OTHER, READ, Result, Statement
 from database.postgresql import analysis
 from database.postgresql.analysis import Plan
 from database.postgresql.failures import (
@@ -55,7 +56,6 @@ from database.postgresql.failures import (
 )
 from database.postgresql.values import BindError, bind, coercion, row_class
 from database.settings import PostgresqlSettings
-from database.statements import CONTROL, OTHER, READ, Result, Statement
 
 __all__ = ["Connection", "PostgresqlSession", "may_join"]
 
@@ -168,7 +168,7 @@ def _rows(cursor: Any) -> Callable[[Sequence[Any]], Any]:
 
 
 class PostgresqlSession:
-    """See `database.driver.backend.Session`."""
+    """See `database.engine.contract.Session`."""
 
     __slots__ = (
         "_began",

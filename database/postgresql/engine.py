@@ -1,4 +1,4 @@
-"""PostgreSQL, as `database.engine.Engine` and `database.driver.backend.Backend` describe an engine."""
+"""PostgreSQL, as `database.engine.contract` describes an engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
-from database.driver.backend import Backend, Role
-from database.engine import Engine
+from database.engine.contract import Backend, Engine, Role
 from database.postgresql import analysis
-from database.postgresql.adapter import adapter
 from database.settings import PostgresqlSettings
 
 try:
@@ -100,13 +98,20 @@ def _initialise(session: PostgresqlSession, settings: PostgresqlSettings) -> Non
         session.rollback()
 
 
+def _adapter() -> Any:
+    """Makes aiosql's synchronous adapter."""
+    from aiosql.adapters.pyformat import PyFormatAdapter  # noqa: PLC0415  - only those who use query files pay for it
+
+    return cast("Any", PyFormatAdapter)()
+
+
 ENGINE = Engine(
     name="postgresql",
     analyse=analysis.analyse,
     control_error=control_error,
     operations=PostgresqlSession,
     backend=cast("Any", _backend),
-    adapter=adapter,
+    adapter=_adapter,
     single_writer=False,
     replica_backend=cast("Any", _replica_backend),
 )

@@ -13,7 +13,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from database import errors
-from database.driver.backend import Role
+from database.engine.contract import Role
 from database.postgresql.connection import Connection, PostgresqlSession
 from database.settings import PostgresqlSettings
 

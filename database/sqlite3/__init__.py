@@ -4,18 +4,23 @@ from database.sqlite3 import get_db, transactional, transactional_readonly
 """
 
 from database.driver.pool import PoolStats
-from database.handle import Database
-from database.registry import close_all, configure
-from database.sqlite3.public import get_db, lifespan, load_queries, transactional, transactional_readonly
-from database.statements import Result, Row
-from database.transaction import Transaction
+from database.engine.statement import Result, Row
+from database.session.database import Database
+from database.session.face import Face
+from database.session.queries import load_queries
+from database.session.registry import close_all, configure
+from database.session.statements import TypedQuery
+from database.session.stream import Stream
+from database.session.transaction import Transaction
 
 __all__ = [
     "Database",
     "PoolStats",
     "Result",
     "Row",
+    "Stream",
     "Transaction",
+    "TypedQuery",
     "close_all",
     "configure",
     "get_db",
@@ -24,3 +29,9 @@ __all__ = [
     "transactional",
     "transactional_readonly",
 ]
+
+_face = Face("sqlite3")
+get_db = _face.get_db
+lifespan = _face.lifespan
+transactional = _face.transactional
+transactional_readonly = _face.transactional_readonly

@@ -10,7 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 
-from database.statements import CONTROL, OTHER, READ, WRITE, Statement
+from database.engine.statement import CONTROL, OTHER, READ, WRITE, Statement
 
 __all__ = ["HINT_INSERT", "HINT_NONE", "HINT_UPSERT", "HINT_VACUUM", "READ_PRAGMAS", "analyse", "split"]
 

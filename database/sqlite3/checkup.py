@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from database import errors
-from database.migrations import load, pending
+from database.engine.migrations import load, pending
 from database.settings import MEMORY, SqliteSettings
-from database.sqlite3.connection import open_session
 from database.sqlite3.engine import WAL_RESET_FIXED
 from database.sqlite3.migrate import applied
+from database.sqlite3.opening import open_session
 
 __all__ = ["Finding", "checkup", "measure"]
 

@@ -28,20 +28,16 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from database import errors
-from database.driver.backend import Role
-from database.settings import SqliteSettings
-from database.sqlite3 import analysis
+from database.engine.statement import CONTROL, Result, Statement
+from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
+from database.sqlite3.failures import BUSY_CODES, Patience, control_error, is_busy, read_only
 from database.sqlite3.values import Row, Rows, bind, bind_many
-from database.statements import CONTROL, Result, Statement
 
 if TYPE_CHECKING:
-    from database.migrations import Applied, MigrationReport, Order
+    from database.engine.migrations import Applied, MigrationReport, Order
 
-__all__ = ["SqliteSession", "is_broken", "is_busy", "open_session"]
-
-BUSY_SLICE = 0.02
-"""Seconds for which SQLite's own busy handler waits: it cannot be interrupted, so the driver waits in slices."""
+__all__ = ["SqliteSession"]
 
 PROGRESS_STEPS = 10_000
 """Steps of SQLite's machine between two calls of the progress handler: some 80 µs of the CPU's time."""
@@ -61,18 +57,6 @@ _WRITE_ACTIONS = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite
 _SCHEMA_TABLES = frozenset({"sqlite_master", "sqlite_schema"})
 _CONTROL_ACTIONS = frozenset({sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT})
 
-_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-_BROKEN = frozenset(
-    {
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_PROTOCOL,
-        sqlite3.SQLITE_MISUSE,
-        sqlite3.SQLITE_INTERNAL,
-    }
-)
 
 _SAVEPOINT = f"SAVEPOINT level_0 {_MARK}"
 _RELEASE = f"RELEASE level_0 {_MARK}"
@@ -80,24 +64,9 @@ _RELEASE = f"RELEASE level_0 {_MARK}"
 
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
-_write_locks: dict[str, Lock] = {}
-"""The right to write to a file, within this process: each event loop's pool has a writer of its own."""
-
-
-_inherited: set[tuple[int, int]] = set()
-"""Files that the parent had open, in the middle of something, when this process was forked: device and inode."""
-
-
-def _renew_locks() -> None:
-    _write_locks.clear()  # after a fork: whoever held one is in the parent
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
-
 
 class SqliteSession:
-    """See `database.driver.backend.Session`."""
+    """See `database.engine.contract.Session`."""
 
     __slots__ = (
         "_admitting",
@@ -268,7 +237,7 @@ class SqliteSession:
 
     def _vacuum(self, statement: Statement, params: Any) -> Result:
         if self._restricted:
-            raise _read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
+            raise read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
         self._admitting = not self.raw.in_transaction  # inside one, SQLite itself says why not
         try:
             self._cursor.execute(statement.sql, bind(params))
@@ -308,7 +277,7 @@ class SqliteSession:
                 if statement.hint == HINT_VACUUM:
                     self._vacuum(statement, None)
                     continue
-                patience = _Patience(0 if self.raw.in_transaction else self._patience, self._progress)
+                patience = Patience(0 if self.raw.in_transaction else self._patience, self._progress)
                 while True:  # outside of a transaction each statement is its own, and waits for its own lock
                     try:
                         cursor.execute(text)
@@ -418,7 +387,7 @@ class SqliteSession:
 
     def initialise(self, scripts: list[str], patience: float) -> None:
         """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
-        waiting = _Patience(patience, self._progress)
+        waiting = Patience(patience, self._progress)
         while not self.try_lock(0.01) and waiting.left():  # another event loop's pool may be writing
             pass
         try:
@@ -486,8 +455,8 @@ class SqliteSession:
             raise errors.ConnectionFailedError(str(target), "a database is in use there; back up to another file")
         partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
         try:
-            _create(partial)
-            copy = sqlite3.connect(_uri(partial, "rw"), uri=True, isolation_level=None)
+            files.create(partial)
+            copy = sqlite3.connect(files.uri(partial, "rw"), uri=True, isolation_level=None)
             try:
                 self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
 
@@ -504,9 +473,9 @@ class SqliteSession:
                     self.rollback()
             finally:
                 copy.close()
-            _sync(partial)
+            files.sync(partial)
             partial.replace(target)
-            _sync(target.parent)
+            files.sync(target.parent)
         except OSError as error:
             raise errors.ConnectionFailedError(str(target), f"the backup cannot be written: {error}") from error
         finally:
@@ -533,7 +502,7 @@ class SqliteSession:
         """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
         # An extra reference, never given back: not even the child's own exit may finalize the connection.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
-        _inherited.add(self._identity)
+        files.inherited.add(self._identity)
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
@@ -558,12 +527,12 @@ class SqliteSession:
         if primary == sqlite3.SQLITE_AUTH:
             return self._refused(statement, text)
         if primary == sqlite3.SQLITE_READONLY and self._restricted:
-            return _read_only(text)
+            return read_only(text)
         kind = errors.QueryExecutionError
         message = str(error)
         if primary == sqlite3.SQLITE_CONSTRAINT:
             kind = errors.IntegrityError
-        elif primary in _BUSY:
+        elif primary in BUSY_CODES:
             kind = errors.DatabaseBusyError
             message = f"another process kept its lock for longer than busy_timeout ({message})"
         elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -574,203 +543,13 @@ class SqliteSession:
         if statement is not None and statement.kind == CONTROL:
             return control_error(statement.verb)
         if self._restricted:
-            return _read_only(text)
+            return read_only(text)
         return errors.TransactionError(
             "BEGIN, COMMIT, ROLLBACK, SAVEPOINT and RELEASE are the package's own business: it has a transaction open"
             " around this code. Use db.transaction(), or db.begin() and db.commit(), outside it."
         )
 
 
-def control_error(verb: str) -> errors.TransactionError:
-    """Why a transaction cannot be controlled by SQL text, and what to do instead."""
-    instead = {
-        "BEGIN": "await db.begin(), `async with db.transaction()` or @transactional",
-        "COMMIT": "await db.commit()",
-        "END": "await db.commit()",
-        "ROLLBACK": "await db.rollback()",
-        "SAVEPOINT": "a nested `async with db.transaction()`",
-        "RELEASE": "a nested `async with db.transaction()`",
-    }.get(verb, "the transaction methods of db")
-    return errors.TransactionError(
-        f"{verb} as SQL text would change the transaction behind the package's back, and was not executed: use {instead}"
-    )
-
-
-def _read_only(text: str | None) -> errors.ReadOnlyTransactionError:
-    what = "a write" if text is None else f"this statement: {errors.shorten(text)}"
-    return errors.ReadOnlyTransactionError(f"a read-only transaction or connection refuses {what}")
-
-
 def _records(cursor: sqlite3.Cursor, rows: list[Any], record_class: Any) -> list[Any]:
     names = [column[0] for column in cursor.description]
     return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
-
-
-def is_busy(error: BaseException) -> bool:
-    """Whether somebody else holds a lock. Not BUSY_SNAPSHOT: that one never goes away by waiting."""
-    if isinstance(error, sqlite3.OperationalError):
-        code = getattr(error, "sqlite_errorcode", None)
-        return code is not None and code & 0xFF in _BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
-    return False
-
-
-def is_broken(error: BaseException) -> bool:
-    """Whether the connection can no longer be trusted."""
-    if isinstance(error, sqlite3.Error):
-        code = getattr(error, "sqlite_errorcode", None)
-        return code is not None and code & 0xFF in _BROKEN
-    return False
-
-
-# Opening
-
-
-def open_session(settings: SqliteSettings, path: str, role: Role, progress: Callable[[], bool]) -> SqliteSession:
-    """Opens a connection and applies the settings, each read back.
-
-    Raises:
-        ConnectionFailedError: It cannot be opened, it is no database, or a PRAGMA did not take.
-    """
-    readonly = role == "reader"
-    file = Path(path).absolute()
-    try:
-        if not readonly:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _create(file, exist_ok=True)
-        identity = _identity(file)
-        if identity in _inherited:
-            raise errors.ConnectionFailedError(str(path), _FORKED)
-        raw = sqlite3.connect(
-            _uri(file, "ro" if readonly else "rw"),
-            uri=True,
-            timeout=min(BUSY_SLICE, settings.busy_timeout / 1000),
-            isolation_level=None,
-            check_same_thread=False,  # for `interrupt`; all else happens on the worker's thread
-            cached_statements=256,
-        )
-    except (OSError, sqlite3.Error) as error:
-        raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
-    try:
-        _apply(raw, settings, path, progress, readonly=readonly)
-    except BaseException as error:
-        raw.close()
-        if isinstance(error, sqlite3.Error):
-            raise errors.ConnectionFailedError(str(path), _reason(file, error)) from error
-        raise
-    lock = _write_locks.setdefault(os.path.realpath(file), Lock())
-    return SqliteSession(
-        raw, lock, progress, readonly=readonly, patience=settings.busy_timeout / 1000, identity=identity
-    )
-
-
-class _Patience:
-    """Waits for another process's lock, in slices, until its time is used up or the caller has gone."""
-
-    __slots__ = ("_deadline", "_progress")
-
-    def __init__(self, seconds: float, progress: Callable[[], bool]) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._progress = progress
-
-    def wait(self, error: sqlite3.OperationalError) -> None:
-        """Called after an error: returns when it is time to try again, raises it when there is nothing to wait for."""
-        if not is_busy(error) or not self.left():
-            raise error
-        time.sleep(0.002)
-
-    def left(self) -> bool:
-        """Whether there is time left, and a caller who waits."""
-        return time.monotonic() < self._deadline and not self._progress()
-
-
-def _apply(
-    raw: sqlite3.Connection, settings: SqliteSettings, path: str, progress: Callable[[], bool], *, readonly: bool
-) -> None:
-    wanted: list[tuple[str, object, object]] = [
-        ("cache_size", settings.cache_size, settings.cache_size),
-        ("foreign_keys", int(settings.foreign_keys), int(settings.foreign_keys)),
-        ("synchronous", settings.synchronous, ("OFF", "NORMAL", "FULL", "EXTRA").index(settings.synchronous)),
-    ]
-    # The journal mode is the file's, or the writer's to set; a reader only sees that it is as it should be.
-    journal = (settings.journal_mode, settings.journal_mode.lower())
-    patience = _Patience(settings.busy_timeout / 1000, progress)
-    while True:
-        try:
-            if readonly:
-                if settings.journal_mode == "WAL":
-                    _expect(path, "journal_mode", raw.execute("PRAGMA journal_mode").fetchone()[0], journal[1])
-            else:
-                _expect(
-                    path,
-                    "journal_mode",
-                    raw.execute(f"PRAGMA journal_mode = {journal[0]}").fetchone()[0],
-                    journal[1],
-                )
-            for name, value, shown in wanted:
-                raw.execute(f"PRAGMA {name} = {value}")  # names and values were checked against fixed lists and types
-                _expect(path, name, raw.execute(f"PRAGMA {name}").fetchone()[0], shown)
-            return
-        except sqlite3.OperationalError as error:
-            patience.wait(error)
-
-
-def _expect(path: str, name: str, found: object, wanted: object) -> None:
-    if str(found).lower() != str(wanted).lower():
-        raise errors.ConnectionFailedError(
-            path,
-            f"PRAGMA {name} did not take: it is {found!r} instead of {wanted!r}; change {name} in the configuration",
-        )
-
-
-def _uri(path: Path, mode: str) -> str:
-    return f"{path.absolute().as_uri()}?mode={mode}"
-
-
-_FORKED = (
-    "this process was forked while its parent had a transaction or a statement running on this database. SQLite keeps"
-    " its locks per process, so using the file here could lose data. Fork when the database is at rest, or start the"
-    " process by multiprocessing's 'spawn' or 'forkserver'"
-)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def _create(path: Path, *, exist_ok: bool = False) -> None:
-    """Creates an empty file that only its owner can read: SQLite gives the same rights to what it puts beside it."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except FileExistsError:
-        if not exist_ok:
-            raise
-
-
-def _sync(path: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _reason(path: Path, error: BaseException) -> str:
-    """What is wrong, in words that help more than SQLite's "unable to open database file"."""
-    if path.is_dir():
-        return "it is a directory, not a file"
-    if (
-        isinstance(error, sqlite3.DatabaseError)
-        and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_NOTADB
-    ):
-        return f"it is not an SQLite database ({error})"
-    for part in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            if part != path and part.exists() and not part.is_dir():
-                return f"{str(part)!r} is a file, not a directory"
-    if isinstance(error, PermissionError) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
-        return f"permission denied ({error})"
-    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
-        return f"its directory cannot be written to, which SQLite needs for its journal ({error})"
-    return str(error)

@@ -1,4 +1,4 @@
-"""SQLite, as `database.engine.Engine` and `database.driver.backend.Backend` describe an engine."""
+"""SQLite, as `database.engine.contract` describes an engine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import sqlite3
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 from database import errors
-from database.driver.backend import Backend, Role
-from database.engine import Engine
+from database.engine.contract import Backend, Engine, Role
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis
-from database.sqlite3.adapter import adapter
-from database.sqlite3.connection import BUSY_SLICE, SqliteSession, control_error, is_broken, is_busy, open_session
+from database.sqlite3.connection import SqliteSession
+from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
+from database.sqlite3.opening import open_session
 
 __all__ = ["ENGINE"]
 
@@ -53,7 +54,7 @@ def _backend(settings: SqliteSettings) -> Backend:
             try:
                 _initialise(session, settings)
                 if settings.auto_migrate and settings.migrations is not None:
-                    from database.migrations import Order  # noqa: PLC0415  - most programs do without
+                    from database.engine.migrations import Order  # noqa: PLC0415  - most programs do without
 
                     session.migrate(Order(settings.migrations))
             except BaseException as error:
@@ -102,8 +103,15 @@ def _scripts(text: str) -> list[str]:
         return [text]
     from aiosql.query_loader import QueryLoader  # noqa: PLC0415  - most files are loaded once, at the first use
 
-    loader = QueryLoader(adapter(), None, mandatory_parameters=False)
+    loader = QueryLoader(_adapter(), None, mandatory_parameters=False)
     return [datum.sql for datum in loader.load_query_data_from_sql(text, [])]
+
+
+def _adapter() -> Any:
+    """Makes aiosql's synchronous adapter."""
+    from aiosql.adapters.sqlite3 import SQLite3Adapter  # noqa: PLC0415  - only those who use query files pay for it
+
+    return cast("Any", SQLite3Adapter)()
 
 
 ENGINE = Engine(
@@ -112,6 +120,6 @@ ENGINE = Engine(
     control_error=control_error,
     operations=SqliteSession,
     backend=_backend,
-    adapter=adapter,
+    adapter=_adapter,
     single_writer=True,
 )

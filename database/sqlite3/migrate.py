@@ -23,10 +23,10 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
+from database.engine.statement import CONTROL
 from database.errors import DatabaseError, MigrationError
-from database.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.sqlite3 import analysis
-from database.statements import CONTROL
 
 if TYPE_CHECKING:
     from database.sqlite3.connection import SqliteSession

@@ -105,7 +105,7 @@ def test_the_package_does_not_import_the_tool() -> None:
     code = (
         "import sys, database.sqlite3\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('typer', 'rich', 'prompt_toolkit')"
-        " or name in ('database.cli', 'database.monitor', 'database.migrations')])"
+        " or name in ('database.cli', 'database.driver.monitor', 'database.engine.migrations')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

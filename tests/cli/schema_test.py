@@ -115,7 +115,7 @@ def test_backup(cli: Cli, shop: Path, tmp_path: Path) -> None:
 
 def test_verify_finds_damage(cli: Cli, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that is damaged is not called verified: it says what is wrong, and the status is 1."""
-    from database.handle import Database
+    from database.session.database import Database
 
     async def copy(_db: Database, path: Path, *, progress: Any) -> None:
         progress(0, 0, 1)

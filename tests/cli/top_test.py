@@ -16,7 +16,7 @@ Cli = Callable[..., Any]
 
 SERVICE = """
 import sys, time, anyio
-from database import monitor
+from database.driver import monitor
 from database.sqlite3 import configure, get_db
 configure({"database": {"sqlite": {"path": sys.argv[1], "init_sql": "", "monitor": sys.argv[2]}}})
 async def main():

@@ -65,7 +65,9 @@ async def test_time_runs_out_during_the_commit(
     slow_commits: None, make_db: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     """A commit that has begun goes through, and then the transaction has not timed out: nobody is told it was undone."""
-    monkeypatch.setattr("database.driver.wakeup.GRACE", 5)  # what a cancelled caller of `offload` waits for its worker
+    monkeypatch.setattr(
+        "database.driver.wakeup.waker.GRACE", 5
+    )  # what a cancelled caller of `offload` waits for its worker
     db = await make_db()
     results: list[Any] = []
     told: list[str] = []

@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 from database import get_db, transactional
-from database.driver import wakeup
+from database.driver.wakeup import on_trio
 from tests.contract.support import (
     SLOW_ROWS,
     SLOW_SELECT,
@@ -584,8 +584,8 @@ async def test_trio_of_another_making(db: Any, anyio_backend: Any, monkeypatch: 
     if anyio_backend[0] != "trio":
         pytest.skip("trio only")
     await db.open()
-    lowlevel = wakeup._TrioRequest.lowlevel
-    assert wakeup._find_trap(lowlevel) is wakeup._TrioRequest.wait is not None
+    lowlevel = on_trio._TrioRequest.lowlevel
+    assert on_trio._find_trap(lowlevel) is on_trio._TrioRequest.wait is not None
 
     class Trap:
         def __init__(self, abort: Any) -> None:
@@ -605,8 +605,8 @@ async def test_trio_of_another_making(db: Any, anyio_backend: Any, monkeypatch: 
         def __await__(self) -> Any:
             yield self.what
 
-    assert wakeup._find_trap(Other) is None
-    monkeypatch.setattr(wakeup._TrioRequest, "wait", None)
+    assert on_trio._find_trap(Other) is None
+    monkeypatch.setattr(on_trio._TrioRequest, "wait", None)
     await add(db, "a")
     with anyio.move_on_after(0.05) as scope:
         await db.fetch_value(SLOW_SELECT)

@@ -16,11 +16,12 @@ import anyio
 
 from database.driver.worker import here
 from database.errors import TransactionError
-from database.transaction import Origin, Transaction, run_callbacks
+from database.session.origin import Origin
+from database.session.transaction import Transaction, run_callbacks
 
 if TYPE_CHECKING:
     from database.driver.request import Request
-    from database.handle import Database
+    from database.session.database import Database
 
 __all__ = ["Job", "Offloaded"]
 

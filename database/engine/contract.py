@@ -1,16 +1,20 @@
 """What an engine fills in, so that the driver can run any database.
 
+An `Engine` is what the parts that know no engine ask: how SQL text is analysed, which operations there are.
 A `Session` is one connection together with what its thread knows of it; every method of it but `interrupt` is
 called on the thread that opened it. A `Backend` opens sessions and carries the few figures the driver needs.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-__all__ = ["Alone", "Backend", "Interrupted", "Observer", "Role", "Session"]
+from database.engine.statement import Statement
+
+__all__ = ["Alone", "Backend", "Engine", "Interrupted", "Operation", "Role", "Session", "load"]
 
 Role = str
 """`"reader"` or `"writer"`; `"shared"` where all connections do both."""
@@ -103,58 +107,6 @@ class Session(Protocol):
         ...
 
 
-class Observer(Protocol):
-    """Hears of statements and transactions, on a worker's thread, or on one of its own: never on the event loop's.
-
-    It must not raise, and while it blocks, the connection does.
-    """
-
-    @property
-    def slow_transaction(self) -> float | None:
-        """Seconds from which a transaction that keeps others waiting is reported while it does so; None: never."""
-        ...
-
-    def threshold(self) -> float | None:
-        """Seconds from which a statement is reported; 0 for all, None for none. Asked once a batch."""
-        ...
-
-    def statement(self, request: Any, seconds: float, worker: str) -> None:
-        """One statement was executed (or failed)."""
-        ...
-
-    def transaction(self, lease: Any, outcome: str, seconds: float) -> None:
-        """A transaction was committed or rolled back."""
-        ...
-
-    def long_read(self, holder: str, seconds: float) -> None:
-        """Somebody has been reading for so long that the WAL cannot be reset."""
-        ...
-
-    def lost(self, where: str) -> None:
-        """A stream or a transaction was thrown away open."""
-        ...
-
-    def committed(self, size: int) -> None:
-        """One COMMIT has succeeded, which held that many writes or units of work. Only where `threshold()` is a number."""
-        ...
-
-    def holding(self, holder: str, number: int | None, *, readonly: bool, seconds: float, waiting: int) -> None:
-        """A connection has been held for that long, and others wait for it. Reported once.
-
-        Args:
-            holder: Who holds it, since where.
-            number: The transaction's number; None for a single unit of work.
-            readonly: Whether it is a reader.
-            seconds: For how long, at the least.
-            waiting: How many others wait.
-        """
-        ...
-
-    def failure(self, error: BaseException) -> None:
-        """An error is about to be raised to a caller."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Backend:
     """How to reach one database.
@@ -191,3 +143,33 @@ class Backend:
     run_together: (
         Callable[[Any, list[Any], Callable[[Any], None], Callable[[Any, BaseException | None], None]], list[Any]] | None
     ) = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine's side of the bargain.
+
+    Attributes:
+        name: The package below `database`.
+        analyse: Analyses SQL text.
+        control_error: The error for BEGIN, COMMIT and the like sent as SQL text, by their verb.
+        operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
+        backend: Makes the driver's backend from a database's settings.
+        adapter: aiosql's synchronous adapter for this engine.
+        single_writer: Whether two write transactions on one database can only wait for each other.
+        replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
+    """
+
+    name: str
+    analyse: Callable[[str], Statement]
+    control_error: Callable[[str], BaseException]
+    operations: Any
+    backend: Callable[[Any], Backend]
+    adapter: Any
+    single_writer: bool
+    replica_backend: Callable[[Any], Backend | None] | None = None
+
+
+def load(name: str) -> Engine:
+    """Imports an engine when it is first needed."""
+    return cast("Engine", importlib.import_module(f"database.{name}.engine").ENGINE)

@@ -18,11 +18,11 @@ from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from database.driver.backend import Interrupted
 from database.driver.lane import ReadLane
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, Request
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, Servable, Worker
+from database.engine.contract import Interrupted
 
 if TYPE_CHECKING:
     from database.driver.pool import Pool

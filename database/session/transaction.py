@@ -21,79 +21,36 @@ that called `begin()`, or the pool's closing. Whatever happens to the task, the 
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
-from types import CodeType
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from database.driver.lease import Lease
-from database.driver.pool import aside
+from database.driver.observer import aside
 from database.driver.request import COMMIT, MANY, ROLLBACK, STATEMENT, UNIT, Control, Request
-from database.driver.wakeup import Timer, current_task, task_name
+from database.driver.wakeup import Timer
+from database.engine.statement import OTHER, READ
 from database.errors import (
     ConnectionPoolExhaustedError,
     PoolClosedError,
     ReadOnlyTransactionError,
     TransactionError,
-    TransactionTimeoutError,
 )
-from database.statements import OTHER, READ
+from database.session.origin import Origin
 
 if TYPE_CHECKING:
-    from database.driver.backend import Operation, Session
     from database.driver.pool import Pool
     from database.driver.worker import Worker
-    from database.handle import Database
-    from database.statements import Statement
+    from database.engine.contract import Operation, Session
+    from database.engine.statement import Statement
+    from database.session.database import Database
 
-__all__ = [
-    "ISOLATIONS",
-    "PROPAGATIONS",
-    "Detached",
-    "Isolation",
-    "Options",
-    "Origin",
-    "Propagation",
-    "Transaction",
-    "options_of",
-]
-
-PROPAGATIONS: Final = frozenset(
-    {"nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"}
-)
-Propagation = Literal["nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"]
-
-ISOLATIONS: Final = frozenset({"read committed", "repeatable read", "serializable"})
-Isolation = Literal["read committed", "repeatable read", "serializable"]
+__all__ = ["Transaction", "run_callbacks"]
 
 Callback = Callable[[], Any]
-
-
-class Options(NamedTuple):
-    """What is asked of a transaction that has to be begun, beyond the ordinary."""
-
-    isolation: str | None = None
-    """In capitals; None leaves it to the configuration."""
-    replica: bool = True
-    """Whether a read-only one may run on a replica."""
-
-
-def options_of(isolation: str | None, replica: bool) -> Options | None:
-    """The options; None where all is as usual.
-
-    Raises:
-        ValueError: There is no such isolation.
-    """
-    if isolation is None and replica:
-        return None
-    if isolation is not None and isolation not in ISOLATIONS:
-        raise ValueError(f"isolation {isolation!r} is unknown; it is one of {', '.join(sorted(ISOLATIONS))}")
-    return Options(None if isolation is None else isolation.upper(), replica)
 
 
 _numbers = itertools.count(1)
@@ -101,48 +58,6 @@ _numbers = itertools.count(1)
 INLINE = 1_000_000
 """The savepoint around several statements that an offloaded function sends as one: apart from the one (0) around the
 function, which is to undo all of it whatever became of this one."""
-
-
-class Origin:
-    """Where a transaction was begun, described only when somebody asks."""
-
-    __slots__ = ("_code", "_line", "_task", "_what")
-
-    def __init__(self, what: str, code: CodeType | None = None, line: int = 0) -> None:
-        self._what = what
-        self._code = code
-        self._line = line
-        self._task: Callable[[], object | None] | None = None
-
-    def set_task(self) -> None:
-        """Remembers the running task, once; called when the transaction first asks for a connection."""
-        if self._task is None:
-            task = current_task()
-            self._task = _no_task if task is None else weakref.ref(task)
-
-    def is_of(self, task: object | None) -> bool:
-        """Whether that task asked for the connection."""
-        return self._task is not None and task is not None and self._task() is task
-
-    def __call__(self) -> str:
-        where = "" if self._code is None else f" at {self._code.co_filename}:{self._line} in {self._code.co_qualname}"
-        task = "" if self._task is None else f" by task {task_name(self._task())!r}"
-        return f"{self._what}{where}{task}"
-
-
-def _no_task() -> None:
-    return None
-
-
-class Detached:
-    """Stands in the context variable for "no transaction", and remembers the one that was stepped out of."""
-
-    __slots__ = ("outer",)
-
-    session: None = None
-
-    def __init__(self, outer: Transaction | None) -> None:
-        self.outer = outer
 
 
 class Transaction:
@@ -644,273 +559,3 @@ async def run_callbacks(callbacks: list[Callback]) -> None:
     if failure is not None:
         failure.add_note("raised by a function given to on_commit(); the transaction itself has been committed")
         raise failure
-
-
-class _Joined:
-    """What `enter` gives where nothing new was opened: the level that counts, and whether a failure dooms it."""
-
-    __slots__ = ("level",)
-
-    def __init__(self, level: Transaction | None) -> None:
-        self.level = level
-
-
-Entered: TypeAlias = Transaction | _Joined
-
-
-async def enter(
-    database: Database,
-    origin: Origin,
-    *,
-    readonly: bool,
-    propagation: str,
-    manual: bool = False,
-    options: Options | None = None,
-) -> tuple[Entered, Any]:
-    """Opens or joins a transaction as `propagation` says; gives it with the context variable's token.
-
-    Raises:
-        TransactionError: The propagation does not allow it here.
-    """
-    variable = database.current
-    found = variable.get()
-    level: Transaction | None = None
-    if found is not None:
-        if isinstance(found, Detached):
-            level = None
-        elif found.ended and propagation not in ("not_supported", "requires_new"):
-            raise found.refusal()
-        else:
-            level = None if found.ended else found
-    if propagation == "nested" or propagation == "required":
-        if level is None:
-            outer = found.outer if isinstance(found, Detached) else None
-            return _open(database, origin, variable, readonly=readonly, outer=outer, manual=manual, options=options)
-        if options is not None:
-            refuse_isolation(level, options)
-        _refuse_writing_in_readonly(level, readonly)
-        if propagation == "required" and readonly == level.readonly:
-            return _Joined(level), None
-        if level.root.top is not level:
-            await level.take_turn()
-        if level.ended or level.root.doom is not None:
-            raise level.refusal()
-        nested = Transaction(database, level.pool, origin, readonly=readonly, parent=level, manual=manual)
-        nested.dooms = propagation == "required"
-        return nested, variable.set(nested)
-    return await _enter_rarely(
-        database, origin, level, found, readonly=readonly, propagation=propagation, options=options
-    )
-
-
-async def _enter_rarely(
-    database: Database,
-    origin: Origin,
-    level: Transaction | None,
-    found: Any,
-    *,
-    readonly: bool,
-    propagation: str,
-    options: Options | None,
-) -> tuple[Entered, Any]:
-    variable = database.current
-    if propagation not in PROPAGATIONS:
-        raise ValueError(f"propagation {propagation!r} is unknown; it is one of {', '.join(sorted(PROPAGATIONS))}")
-    if propagation == "never" and level is not None:
-        raise TransactionError(f"propagation 'never': a transaction is open, begun by {level.origin()}")
-    if propagation == "mandatory" and level is None:
-        raise TransactionError("propagation 'mandatory': no transaction is open, and this function needs one")
-    if propagation in ("mandatory", "supports") and level is not None:
-        return await enter(database, origin, readonly=readonly, propagation="required", options=options)
-    if propagation == "requires_new":
-        if level is not None and level.session is not None:
-            raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
-        _refuse_write_within_write(database, level, found, readonly)
-        return _open(database, origin, variable, readonly=readonly, outer=level, manual=False, options=options)
-    if propagation == "not_supported":
-        if level is not None and level.session is not None:
-            raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
-        return _Joined(None), variable.set(Detached(level))
-    return _Joined(None), None  # supports or never, with no transaction open
-
-
-def _open(
-    database: Database,
-    origin: Origin,
-    variable: Any,
-    *,
-    readonly: bool,
-    outer: Transaction | None,
-    manual: bool,
-    options: Options | None,
-) -> tuple[Transaction, Any]:
-    pool = database.reading_pool(options) if readonly else database.pool()
-    root = Transaction(database, pool, origin, readonly=readonly, outer=outer, manual=manual)
-    if options is not None:
-        root.isolation = options.isolation
-    return root, variable.set(root)
-
-
-def refuse_isolation(level: Transaction, options: Options) -> None:
-    """A transaction has one isolation, from its beginning. Where there is but one anyway, all are content."""
-    wanted, root = options.isolation, level.root
-    if wanted is not None and wanted != root.isolation and not level.database.engine.single_writer:
-        raise TransactionError(
-            f"isolation {wanted.lower()!r} can only be chosen where the transaction begins; this one was begun by"
-            f" {root.origin()} with {'the configured isolation' if root.isolation is None else root.isolation.lower()}"
-        )
-
-
-def _refuse_writing_in_readonly(level: Transaction, readonly: bool) -> None:
-    if level.readonly and not readonly:
-        raise ReadOnlyTransactionError(
-            f"a read-write transaction cannot be opened within a read-only one (begun by {level.origin()})"
-        )
-
-
-def _refuse_write_within_write(database: Database, level: Transaction | None, found: Any, readonly: bool) -> None:
-    if readonly or not database.engine.single_writer:
-        return
-    outer = found.outer if isinstance(found, Detached) else level
-    while outer is not None:
-        if not outer.ended and not outer.root.readonly:
-            raise TransactionError(
-                "propagation 'requires_new': a write transaction within a write transaction on the same database could"
-                f" only wait for itself, for there is one writer at a time; the outer one was begun by {outer.origin()}"
-            )
-        outer = outer.root.outer
-
-
-async def leave(entered: Entered, token: Any, error: BaseException | None) -> None:
-    """Ends what `enter` has begun: kept if there was no error."""
-    if isinstance(entered, _Joined):
-        if token is not None:
-            _reset(token)
-        if error is not None and entered.level is not None:
-            entered.level.dooms_the_whole(error)
-        return
-    try:
-        if error is None:
-            await entered.finish()
-        else:
-            await entered.abandon()
-            if entered.dooms:
-                entered.dooms_the_whole(error)
-    except BaseException as failure:
-        _reset(token)
-        await after_all(entered, failure)
-        raise
-    _reset(token)
-    if error is None and entered.callbacks:
-        await entered.run_callbacks()
-
-
-async def after_all(level: Transaction, failure: BaseException) -> None:
-    """A cancellation struck while the commit was under way, but it went through: those who wait for it are told."""
-    if level.callbacks and level.committed and not isinstance(failure, Exception):
-        with anyio.CancelScope(shield=True):
-            await level.run_callbacks()
-
-
-def _reset(token: Any) -> None:
-    try:
-        token.var.reset(token)
-    except ValueError:  # ended in another context than it was begun in (a fixture, a generator): nothing to restore
-        pass
-
-
-class TimeLimit:
-    """Bounds a whole transaction; a commit that has begun is not interrupted.
-
-    Raises `TransactionTimeoutError` in `stop`, saying what the time was spent on.
-    """
-
-    __slots__ = ("_bounded", "_origin", "_scope", "_seconds", "result")
-
-    def __init__(self, seconds: float, origin: Origin) -> None:
-        self._seconds = seconds
-        self._origin = origin
-        self._scope = anyio.move_on_after(seconds)
-        self._bounded: list[Bounded] = []
-        self.result: Any = None
-        """What the function has returned."""
-
-    def start(self) -> None:
-        """The clock runs from here."""
-        self._scope.__enter__()
-
-    def finishing(self, levels: Iterable[object], result: Any = None) -> None:
-        """The function has returned; what is left to be done is to commit these."""
-        self._bounded = [level for level in levels if isinstance(level, Transaction) and level.parent is None]
-        self.result = result
-
-    def offloading(self, job: Bounded) -> None:
-        """The function is on its way to the database's thread."""
-        self._bounded = [job]
-
-    def stop(self, error: BaseException | None) -> bool:
-        """The transaction is over, with or without an error.
-
-        Returns:
-            Whether the error was only that time ran out during the commit, and that went through.
-        """
-        swallowed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-        if swallowed and error is not None:  # trio's scope says so without an error as well
-            committed = [each for each in self._bounded if each.whole]
-            if committed and len(committed) == len(self._bounded):
-                self.result = getattr(committed[0], "result", self.result)
-                return True
-            running = any(getattr(each, "running", False) for each in self._bounded)
-            outcome = "is being rolled back, unless its commit had begun" if running else "has been rolled back"
-            raise TransactionTimeoutError(
-                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and"
-                f" {outcome}; it was {_doing(error)}"
-            ) from error
-        return False
-
-
-class Bounded(Protocol):
-    """What a time limit bounds."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of it has been committed."""
-        ...
-
-
-def _doing(error: BaseException | None) -> str:
-    """Where a cancellation struck, told from the innermost frames of its traceback.
-
-    The rollback that it led to is cancelled as well; what was going on before that is in the error's context.
-    """
-    place = "the function itself"
-    while error is not None:
-        rolling_back = False
-        traceback = error.__traceback__
-        while traceback is not None:
-            code = traceback.tb_frame.f_code
-            found = traceback.tb_frame.f_locals
-            request = found.get("request", found.get("self"))  # a request is what is awaited
-            if isinstance(request, Request):
-                if request.kind != ROLLBACK:
-                    what = str(request.label or getattr(request.sql, "sql", request.sql))
-                    home = request.home
-                    waiting = isinstance(home, Lease) and home.worker is None
-                    return f"{'waiting for a connection to execute' if waiting else 'executing'}: {what[:200]}"
-                rolling_back = True
-            place = f"{code.co_qualname} ({code.co_filename}:{traceback.tb_lineno})"
-            traceback = traceback.tb_next
-        error = error.__context__ if rolling_back else None
-    return f"outside the database, in {place}"
-
-
-@contextmanager
-def detached(variable: Any) -> Generator[None, None, None]:
-    """Steps outside the current transaction."""
-    found = variable.get()
-    outer = found if isinstance(found, Transaction) and not found.ended else None
-    token = variable.set(Detached(outer))
-    try:
-        yield
-    finally:
-        _reset(token)

@@ -20,48 +20,46 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
-from database import engine as engines
 from database import logs, settings
-from database.batch import Batch
 from database.driver.lease import Lease
-from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats, aside
+from database.driver.observer import aside
+from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats
 from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
 from database.driver.wakeup import create_waker, current_loop, current_task
 from database.driver.worker import here
-from database.engine import Engine
+from database.engine import contract
+from database.engine.contract import Engine
+from database.engine.statement import CONTROL, READ, WRITE, Result, Row, Statement
 from database.errors import (
     ConfigurationError,
     DatabaseError,
     QueryExecutionError,
     TransactionError,
 )
-from database.statements import CONTROL, READ, WRITE, Result, Row, Statement, TypedQuery
-from database.stream import Stream
-from database.transaction import (
+from database.session.batch import Batch
+from database.session.origin import Origin
+from database.session.propagation import (
     Detached,
-    Entered,
     Isolation,
     Options,
-    Origin,
     Propagation,
-    TimeLimit,
-    Transaction,
+    TransactionContext,
     after_all,
     detached,
     enter,
-    leave,
     options_of,
     refuse_isolation,
-    run_callbacks,
 )
+from database.session.statements import TypedQuery
+from database.session.stream import Stream
+from database.session.transaction import Transaction, run_callbacks
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from database.driver.observer import Observer
+    from database.engine.contract import Backend
+    from database.engine.migrations import Migration, MigrationReport, MigrationStatus
 
-    from database.driver.backend import Backend, Observer
-    from database.migrations import Migration, MigrationReport, MigrationStatus
-
-__all__ = ["Database", "TransactionContext"]
+__all__ = ["Database"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -129,7 +127,7 @@ class Database:
     def _resolve(self) -> None:
         name, self._settings = settings.current().find(self.name, self._wanted_engine)
         if self._engine is None or self._engine.name != name:
-            self._engine = engines.load(name)
+            self._engine = contract.load(name)
             self._operations = self._engine.operations
             self._statements.clear()
         self._observer = logs.LogObserver(self.name, self._settings.logging)
@@ -226,7 +224,7 @@ class Database:
             raise
         pools[key] = pool
         if monitor is not None:
-            monitor.offer(chosen.monitor, pool)  # type: ignore[union-attr]
+            monitor.offer(chosen.monitor, pool)  # type: ignore[attr-defined]
         return pool
 
     def _analyse(self, query: Query) -> Statement:
@@ -545,7 +543,7 @@ class Database:
         return level is not None and level.session is not None
 
     async def offload(self, job: Any, *, readonly: bool, options: Options | None = None) -> Any:
-        """Sends a call of a coroutine function to the database's thread; see `database.offload`."""
+        """Sends a call of a coroutine function to the database's thread; see `database.session.offload`."""
         level = self.current.get()
         alone = not isinstance(level, Transaction)
         if isinstance(level, Transaction):
@@ -574,7 +572,7 @@ class Database:
     async def call_aiosql(
         self, method: Any, sql: str, params: Any, record_class: Any = None, *, record: bool = False
     ) -> Any:
-        """Runs a method of aiosql's synchronous adapter on the worker; see `database.queries`."""
+        """Runs a method of aiosql's synchronous adapter on the worker; see `database.session.queries`."""
         statement = self._statements.get(sql) or self._analyse(sql)
         if statement.kind == CONTROL:
             raise self._unfit("this query", statement)
@@ -789,7 +787,7 @@ class Database:
             MigrationError: One failed, and was rolled back, or the folder contradicts what was applied.
             TransactionError: Called inside a transaction.
         """
-        from database.migrations import Order  # noqa: PLC0415  - few programs need it, and those once
+        from database.engine.migrations import Order  # noqa: PLC0415  - few programs need it, and those once
 
         path = self._migrations_folder(folder)
         if self.in_transaction:
@@ -809,7 +807,7 @@ class Database:
         Raises:
             MigrationError: The folder contradicts what was applied.
         """
-        from database.migrations import MigrationStatus, load, pending  # noqa: PLC0415  - as above
+        from database.engine.migrations import MigrationStatus, load, pending  # noqa: PLC0415  - as above
 
         path = self._migrations_folder(folder)
         operation = self._migrating("applied_migrations")
@@ -906,69 +904,11 @@ class Database:
         self._recent = None
 
 
-class TransactionContext:
-    """What `db.transaction()` gives: `async with` it. A class, for it costs a fifth of `@asynccontextmanager`."""
-
-    __slots__ = ("_arguments", "_database", "_entered", "_scope", "_timeout", "_token")
-
-    def __init__(
-        self,
-        database: Database,
-        origin: Origin,
-        readonly: bool,
-        timeout: float | None,
-        propagation: str,
-        options: Options | None,
-    ) -> None:
-        self._database = database
-        self._arguments = (origin, readonly, propagation, options)
-        self._timeout = timeout
-        self._scope: TimeLimit | None = None
-        self._entered: Entered | None = None
-        self._token: Any = None
-
-    async def __aenter__(self) -> Transaction:
-        origin, readonly, propagation, options = self._arguments
-        if self._timeout is not None:
-            self._scope = TimeLimit(self._timeout, origin)
-            self._scope.start()
-        try:
-            self._entered, self._token = await enter(
-                self._database, origin, readonly=readonly, propagation=propagation, options=options
-            )
-        except BaseException as error:
-            if self._scope is not None:
-                self._scope.stop(error)
-            raise
-        if isinstance(self._entered, Transaction):
-            return self._entered
-        return cast("Transaction", self._entered.level)  # None where the propagation means "no transaction"
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        assert self._entered is not None
-        scope = self._scope
-        if scope is not None and error is None:
-            scope.finishing([self._entered])
-        try:
-            await leave(self._entered, self._token, error)
-        except BaseException as failure:
-            if failure.__context__ is None and failure is not error:
-                failure.__context__ = error  # a cancelled rollback knows nothing of what was cancelled first
-            if scope is None or not scope.stop(failure):
-                raise
-            return False
-        if scope is not None:
-            scope.stop(error)
-        return False
-
-
 def _monitor(chosen: settings.Settings) -> Any:
     """The module that offers a pool's statistics; None where nobody wants them, and then it is not even imported."""
     if getattr(chosen, "monitor", None) is None:
         return None
-    from database import monitor  # noqa: PLC0415  - most processes are not watched
+    from database.driver import monitor  # noqa: PLC0415  - most processes are not watched
 
     return monitor
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 from database.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from database.handle import Database
-    from database.statements import Row
-    from database.stream import Stream
+    from database.engine.statement import Row
+    from database.session.database import Database
+    from database.session.stream import Stream
 
-__all__ = ["LoadedQueries", "LoadedQuery", "load", "load_queries"]
+__all__ = ["LoadedQueries", "LoadedQuery", "load_queries"]
 
 if TYPE_CHECKING:
 
@@ -69,19 +69,26 @@ class _Rows:
 
 
 class _Adapter:
-    """aiosql's asynchronous adapter protocol over its synchronous one. `conn` is a `Database`."""
+    """aiosql's asynchronous adapter protocol over the synchronous one of each database's engine.
+
+    `conn` is a `Database`. The SQL stays as it is written: engines know `:name`.
+    """
 
     is_aio_driver = True
 
-    def __init__(self, adapter: Any) -> None:
-        self._sync = adapter
+    def __init__(self) -> None:
+        self._adapters: dict[str, Any] = {}
 
     def _method(self, conn: Database, name: str) -> Any:
         """The method of the synchronous adapter that fits the database."""
-        return getattr(self._sync, name)
+        engine = conn.engine
+        adapter = self._adapters.get(engine.name)
+        if adapter is None:
+            adapter = self._adapters[engine.name] = engine.adapter()
+        return getattr(adapter, name)
 
     def process_sql(self, query_name: str, op_type: Any, sql: str) -> str:
-        return cast("str", self._sync.process_sql(query_name, op_type, sql))
+        return sql
 
     def select(
         self, conn: Database, _name: str, sql: str, parameters: Any, record_class: Any = None
@@ -112,46 +119,15 @@ class _Adapter:
         return "DONE"
 
 
-class _Neutral(_Adapter):
-    """For whatever engine the database turns out to be of: the SQL stays as it is written, and engines know `:name`."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self._adapters: dict[str, Any] = {}
-
-    def process_sql(self, query_name: str, op_type: Any, sql: str) -> str:
-        return sql
-
-    def _method(self, conn: Database, name: str) -> Any:
-        engine = conn.engine
-        adapter = self._adapters.get(engine.name)
-        if adapter is None:
-            adapter = self._adapters[engine.name] = engine.adapter()
-        return getattr(adapter, name)
-
-
 def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any] | None = None) -> LoadedQueries:
-    """Loads an aiosql file, or a folder of them, for databases of any engine.
+    """Loads an aiosql file, or a folder of them, with all operators (`^ $ ! <! *! #` and none), for databases of any engine.
 
     Args:
         path: The file or folder.
         record_classes: Classes by the names that `-- record_class:` comments give.
 
-    Raises:
-        ConfigurationError: It cannot be read, or aiosql cannot parse it.
-    """
-    return load(path, None, record_classes)
-
-
-def load(
-    path: str | os.PathLike[str], adapter: Callable[[], Any] | None, record_classes: Mapping[str, Any] | None = None
-) -> LoadedQueries:
-    """Loads a file, or a folder of files.
-
-    Args:
-        path: The file or folder.
-        adapter: Makes aiosql's synchronous adapter; None for the one that fits each database.
-        record_classes: By the name that a query's `-- record_class:` comment gives.
+    Returns:
+        aiosql's `Queries`. Type checkers take every name for a query of it; `python -m database.stubs` tells them more.
 
     Raises:
         ConfigurationError: It cannot be read, or aiosql cannot parse it.
@@ -183,7 +159,7 @@ def load(
             "LoadedQueries",
             load(
                 Path(path),
-                lambda: _Neutral() if adapter is None else _Adapter(adapter()),
+                _Adapter,
                 record_classes=dict(record_classes or {}),
                 kwargs_only=False,
                 mandatory_parameters=False,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from database.engine.statement import Statement
 from database.errors import TransactionError
-from database.statements import Statement
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from database.handle import Database, Query
+    from database.session.database import Database
+    from database.session.statements import Query
 
 __all__ = ["Batch"]
 

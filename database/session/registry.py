@@ -10,7 +10,7 @@ from typing import Any
 
 from database import logs, settings
 from database.driver.pool import DRAIN_SECONDS
-from database.handle import Database
+from database.session.database import Database
 
 __all__ = ["close_all", "configure", "get_db", "handles", "lifespan"]
 

@@ -10,20 +10,12 @@ from typing import Any, Protocol, TypeVar, overload
 import anyio
 
 from database.errors import DatabaseBusyError, TransactionError
-from database.handle import Database
-from database.offload import Job, Offloaded
-from database.transaction import (
-    PROPAGATIONS,
-    Isolation,
-    Options,
-    Origin,
-    Propagation,
-    TimeLimit,
-    Transaction,
-    enter,
-    leave,
-    options_of,
-)
+from database.session.database import Database
+from database.session.offload import Job, Offloaded
+from database.session.origin import Origin
+from database.session.propagation import PROPAGATIONS, Isolation, Options, Propagation, enter, leave, options_of
+from database.session.timelimit import TimeLimit
+from database.session.transaction import Transaction
 
 __all__ = ["Decorator", "make_decorator"]
 

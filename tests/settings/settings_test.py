@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 
 from database import settings
 from database.errors import ConfigurationError
-from database.settings import Configuration, LoggingSettings, SqliteSettings
+from database.settings import Configuration, LoggingSettings, SqliteSettings, document, reading
+from database.settings.reading import section
+from database.settings.rules import LOGGING_RULES, Section, Unfit
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -167,9 +169,9 @@ def test_a_path_is_enough():
 
 def test_rules_and_dataclasses_agree():
     """Each key has a rule and each rule a field, for both the section and its logging."""
-    section = settings._SECTIONS["sqlite"]
-    assert {*section.rules} == {f.name for f in fields(SqliteSettings)} - {"name", "logging"}
-    assert {*settings._LOGGING_RULES} == {f.name for f in fields(LoggingSettings)}
+    known = section("sqlite")
+    assert {*known.rules} == {f.name for f in fields(SqliteSettings)} - {"name", "logging"}
+    assert {*LOGGING_RULES} == {f.name for f in fields(LoggingSettings)}
 
 
 def test_settings_are_frozen():
@@ -739,7 +741,7 @@ def test_the_line_of_an_alias():
                 <<: *a
         """
     ) == "db.yaml:5: database.sqlite.databases.b.slow_ms: unknown key; known: " + ", ".join(
-        [*settings._SECTIONS["sqlite"].rules, "logging"]
+        [*section("sqlite").rules, "logging"]
     )
 
 
@@ -866,7 +868,7 @@ def test_no_permission(monkeypatch):
     def denied(path, mode):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(settings, "open", denied, raising=False)  # Root may read everything, and tests run as root.
+    monkeypatch.setattr(document, "open", denied, raising=False)  # Root may read everything, and tests run as root.
     assert refused("database: {}") == "db.yaml: cannot be read: Permission denied"
 
 
@@ -926,17 +928,17 @@ def server(monkeypatch):
 
     def word(item):
         if not isinstance(item.value, str):
-            raise settings._Unfit("a string")
+            raise Unfit("a string")
         return item.value
 
-    section = settings._Section(
+    served = Section(
         engine="server",
         build=ServerSettings,
         rules={"dbname": word, "host": word, "password": word},
         own=("dbname",),
         identity=lambda _: None,
     )
-    monkeypatch.setitem(settings._SECTIONS, "srv", section)
+    monkeypatch.setitem(reading.SECTIONS, "srv", served)
 
 
 @pytest.mark.usefixtures("server")
@@ -1167,7 +1169,7 @@ def test_holding_twice_is_holding_once():
 def test_a_pool_that_opens_while_the_file_is_read(monkeypatch):
     """A pool that opened meanwhile wins: `configure()` is refused although none was open when it began."""
     pool = object()
-    monkeypatch.setattr(settings, "_load", lambda source: settings.hold(pool, "default"))
+    monkeypatch.setattr(reading, "load", lambda source: settings.hold(pool, "default"))
     with pytest.raises(ConfigurationError, match="close_all"):
         settings.configure(sqlite())
     assert settings._state.configured is None
@@ -1201,6 +1203,21 @@ def test_release_within_the_lock():
     thread.join(10)
     assert not thread.is_alive()
     assert not settings._state.holders
+
+
+def test_sections_of_other_engines_are_not_imported():
+    """A program that has no server need not pay for the definition of a server's settings; both read alike."""
+    printed = python(
+        """
+        import sys
+        from database import settings
+        settings.read({"database": {"sqlite": {"path": "one"}}})
+        print("database.postgresql.settings" in sys.modules, "yaml" in sys.modules)
+        settings.read({"database": {"postgresql": {"dbname": "one"}}})
+        print("database.postgresql.settings" in sys.modules, "psycopg" in sys.modules)
+        """
+    )
+    assert printed.split() == ["False", "False", "True", "False"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -1273,8 +1290,8 @@ def test_all_is_right():
 # --- Anything at all ----------------------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
-    ["database", "sqlite", "databases", "default", "audit", "logging", *settings._SECTIONS["sqlite"].rules]
-    + [*settings._LOGGING_RULES, "OFF", "wal", ":memory:", "~", "~root", "", ".", "\0", "\ud800", "<<"]
+    ["database", "sqlite", "databases", "default", "audit", "logging", *section("sqlite").rules]
+    + [*LOGGING_RULES, "OFF", "wal", ":memory:", "~", "~root", "", ".", "\0", "\ud800", "<<"]
 )
 SCALARS = st.one_of(
     st.none(),

@@ -1,0 +1,13 @@
+"""From worker threads back to the event loop. The one package that knows asyncio and trio by name."""
+
+from database.driver.wakeup.waker import (
+    Notice,
+    Timer,
+    Waker,
+    create_waker,
+    current_loop,
+    current_task,
+    task_name,
+)
+
+__all__ = ["Notice", "Timer", "Waker", "create_waker", "current_loop", "current_task", "task_name"]

@@ -1,0 +1,1 @@
+"""What an engine fills in: read `contract` to add one."""

@@ -1,0 +1,1 @@
+"""What a task holds: the handle of a database, transactions, streams, decorated functions."""

@@ -1,0 +1,238 @@
+"""`db.stream()`: rows as they come, with the next chunk fetched while the last one is consumed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from database.driver.lease import Lease
+from database.driver.observer import aside
+from database.driver.pool import Pool
+from database.driver.request import STATEMENT, Request
+from database.engine.statement import READ, WRITE, Statement
+from database.errors import PoolClosedError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
+from database.session.origin import Origin
+from database.session.transaction import Transaction
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from database.session.database import Database
+    from database.session.statements import Query
+
+__all__ = ["Stream"]
+
+T = TypeVar("T")
+
+FIRST_CHUNK = 16
+"""Rows in the first chunk, so that the first row comes early; each further chunk is four times as large."""
+
+_keys = itertools.count(1)
+
+
+class Stream(Generic[T]):
+    """An asynchronous context manager that gives itself, an asynchronous iterator over rows."""
+
+    __slots__ = (
+        "_chunk_size",
+        "_database",
+        "_done",
+        "_generator",
+        "_key",
+        "_lease",
+        "_level",
+        "_next",
+        "_operations",
+        "_origin",
+        "_params",
+        "_pending",
+        "_pool",
+        "_query",
+        "_record_class",
+        "_rows",
+        "_size",
+        "_state",
+        "_statement",
+    )
+
+    def __init__(
+        self,
+        database: Database,
+        query: Query,
+        params: Any,
+        chunk_size: int,
+        record_class: Callable[..., Any] | None,
+        origin: Origin,
+    ) -> None:
+        self._database = database
+        self._query = query
+        self._params = params
+        self._chunk_size = chunk_size
+        self._record_class = record_class
+        self._origin = origin
+        self._key = next(_keys)
+        self._size = min(FIRST_CHUNK, chunk_size)
+        self._level: Transaction | None = None
+        self._lease: Lease | None = None
+        self._pool: Pool | None = None
+        self._pending: tuple[Request, int] | None = None
+        self._rows: Any = iter(())
+        self._generator: Any = None
+        self._done = False
+        self._state = "new"
+
+    async def __aenter__(self) -> Stream[T]:
+        if self._state != "new":
+            raise TransactionError("a stream can be entered only once; call db.stream() again")
+        self._state = "open"
+        database = self._database
+        statement, record_class, self._operations = database.prepare_stream(self._query)
+        self._record_class = self._record_class or record_class
+        level = database.current.get()
+        if isinstance(level, Transaction):
+            if level.readonly and statement.kind == WRITE and not level.ended:
+                raise ReadOnlyTransactionError(f"a read-only transaction refuses this {statement.verb}")
+            self._level = level
+        else:
+            if statement.kind != READ:
+                raise QueryExecutionError(
+                    "stream() of a statement that writes needs a transaction around it; nothing was executed",
+                    sql=statement.sql,
+                )
+            self._pool = database.pool()
+            self._origin.set_task()
+            self._lease = Lease(self._pool, self._origin, number=None, readonly=True, transaction=False)
+        try:
+            await self._open(statement)
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    def __del__(self) -> None:
+        """Thrown away between its first row and its end: takes the connection back. Any thread."""
+        lease, pool = self._lease, self._pool
+        if lease is not None and pool is not None and self._state == "open" and not lease.ended:
+            pool.waker.post(
+                [], partial(lease.let_go, partial(aside, partial(self._database.observer.lost, self._origin())))
+            )
+
+    async def _open(self, statement: Statement) -> None:
+        request = self._make(STATEMENT, self._operations.open_stream, statement, self._params, self._key)
+        if self._level is not None:
+            await self._level.run(request)
+        else:
+            await self._send(request)
+
+    def _make(self, *arguments: Any) -> Request:
+        pool = self._pool if self._level is None else self._level.pool
+        assert pool is not None
+        return pool.request(*arguments)
+
+    async def _send(self, request: Request) -> Any:
+        lease = self._lease
+        assert lease is not None
+        if lease.doom is not None:
+            raise lease.refusal()
+        lease.submit(request)
+        return await request
+
+    def __aiter__(self) -> AsyncGenerator[T, None]:
+        # A generator gives a row in half the time that a coroutine of ours would take. It ends with any exception, also
+        # with a cancellation that the caller catches, so there may have to be another. The rows are the stream's.
+        generator: AsyncGenerator[T, None] | None = self._generator
+        if generator is None or self._generator.ag_frame is None:
+            generator = self._generator = self._generate()
+        return generator
+
+    def __anext__(self) -> Awaitable[T]:
+        return self.__aiter__().__anext__()
+
+    async def _generate(self) -> AsyncGenerator[T, None]:
+        while True:
+            for row in self._rows:
+                yield row
+            if self._state != "open":
+                raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
+            if self._done:
+                return
+            await self._fetch()
+
+    async def _fetch(self) -> None:
+        """Makes the next chunk current and, outside a transaction, asks for the one behind it."""
+        if self._state != "open":
+            raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
+        if self._level is not None:
+            size = self._grow()
+            request = self._request(size)
+            rows = await self._level.run(request, in_turn=False)
+        else:
+            if self._pending is None:
+                self._ask()
+            request, size = cast("tuple[Request, int]", self._pending)
+            if not request.answered:
+                try:
+                    await request
+                finally:
+                    self._pending = None
+            self._pending = None
+            if request.error is not None:
+                raise request.error
+            rows = request.result
+            if len(rows) == size:
+                self._ask()
+        if len(rows) < size:
+            self._done = True
+        self._rows = iter(rows)
+
+    def _request(self, size: int) -> Request:
+        return self._make(STATEMENT, self._operations.read_stream, self._key, size, self._record_class, "stream")
+
+    def _grow(self) -> int:
+        size = self._size
+        self._size = min(size * 4, self._chunk_size)
+        return size
+
+    def _ask(self) -> None:
+        lease = self._lease
+        assert lease is not None
+        if lease.doom is not None:
+            raise lease.refusal()
+        size = self._grow()
+        request = self._request(size)
+        lease.submit(request)
+        self._pending = request, size
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        """Gives the connection back. In a transaction the cursor is closed, at the latest when that ends."""
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        self._rows = iter(())
+        generator = self._generator
+        if generator is not None and generator.ag_frame is not None and not generator.ag_running:
+            await generator.aclose()
+        level = self._level
+        if level is not None:
+            if not self._done and not level.ended and level.root.doom is None:
+                request = self._make(STATEMENT, self._operations.close_stream, self._key, None, None, "stream")
+                try:
+                    await level.run(request, in_turn=False)
+                except (TransactionError, PoolClosedError):
+                    pass  # the transaction is over, and its cursors with it
+            return
+        lease = self._lease
+        if lease is None:
+            return
+        pending = self._pending
+        if pending is not None and not pending[0].answered:
+            lease.stop(pending[0])
+        self._lease = None
+        await self._database.give_back(lease)

@@ -1,0 +1,184 @@
+"""Rules: a value's way from the document to the settings; and the section that an engine makes of them.
+
+A rule turns an item's value into a setting, or raises `Unfit`, which the walk turns into a `ConfigurationError` that
+names file, line and key. The rules here are the engines' common ones; an engine keeps its own beside its section.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from database.settings.model import MEMORY
+from database.settings.words import closest, did_you_mean, is_path, no_such_file
+
+if TYPE_CHECKING:
+    from database.settings.document import Item
+    from database.settings.model import Settings
+
+__all__ = [
+    "LOGGING_RULES",
+    "Rule",
+    "Section",
+    "Unfit",
+    "boolean",
+    "choice",
+    "duration",
+    "file",
+    "init_sql",
+    "path",
+    "path_text",
+    "text",
+    "whole",
+]
+
+
+class Unfit(Exception):
+    """Raised by rules; says what they expected, and perhaps what was meant."""
+
+    def __init__(self, expected: str, hint: str = "") -> None:
+        super().__init__(expected)
+        self.expected = expected
+        self.hint = hint
+
+
+Rule: TypeAlias = "Callable[[Item], object]"
+
+
+def boolean(item: Item) -> bool:
+    """True or false."""
+    if not isinstance(item.value, bool):
+        raise Unfit("true or false")
+    return item.value
+
+
+def whole(low: int, high: int) -> Rule:
+    """A whole number within bounds, which it may be itself."""
+
+    def rule(item: Item) -> int:
+        # A boolean is an int to Python, but not to whoever wrote `true`.
+        if isinstance(item.value, bool) or not isinstance(item.value, int) or not low <= item.value <= high:
+            raise Unfit(f"a whole number from {low} to {high}")
+        return item.value
+
+    return rule
+
+
+def duration(unit: str, *, optional: bool = False) -> Rule:
+    """A time, 0 or more; `optional`: or None."""
+
+    def rule(item: Item) -> float | None:
+        if item.value is None and optional:
+            return None
+        if isinstance(item.value, (int, float)) and not isinstance(item.value, bool):
+            try:
+                number = float(item.value)
+            except OverflowError:
+                number = -1.0
+            if 0 <= number < float("inf"):  # Not true of NaN either.
+                return number
+        raise Unfit(f"a number of {unit}, 0 or more{', or null' if optional else ''}")
+
+    return rule
+
+
+def choice(*choices: str, numbered: bool = False) -> Rule:
+    """A word, case-insensitive; `numbered`: its number counts as well."""
+    words = {choice.lower(): choice for choice in choices}
+
+    def rule(item: Item) -> str:
+        word = item.value
+        if isinstance(word, bool):
+            # YAML 1.1 takes a bare OFF for false, and whoever gives a mapping may have got it from YAML.
+            word = item.text or ("" if word else "OFF")
+        elif numbered and isinstance(word, int) and 0 <= word < len(choices):
+            return choices[word]
+        if not isinstance(word, str):
+            raise Unfit(f"one of {', '.join(choices)}")
+        if word.lower() not in words:
+            raise Unfit(f"one of {', '.join(choices)}", did_you_mean(closest(word, choices)))
+        return words[word.lower()]
+
+    return rule
+
+
+def path_text(item: Item, expected: str) -> str:
+    """A path as text, with `~` expanded; `expected` is what the message says otherwise."""
+    value = item.value
+    path = os.fspath(value) if is_path(value) else value
+    if not isinstance(path, str) or not path.strip():
+        raise Unfit(expected)
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # A lone surrogate.
+        raise Unfit(f"{expected} that the file system can name") from None
+    if b"\0" in encoded:
+        raise Unfit(f"{expected} without NUL characters")
+    return path if path == MEMORY else os.path.expanduser(path)
+
+
+def path(item: Item) -> str:
+    """The path of a database."""
+    return path_text(item, f"a path or {MEMORY!r}")
+
+
+def init_sql(item: Item) -> str | None:
+    """The path of an SQL file that there is; an empty one for none."""
+    if item.value is None:
+        return None
+    if item.value == "":
+        return ""
+    expected = "the path of an SQL file, '' for none, or null for the packaged one"
+    path = path_text(item, expected)
+    if not os.path.isfile(path):
+        raise Unfit(expected, "it is a directory" if os.path.isdir(path) else no_such_file(path))
+    return path
+
+
+def text(item: Item) -> str | None:
+    """Text that says something, or None."""
+    if item.value is None:
+        return None
+    if not isinstance(item.value, str) or not item.value.strip() or "\0" in item.value:
+        raise Unfit("text, or null")
+    return item.value
+
+
+def file(item: Item) -> str | None:
+    """The path of a file, which may appear later; or None."""
+    return None if item.value is None else path_text(item, "a file's path, or null")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """An engine's part of the document.
+
+    Attributes:
+        engine: The engine's package below `database`.
+        build: Makes one database's settings of name, values and logging.
+        rules: One for each key but `logging` and `databases`, which all engines have.
+        own: Keys of which each database must give one, for they are not inherited.
+        identity: What no two databases may have in common, if there is such a thing; it is shown in messages.
+        private: Keys that are not inherited either, but may be left out.
+        kept: Keys of `own` that are inherited nevertheless, where a database gives the other one.
+    """
+
+    engine: str
+    build: Callable[..., Settings]
+    rules: Mapping[str, Rule]
+    own: tuple[str, ...]
+    identity: Callable[[Any], str | None]
+    private: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+LOGGING_RULES: Mapping[str, Rule] = {
+    "console": boolean,
+    "level": choice("CRITICAL", "FATAL", "ERROR", "WARNING", "WARN", "INFO", "DEBUG", "NOTSET"),
+    "parameters": choice("redacted", "shown"),
+    "slow_ms": duration("milliseconds", optional=True),
+    "long_read_s": duration("seconds", optional=True),
+    "slow_transaction_ms": duration("milliseconds", optional=True),
+}
