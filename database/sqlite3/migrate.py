@@ -72,24 +72,19 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
             return MigrationReport((), len(record), order.dry_run)
         for migration in left:
             _check(migration)
-    raw = session.raw
-    before = _kept_pragmas(raw)
-    enforced = bool(raw.execute("PRAGMA foreign_keys").fetchone()[0])
-    if enforced:
-        raw.execute("PRAGMA foreign_keys = OFF")
+    enforced = bool(session.raw.execute("PRAGMA foreign_keys").fetchone()[0])
     try:
         if order.baseline is not None:
-            return _baseline(session, migrations, order)
+            return _baseline(session, migrations, order, enforced=enforced)
         if order.dry_run:
-            return _try(session, migrations, order, before, enforced=enforced)
-        return _apply(session, migrations, order, before, enforced=enforced)
+            return _try(session, migrations, order, enforced=enforced)
+        return _apply(session, migrations, order, enforced=enforced)
     finally:
         try:
             session.rollback()
-            _put_right(raw, before)
         finally:
             if enforced:
-                _enforce_again(raw)
+                _enforce_again(session)
 
 
 # What a file may hold
@@ -171,10 +166,6 @@ def _start(text: str) -> int:
     return 0 if match is None else match.end()
 
 
-def _kept_pragmas(raw: sqlite3.Connection) -> dict[str, int]:
-    return {name: int(raw.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PUT_RIGHT}
-
-
 def _temporary(raw: sqlite3.Connection) -> set[tuple[str, str]]:
     rows = raw.execute("SELECT type, name FROM temp.sqlite_master WHERE name NOT LIKE 'sqlite^_%' ESCAPE '^'")
     return {(str(row[0]), str(row[1])) for row in rows}
@@ -187,32 +178,23 @@ def _drop_temporary(raw: sqlite3.Connection, before: set[tuple[str, str]]) -> No
         raw.execute(f'DROP {kind} IF EXISTS temp."{quoted}"')
 
 
-def _put_right(raw: sqlite3.Connection, before: dict[str, int]) -> None:
+def _put_right(session: SqliteSession, before: dict[str, int]) -> None:
+    """Sets PRAGMAs back between the files of a dry run. Otherwise the session has a new connection after each file."""
     for name, value in before.items():
-        for _ in range(3):  # whoever cancels interrupts whatever runs at that moment, and that may be this
-            with suppress(sqlite3.OperationalError):
-                if int(raw.execute(f"PRAGMA {name}").fetchone()[0]) == value:
-                    break
-                raw.execute(f"PRAGMA {name} = {value}")
-        else:
-            raise _given_up(f"PRAGMA {name} cannot be set back")
+        session.control(f"PRAGMA {name} = {value}")
 
 
-def _given_up(message: str) -> sqlite3.Error:
-    error = sqlite3.InternalError(message)
-    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up
-    return error
-
-
-def _enforce_again(raw: sqlite3.Connection) -> None:
+def _enforce_again(session: SqliteSession) -> None:
     """Enforces foreign keys again; a connection on which that fails must not be used any more."""
     # Whoever cancels interrupts whatever runs at that moment, and that may be this.
     for _ in range(3):
         with suppress(sqlite3.OperationalError):
-            raw.execute("PRAGMA foreign_keys = ON")
-            if raw.execute("PRAGMA foreign_keys").fetchone()[0]:
+            session.control("PRAGMA foreign_keys = ON")
+            if session.raw.execute("PRAGMA foreign_keys").fetchone()[0]:
                 return
-    raise _given_up("foreign keys cannot be enforced again")
+    error = sqlite3.InternalError("foreign keys cannot be enforced again")
+    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up
+    raise error
 
 
 def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], order: Order) -> tuple[Migration, ...]:
@@ -220,8 +202,10 @@ def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], orde
     return left if order.to is None else tuple(each for each in left if each.number <= order.to)
 
 
-def _begin(session: SqliteSession, order: Order) -> tuple[Applied, ...]:
+def _begin(session: SqliteSession, order: Order, *, enforced: bool) -> tuple[Applied, ...]:
     """Takes the write lock, and reads the record as it is under it."""
+    if enforced:  # for each file: the one before may have left the session a new connection
+        session.control("PRAGMA foreign_keys = OFF")
     session.begin_patiently(order.wait)
     session.raw.execute(_CREATE)
     return applied(session)
@@ -231,14 +215,13 @@ def _apply(
     session: SqliteSession,
     migrations: tuple[Migration, ...],
     order: Order,
-    before: dict[str, int],
     *,
     enforced: bool,
 ) -> MigrationReport:
     done: list[Migration] = []
     tolerated: Counter[tuple[str, str]] | None = None
     while True:
-        record = _begin(session, order)
+        record = _begin(session, order, enforced=enforced)
         left = _wanted(migrations, record, order)
         if not left:  # another process has been quicker
             session.rollback()
@@ -252,7 +235,6 @@ def _apply(
             tolerated = session.broken_references()  # what was broken before: looked for only when it matters
             continue
         session.commit()
-        _put_right(session.raw, before)
         done.append(left[0])
         _logger.info("migration %s applied in %.3f s", left[0].name, seconds)
         if order.progress is not None:
@@ -263,24 +245,26 @@ def _try(
     session: SqliteSession,
     migrations: tuple[Migration, ...],
     order: Order,
-    before: dict[str, int],
     *,
     enforced: bool,
 ) -> MigrationReport:
-    record = _begin(session, order)
+    record = _begin(session, order, enforced=enforced)
     left = _wanted(migrations, record, order)
     tolerated = session.broken_references() if enforced else None
+    before = {name: int(session.raw.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PUT_RIGHT}
     for migration in left:
         seconds = _run(session, migration, tolerated, enforced=enforced)
-        _put_right(session.raw, before)
+        _put_right(session, before)
         if order.progress is not None:
             order.progress(migration, seconds)
     session.rollback()
     return MigrationReport(left, len(record), dry_run=True)
 
 
-def _baseline(session: SqliteSession, migrations: tuple[Migration, ...], order: Order) -> MigrationReport:
-    record = _begin(session, order)
+def _baseline(
+    session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool
+) -> MigrationReport:
+    record = _begin(session, order, enforced=enforced)
     if record:
         raise MigrationError(
             f"a baseline is for a database without a record, and this one has had {record[-1].name} already"
