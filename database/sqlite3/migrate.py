@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.engine.statement import CONTROL
 from database.errors import DatabaseError, MigrationError
+from database.logs import say
 from database.sqlite3 import analysis
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def _apply(
             continue
         session.commit()
         done.append(left[0])
-        _logger.info("migration %s applied in %.3f s", left[0].name, seconds)
+        say(_logger, logging.INFO, "migration %s applied in %.3f s", left[0].name, seconds)
         if order.progress is not None:
             order.progress(left[0], seconds)
 
