@@ -40,7 +40,7 @@ from database.logs import LogObserver, harmless, parameters_of
 try:
     from opentelemetry import metrics, trace
 except ImportError as error:
-    raise ImportError("database.otel needs opentelemetry-api: pip install 'jobu-database[otel]'") from error
+    raise ImportError("database.otel needs opentelemetry-api: install the extra `otel` of this package") from error
 
 if TYPE_CHECKING:
     from database.driver.observer import Observer

@@ -20,7 +20,7 @@ try:
     from database.postgresql.opening import describe, open_session
 except ImportError as error:
     raise errors.ConfigurationError(
-        "PostgreSQL needs the extra `postgresql`: pip install 'jobu-database[postgresql]'"
+        "PostgreSQL needs the extra `postgresql` of this package: install it"
         f" (psycopg cannot be imported: {error})"
     ) from error
 

@@ -96,7 +96,7 @@ def test_without_the_extra(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: the command-line tool needs 'typer', which is not installed\n"
-        "  pip install 'jobu-database[cli]' installs all that it needs\n"
+        "  install the extra `cli` of this package, which brings all that it needs\n"
     )
 
 
