@@ -3,11 +3,9 @@
 See `docs/guides/pytest-plugin.md`. The fixture `db` gives the handle; `database_config` and `database_setup` are there to
 be overridden. How it is done, and why by copies, stands in `database.sandbox`.
 
-Two names, one file. pytest loads plugins in every project of an environment, also in those that have a `database.py` of
-their own. There `database.pytest_plugin` cannot be found, or, loaded before the project's folder is on the path, stands in
-the way of the project's own module. So the wheel holds this file a second time, as the top-level module
-`jobu_database_pytest`, which is what the entry point names; and nothing of the package is imported before a fixture is
-used. The module has no state, so the two may be mixed.
+Nothing of the package is imported before a fixture is used: what pytest loads in every project of an environment is
+`jobu_database_pytest`, and that executes this file without importing `database`, for the project may have a module of that
+name. There is no state here, so it may be loaded under both names.
 
 Event loops. A layer has to be left with its pools closed, and a pool is best closed on its own loop. So a test that runs
 under AnyIO's plugin has its layer entered and left by an asynchronous fixture (`_database_anyio`), on the same loop; any
