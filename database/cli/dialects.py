@@ -126,12 +126,11 @@ class _Sqlite:
         numeric = of_text is not None and "BLOB" not in column.type.upper()
 
         def convert(value: Any) -> Any:
-            kind: type[object] = type(value)
-            if kind is Exact:
+            if isinstance(value, Exact):
                 return float(value) if numeric else str(value)
-            if kind is int and not numeric and not fits(value):
+            if isinstance(value, Document) or (isinstance(value, int) and not numeric and not fits(value)):
                 return str(value)
-            return str(value) if kind is Document else value
+            return value
 
         return convert
 
