@@ -1205,10 +1205,6 @@ class PostgresqlSession:
     def share(self, shared: bool) -> None:
         """See `Session`. Here transactions are not shared."""
 
-    def may_group(self) -> bool:
-        """See `Session`."""
-        return False
-
     def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> Any:
         """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
         from database.postgresql.migrate import migrate  # noqa: PLC0415  - few connections ever need it

@@ -41,9 +41,9 @@ _CREATE = (
     " applied_at TEXT NOT NULL DEFAULT to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'),"
     " seconds DOUBLE PRECISION NOT NULL)"
 )
-_READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number"  # noqa: S608 - a constant
-_WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"  # noqa: S608 - a constant
-_FINISH = f"UPDATE {TABLE} SET seconds = ? WHERE number = ?"  # noqa: S608 - a constant
+_READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number"
+_WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"
+_FINISH = f"UPDATE {TABLE} SET seconds = ? WHERE number = ?"
 _NO_TRANSACTION = re.compile(r"(?:\s|--[^\n]*\n)*?--[ \t]*no transaction[ \t]*(?:\n|\Z)", re.IGNORECASE)
 _BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*", re.DOTALL)
 
@@ -106,7 +106,7 @@ def _begin(session: Any, deadline: float) -> tuple[Applied, ...]:
             if begun is None:
                 return record
             if time.monotonic() >= deadline:
-                raise MigrationError(  # noqa: S608 - words for people
+                raise MigrationError(
                     f"{begun.name}, which runs without a transaction, was begun on {begun.applied_at} UTC and has not ended."
                     " Either another process is still at it, or it was stopped half-way. Look at what it has done (an index"
                     " marked INVALID has to be dropped), then take it as done (UPDATE"
@@ -161,7 +161,7 @@ def _without_transaction(session: Any, migration: Migration, began: float) -> No
             session.execute_script(text)
         except Exception as error:
             reason = _reason(session, error, text)
-            raise MigrationError(  # noqa: S608 - words for people
+            raise MigrationError(
                 f"{migration.path}:{line}: {reason}; it runs without a transaction, so what stands before this line is done."
                 f" Put that right, then have it run again: DELETE FROM {TABLE} WHERE number = {migration.number}"
             ) from error
