@@ -45,7 +45,7 @@ from database.errors import (
 )
 from database.settings import LoggingSettings
 
-__all__ = ["ConsoleFormatter", "ForwardHandler", "Instrumentation", "LogObserver", "harmless", "say", "set_up"]
+__all__ = ["ConsoleFormatter", "ForwardHandler", "Instrumentation", "LogObserver", "harmless", "set_up"]
 
 _root = logging.getLogger("database")
 _root.addHandler(logging.NullHandler())  # else logging's last resort would print warnings nobody asked for

@@ -258,7 +258,8 @@ def test_names_that_mean_something_in_python(tmp_path: Path) -> None:
 def test_postgresql_names(tmp_path: Path) -> None:
     """What only looks like a parameter in PostgreSQL's SQL (a slice, a cast, a literal) is none."""
     (tmp_path / "q.sql").write_text(
-        "-- name: a\nSELECT (:ids)[1:2], now()::date, $$ :hh $$, E'it\\'s :no', to_char(now(), 'HH:MI') FROM t WHERE id = :id;\n"
+        "-- name: a\nSELECT (:ids)[1:2], now()::date, $$ :hh $$, E'it\\'s :no', to_char(now(), 'HH:MI') FROM t\n"
+        "WHERE id = :id;\n"
         "-- name: b!\nDELETE FROM t WHERE id = $1;\n"
     )
     text = stubs.generate(tmp_path / "q.sql", engine="postgresql")

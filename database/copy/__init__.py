@@ -17,7 +17,8 @@ writers for the last run, which only has to copy what is new.
 
 from __future__ import annotations
 
-from database.copy.command import add_arguments, find, main, run
-from database.copy.work import NOTES, Progress, Report, Table, copy
+from database.copy.command import find as find
+from database.copy.command import main
+from database.copy.work import Report, Table, copy
 
-__all__ = ["NOTES", "Progress", "Report", "Table", "add_arguments", "copy", "find", "main", "run"]
+__all__ = ["Report", "Table", "copy", "main"]

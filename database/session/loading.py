@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["loader"]
 
@@ -36,7 +36,8 @@ def loader() -> Any:
 
         def load_query_data_from_file(self, path: Path, *args: Any, **kwargs: Any) -> Any:
             try:
-                return super().load_query_data_from_file(path, *args, **kwargs)
+                load = cast("Any", super()).load_query_data_from_file
+                return load(path, *args, **kwargs)
             except UnicodeDecodeError as error:
                 raise SQLParseException(f"{path}: not {error.encoding}: {error.reason}") from error
 
