@@ -13,7 +13,7 @@ from typing import Any, Final
 try:
     from ecs_logging import StdlibFormatter
 except ImportError as error:
-    raise ImportError("database.elk needs ecs-logging: pip install 'jobu-database[elk]'") from error
+    raise ImportError("database.elk needs ecs-logging: install the extra `elk` of this package") from error
 
 __all__ = ["EcsFormatter"]
 

@@ -1,4 +1,4 @@
-"""Logging: one record a statement, with standard `logging`, silent until somebody configures it.
+"""Logging: one record per statement, with standard `logging`, silent until somebody configures it.
 
 Loggers: `database.query` (statements), `database.pool` (connections, errors of the pool) and `database.transaction`.
 Records are made on the worker's thread, after the statement and before its answer is posted, or on a thread of their own:
@@ -11,8 +11,12 @@ number, or None for autocommit), `worker`, `error` (the exception's class, or No
 `error`, `sql`, `parameters`, `code` and `code_name`; those of `database.transaction` have `transaction`, `outcome`,
 `duration`, `holder`, `readonly`, and `waiting` where somebody is kept waiting.
 
+The logger `database` has the level WARNING until somebody sets another, so that an application which turns its own
+records on (`basicConfig(level=INFO)`) does not get one for each of its statements.
+
 Nothing that goes wrong here reaches a statement: an exception of a handler, a filter or somebody's `repr()` is printed
-to stderr, as `logging.Handler.handleError` does, and forgotten.
+to stderr, as `logging.Handler.handleError` does, and forgotten; on a worker's thread also SystemExit and the like, which
+would end the worker. Only a Ctrl-C that strikes the main thread meanwhile goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from threading import current_thread, main_thread
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -44,6 +49,8 @@ __all__ = ["ConsoleFormatter", "ForwardHandler", "Instrumentation", "LogObserver
 
 _root = logging.getLogger("database")
 _root.addHandler(logging.NullHandler())  # else logging's last resort would print warnings nobody asked for
+if _root.level == logging.NOTSET:
+    _root.setLevel(logging.WARNING)
 _query = logging.getLogger("database.query")
 _pool = logging.getLogger("database.pool")
 _transaction = logging.getLogger("database.transaction")
@@ -77,13 +84,23 @@ def harmless(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[
     def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
-        except BaseException:  # of a handler (some end the program), a filter, or the repr() of somebody's object
+        except (
+            BaseException
+        ) as error:  # of a handler (some end the program), a filter, or the repr() of somebody's object
+            if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+                raise  # not theirs
             if logging.raiseExceptions and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 with contextlib.suppress(Exception):  # nothing is left to tell it to
                     sys.stderr.write("--- database: an error while logging; the statement is not affected ---\n")
                     traceback.print_exc(file=sys.stderr)
 
     return guarded
+
+
+@harmless
+def say(logger: logging.Logger, level: int, message: str, *args: object) -> None:
+    """Logs something from a place that must not fail for it."""
+    logger.log(level, message, *args)
 
 
 class ForwardHandler(logging.Handler):
@@ -101,7 +118,7 @@ class ForwardHandler(logging.Handler):
 
 
 class ConsoleFormatter(logging.Formatter):
-    """A readable line a statement: time, level, duration, rows, SQL, parameters."""
+    """A readable line per statement: time, level, duration, rows, SQL, parameters."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -114,9 +131,35 @@ class _ConsoleHandler(logging.StreamHandler[Any]):
         super().__init__(sys.stderr)
         self.setFormatter(ConsoleFormatter())
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints the record, unless a handler of the application's own prints it on the console as well."""
+        if not _printed_by_others(self, record):
+            super().emit(record)
+
+
+def _printed_by_others(handler: logging.Handler, record: logging.LogRecord) -> bool:
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None:
+        for other in logger.handlers:
+            if other is not handler and record.levelno >= other.level and _is_console(other):
+                return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    """Whether it writes to stderr or stdout: a StreamHandler, or one like rich's, which has a console with a file."""
+    stream: Any = getattr(handler, "stream", None) or getattr(getattr(handler, "console", None), "file", None)
+    return stream is not None and stream in (sys.stderr, sys.stdout, sys.__stderr__, sys.__stdout__)
+
+
+_levels: tuple[int, int] | None = None
+"""The level of `database` before the console handler came, and the one that it has set."""
+
 
 def set_up(settings: LoggingSettings) -> None:
     """Applies `logging:` of the configuration: adds the console handler, once, and sets its level."""
+    global _levels  # noqa: PLW0603  - there is one logger `database` in a process
     if not settings.console:
         return
     level = logging.getLevelNamesMapping()[settings.level]
@@ -126,15 +169,21 @@ def set_up(settings: LoggingSettings) -> None:
         _root.addHandler(handler)
     handler.setLevel(level)
     if _root.level == logging.NOTSET or _root.level > level:
+        _levels = _root.level if _levels is None else _levels[0], level
         _root.setLevel(level)
 
 
 def tear_down() -> None:
     """Takes the console handler away again."""
+    global _levels  # noqa: PLW0603
     for handler in tuple(_root.handlers):
         if isinstance(handler, _ConsoleHandler):
             _root.removeHandler(handler)
-            _root.setLevel(logging.NOTSET)
+    if _levels is not None:
+        before, ours = _levels
+        _levels = None
+        if _root.level == ours:  # nobody has set another one since
+            _root.setLevel(before)
 
 
 class LogObserver:

@@ -3,7 +3,9 @@
 See `docs/guides/pytest-plugin.md`. The fixture `db` gives the handle; `database_config` and `database_setup` are there to
 be overridden. How it is done, and why by copies, stands in `database.sandbox`.
 
-Nothing is imported before a fixture is used, for pytest loads this module in every project that has the package.
+Nothing of the package is imported before a fixture is used: what pytest loads in every project of an environment is
+`jobu_database_pytest`, and that executes this file without importing `database`, for the project may have a module of that
+name. There is no state here, so it may be loaded under both names.
 
 Event loops. A layer has to be left with its pools closed, and a pool is best closed on its own loop. So a test that runs
 under AnyIO's plugin has its layer entered and left by an asynchronous fixture (`_database_anyio`), on the same loop; any
@@ -12,6 +14,8 @@ other, and the wider scopes, by an ordinary one.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import AsyncGenerator, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,42 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 __all__ = ["layer"]
+
+
+def _other_database() -> str | None:
+    """Where Python finds something else than this package under its name; None: it finds this package."""
+    loaded = sys.modules.get("database")
+    if loaded is not None:
+        file = getattr(loaded, "__file__", None)
+        return None if _is_ours(file) else str(file or "a folder without __init__.py")
+    for folder in map(Path, sys.path):
+        for found in (folder / "database" / "__init__.py", folder / "database.py"):
+            if found.is_file():
+                return None if _is_ours(found) else str(found)
+    return None
+
+
+def _is_ours(file: str | Path | None) -> bool:
+    return file is not None and Path(file).with_name("sandbox.py").is_file()
+
+
+_SHADOWED = (
+    "the fixtures of jobu-database (db, db_path, …) cannot work here: what Python imports as `database` is {}. Give that"
+    " another name if you want to use the package in this project; if not, `-p no:database` leaves the plugin out"
+)
+
+
+class DatabaseShadowedWarning(pytest.PytestWarning):
+    """The project has a module with the package's name."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Says why the fixtures cannot work, where they cannot; the run goes on."""
+    other = _other_database()
+    if other is not None:
+        with contextlib.suppress(DatabaseShadowedWarning):  # where warnings are errors, this one is none
+            config.issue_config_time_warning(DatabaseShadowedWarning(_SHADOWED.format(other)), stacklevel=2)
+
 
 if TYPE_CHECKING:
     from database.sandbox import Sandbox, Setup
@@ -52,6 +92,9 @@ def _database_sandboxes() -> Sandboxes:
 
 def _sandbox(request: pytest.FixtureRequest) -> Sandbox:
     """The sandbox for what `database_config` and `database_setup` are here."""
+    other = _other_database()
+    if other is not None:
+        raise pytest.UsageError(_SHADOWED.format(other))
     from database import settings  # noqa: PLC0415  - see the top of the module
     from database.errors import ConfigurationError  # noqa: PLC0415
     from database.sandbox import Sandbox  # noqa: PLC0415

@@ -52,6 +52,9 @@ _METHODS: Final = {
 }
 
 
+_FACES: Final = {"sqlite": "sqlite3", "sqlite3": "sqlite3", "postgresql": "postgresql"}
+
+
 class _Names(dict[str, str]):
     """Stands where aiosql looks up record classes: every name is its own class."""
 
@@ -73,16 +76,19 @@ def generate(
         record_classes: Where the classes are that `-- record_class:` comments name: `{"Job": "app.models:Job"}`.
             `{"*": "app.models"}` says where all others are.
         name: The variable that `load_queries()` is assigned to.
-        engine: The engine's package.
+        engine: The engine whose SQL it is, and from whose package the stub imports: `sqlite3` or `postgresql`.
 
     Raises:
         ConfigurationError: The files cannot be read or parsed, a name in them is no Python name, or nobody says where
             a record class is.
     """
-    tree = _read(Path(path), engine)
+    face = _FACES.get(engine)
+    if face is None:
+        raise ConfigurationError(f"there is no engine {engine!r}; there are {', '.join(sorted(set(_FACES.values())))}")
+    tree = _read(Path(path))
     if not name.isidentifier() or keyword.iskeyword(name):
         raise ConfigurationError(f"{name!r} is no name for a variable")
-    writer = _Writer(dict(record_classes or {}), "int | None" if engine == "sqlite3" else "Any")
+    writer = _Writer(dict(record_classes or {}), face)
     writer.folder("Queries", "", tree)
     body = "\n".join(f"{each.rstrip()}\n" for each in reversed(writer.classes))
     imports = [
@@ -95,18 +101,24 @@ def generate(
     return f"{head}{''.join(imports)}\n{body}\n{name}: Queries\n"
 
 
-def _read(path: Path, engine: str) -> dict[str, Any]:
-    from aiosql.query_loader import QueryLoader  # noqa: PLC0415  - only those who use query files pay for it
-    from aiosql.utils import SQLLoadException, SQLParseException  # noqa: PLC0415
+class _AsItIs:
+    """Stands where aiosql looks for an engine's adapter: engines know `:name`, so the text stays as it is written."""
 
-    from database.engine import contract  # noqa: PLC0415
+    @staticmethod
+    def process_sql(_name: str, _operation: Any, sql: str) -> str:
+        return sql
 
-    adapter: Any = contract.load(engine).adapter
-    loader: Any = QueryLoader(adapter(), cast("Any", _Names()), "__", mandatory_parameters=False)
+
+def _read(path: Path) -> dict[str, Any]:
+    from aiosql.utils import SQLLoadException, SQLParseException  # noqa: PLC0415  - only those who use files pay for it
+
+    from database.session.loading import loader  # noqa: PLC0415
+
+    reader: Any = loader()(cast("Any", _AsItIs), cast("Any", _Names()), "__", mandatory_parameters=False)
     try:
         if path.is_dir():
-            return cast("dict[str, Any]", loader.load_query_data_from_dir_path(path))
-        return {each.query_name: each for each in loader.load_query_data_from_file(path)}
+            return cast("dict[str, Any]", reader.load_query_data_from_dir_path(path))
+        return {each.query_name: each for each in reader.load_query_data_from_file(path)}
     except (SQLLoadException, SQLParseException, OSError, ValueError) as error:
         raise ConfigurationError(f"queries cannot be loaded from {str(path)!r}: {error}") from error
 
@@ -114,13 +126,15 @@ def _read(path: Path, engine: str) -> dict[str, Any]:
 class _Writer:
     """Collects the classes of a stub, innermost last, and what they need to import."""
 
-    def __init__(self, record_classes: dict[str, str], returning: str) -> None:
+    def __init__(self, record_classes: dict[str, str], engine: str) -> None:
         self.classes: list[str] = []
         self.abstract: set[str] = set()
         self.packages: set[str] = set()
-        self.modules: dict[str, set[str]] = {"database.sqlite3": {"Database"}}
+        self._engine = engine
+        self._face = f"database.{engine}"
+        self.modules: dict[str, set[str]] = {self._face: {"Database"}}
         self._record_classes = record_classes
-        self._returning = returning
+        self._returning = "int | None" if engine == "sqlite3" else "Any"
 
     def folder(self, name: str, prefix: str, tree: Mapping[str, Any]) -> None:
         """The class of a folder, and those of all that is in it."""
@@ -139,14 +153,19 @@ class _Writer:
             if value.operation_type.name == "SELECT":
                 mine.append(self._cursor(f"_{full}_cursor", value))
                 lines.append(f"    {short}_cursor: _{full}_cursor")
-        lines.append("    available_queries: list[str]")
+        names = {key.rpartition(".")[2] for key in tree}
+        plain = "list[str]"
+        if names & {"list", "str"}:  # within the class these would be the queries
+            self.packages.add("builtins")
+            plain = "builtins.list[builtins.str]"
+        lines.append(f"    available_queries: {plain}")
         self.classes.append(f"class {name}:\n" + "\n".join(lines))
         self.classes.extend(reversed(mine))
 
     def _query(self, name: str, datum: Any) -> str:
         operation = datum.operation_type.name
         row = self._row(datum)
-        self._need("database.statements", "TypedQuery")
+        self._need("TypedQuery")
         result = _RESULTS[operation].format(row=row, returning=self._returning)
         kind = "def" if operation == "SELECT" else "async def"
         if operation == "SELECT":
@@ -158,9 +177,9 @@ class _Writer:
         )
 
     def _cursor(self, name: str, datum: Any) -> str:
-        self._need("database.stream", "Stream")
+        self._need("Stream")
         row = "Row"
-        self._need("database.sqlite3", "Row")
+        self._need("Row")
         return f"class {name}(Protocol):\n    def __call__(self, {self._parameters(datum)}) -> Stream[{row}]: ...\n"
 
     def _parameters(self, datum: Any) -> str:
@@ -170,20 +189,33 @@ class _Writer:
         if operation == "INSERT_UPDATE_DELETE_MANY":
             self.abstract.add("Iterable")
             return "db: Database, rows: Iterable[Any], /"
-        names = [each for each in datum.signature.parameters if each != "self"]
-        found = [match for match in _UNNAMED.finditer(datum.sql) if match[1] or match[2]]
-        if not names and any(match[1] for match in found):
+        names, positional, unseen = self._placeholders(datum)
+        if not names and positional:
             return "db: Database, /, *args: Any"
-        if found:
+        if unseen or positional:
             return "db: Database, /, **kwargs: Any"  # placeholders that aiosql does not see
+        # A name before the slash may be none of those behind it, and the classes' methods have a `self`.
+        handle = next(each for each in ("db", "_db", "_database", "_the_database") if each not in names)
         if not names:
-            return "db: Database, /"
-        return f"db: Database, /, *, {', '.join(f'{each}: Any' for each in names)}"
+            return f"{handle}: Database, /"
+        return f"{handle}: Database, /, *, {', '.join(f'{each}: Any' for each in names)}"
+
+    def _placeholders(self, datum: Any) -> tuple[list[str], bool, bool]:
+        """Parameters by name; whether there are some by position; whether there are some that only SQLite knows."""
+        names = [each for each in datum.signature.parameters if each != "self"]
+        if self._engine == "postgresql":  # aiosql takes casts, slices and what stands in literals for names
+            from database.postgresql.analysis import plan_of  # noqa: PLC0415
+
+            plan = plan_of(datum.sql)
+            known = plan.names
+            return list(known or ()), known is None and plan.count > 0, False
+        found = [match for match in _UNNAMED.finditer(datum.sql) if match[1] or match[2]]
+        return names, any(match[1] for match in found), any(match[2] for match in found)
 
     def _row(self, datum: Any) -> str:
         name = datum.record_class
         if not isinstance(name, str):
-            self._need("database.sqlite3", "Row")
+            self._need("Row")
             return "Row"
         where = self._record_classes.get(name) or self._record_classes.get("*")
         if where is None:
@@ -196,8 +228,8 @@ class _Writer:
         self.packages.add(module)  # imported as a whole: a class may have the name of one of ours
         return f"{module}.{kind or name}"
 
-    def _need(self, module: str, name: str) -> None:
-        self.modules.setdefault(module, set()).add(name)
+    def _need(self, name: str) -> None:
+        self.modules[self._face].add(name)
 
 
 def _check_name(name: str, value: Any) -> None:
@@ -239,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--record-class", action="append", default=[], metavar="NAME=MODULE[:CLASS]",
         help="where a class is that `-- record_class: NAME` names; NAME may be *",
     )  # fmt: skip
-    parser.add_argument("--engine", default="sqlite3", help="the engine's package (sqlite3)")
+    parser.add_argument("--engine", default="sqlite3", help="whose SQL it is: sqlite3 or postgresql (sqlite3)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the stub is not up to date")
     options = parser.parse_args(arguments)
     output: Path = options.output or default_output(options.folder)

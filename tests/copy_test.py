@@ -191,3 +191,230 @@ def test_copy_command(
     finally:
         anyio.run(close_all)
         configure(None)
+
+
+HARD = {
+    "n numeric": ["12345678901234567890123456789.5", "0.10", "-0", "1e-20", "NaN"],
+    "big bigint": ["-9223372036854775808", "9223372036854775807"],
+    "truth boolean": ["true", "false"],
+    "f double precision": ["0.1", "1e300", "-2", "Infinity"],
+    "t text": ['{"b": 1, "a": 2}', "2026-01-02T03:04:05+01:00", "1.10", "", " x "],
+    "v varchar(9)": ["007", "1.0"],
+    "c char(5)": ["ab"],
+    "d bytea": ["\\x00ff", "\\x"],
+    "doc jsonb": ["null", '"text"', "[]", '{"a": 1.10, "b": [null, {"c": 12345678901234567890123}]}', "7"],
+    "raw json": ['{"b": 1,   "a": 1}', "null"],
+    "i interval": ["1 year 2 days 03:04:05.5", "-1 mon"],
+    "net inet": ["10.0.0.1/8", "::1"],
+    "r int4range": ["[1,5)", "empty"],
+    "at timestamptz": ["2026-01-02 03:04:05.123456+09", "infinity", "-infinity", "0044-03-15 00:00:00+00 BC"],
+    "plain timestamp": ["2026-01-02 03:04:05", "infinity", "20000-01-01 00:00:00"],
+    "day date": ["2026-01-02", "infinity", "0044-03-15 BC"],
+    "clock time": ["24:00", "03:04:05.5"],
+    "ids uuid[]": ["{a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11,NULL}", "{}"],
+    "id uuid": ["a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"],
+    "words text[]": ['{"a,b",NULL,"NULL"}'],
+}
+"""Columns of PostgreSQL, and values that do not survive a detour through what Python makes of them."""
+
+
+def does(engine: Any, sql: str) -> None:
+    """Something done on the server by somebody else."""
+    from tests.postgresql.engine import oracle
+
+    engine.outside("SELECT 1")  # sets the search path
+    oracle().execute(sql)
+
+
+@pytest.mark.anyio
+async def test_copy_keeps_every_value(settings: Any, engine: Any, tmp_path: Path) -> None:
+    """Values that Python or JSON would change go to SQLite and back as they were, and both comparisons say so."""
+    names = [column.split()[0] for column in HARD]
+    columns = ", ".join(HARD)
+    does(
+        engine,
+        f"CREATE TABLE hard (k bigint PRIMARY KEY, {columns}); CREATE TABLE again (k numeric PRIMARY KEY, {columns})",
+    )
+    number = 0
+    for name, values in zip(names, HARD.values(), strict=True):
+        for value in values:
+            does(engine, f"INSERT INTO hard (k, {name}) VALUES ({-number}, '{value}')")  # keys from 0 down
+            number += 1
+    with sqlite3.connect(tmp_path / "source.db") as connection:
+        plain = ", ".join(
+            f"{name} {'INTEGER' if name in ('big', 'truth') else 'REAL' if name == 'f' else 'TEXT'}" for name in names
+        )
+        connection.execute(f"CREATE TABLE hard (k INTEGER PRIMARY KEY, {plain})")
+        connection.execute(f"CREATE TABLE again (k TEXT PRIMARY KEY, {plain})")
+    connection.close()
+    configure(settings)
+    small, big = find("sqlite:default"), find("postgresql:default")
+    try:
+        assert (await copy(big, small, tables=["hard"], chunk_size=3)).differing == []
+        assert (await copy(big, small, tables=["hard"])).tables[0].copied == 0
+        await small.execute("INSERT INTO again SELECT * FROM hard")
+        report = await copy(small, big, tables=["again"], chunk_size=4)
+        assert (report.differing, report.tables[0].copied) == ([], number)
+        texts = ", ".join(f"{name}::text" for name in names)
+        there, back = (
+            engine.outside(f"SELECT k::bigint, {texts} FROM {table} ORDER BY k") for table in ("hard", "again")
+        )
+        assert there == back
+        await small.execute("CREATE TABLE once (k TEXT PRIMARY KEY)")
+        does(
+            engine, "CREATE TABLE once (k numeric PRIMARY KEY); INSERT INTO once SELECT * FROM generate_series(-5, 15)"
+        )
+        assert (await copy(big, small, tables=["once"], chunk_size=2)).differing == []
+    finally:
+        await close_all()
+
+
+@pytest.mark.anyio
+async def test_copy_compares_exactly(settings: Any, engine: Any) -> None:
+    """What only looks alike, or was changed on its way into a column that cannot hold it, counts as different."""
+    configure(settings)
+    small, big = find("sqlite:default"), find("postgresql:default")
+    cases = [  # PostgreSQL's type and value, SQLite's type and value, whether they are the same
+        ("text", '{"a": 1, "b": 2}', "TEXT", '{"b": 2, "a": 1}', False),
+        ("text", "2026-01-01 00:00:00+00:00", "TEXT", "2026-01-01 01:00:00+01:00", False),
+        ("text", "1.0", "TEXT", "1.00", False),
+        ("jsonb", '{"a": 1, "b": 2}', "TEXT", '{"b": 2, "a": 1}', True),
+        ("jsonb", "null", "TEXT", None, False),
+        ("jsonb", '"1"', "TEXT", "1", False),
+        ("json", '{"a":1}', "TEXT", '{"a": 1}', False),
+        ("numeric", "12345678901234567890123456789", "REAL", 12345678901234567890123456789.0, False),
+        ("numeric", "0.5", "REAL", 0.5, True),
+        ("double precision", "NaN", "REAL", None, False),
+        ("integer", "2", "REAL", 2.0, True),
+        ("bigint", "9007199254740993", "REAL", 9007199254740992.0, False),
+        ("timestamptz", "2026-01-01 00:00:00+00", "TEXT", "2026-01-01 01:00:00+01:00", True),
+        ("timestamp", "2026-01-01 01:00:00", "TEXT", "2026-01-01 01:00:00+01:00", False),
+        ("timestamp", "2026-01-01 01:00:00", "TEXT", "2026-01-01 01:00:00.0000001", False),
+        ("interval", "24:00:00", "TEXT", "24 hours", True),
+        ("interval", "1 day", "TEXT", "24 hours", False),
+        ("date", "2026-01-01", "TEXT", "not a day", False),
+        ("boolean", "true", "INTEGER", 1, True),
+        ("boolean", "true", "INTEGER", 2, False),
+        ("text", "5", "INTEGER", 5, True),
+    ]
+    try:
+        await small.execute("CREATE TABLE marks (name TEXT)")  # opens both
+        for number, (kind, theirs, declared, ours, _) in enumerate(cases):
+            does(engine, f"CREATE TABLE case{number} (v {kind}); INSERT INTO case{number} VALUES ('{theirs}')")
+            await small.execute(f"CREATE TABLE case{number} (v {declared})")
+            await small.execute(f"INSERT INTO case{number} VALUES (?)", (ours,))
+        await big.execute_script(
+            "CREATE TABLE _database_copy (source TEXT NOT NULL, name TEXT NOT NULL, last TEXT, done INTEGER NOT NULL,"
+            " PRIMARY KEY (source, name));"
+            f"INSERT INTO _database_copy SELECT 'sqlite3:default', 'case' || n, NULL, 1 FROM generate_series(0, {len(cases)}) n"
+        )
+        found = (await copy(small, big, tables=[f"case{number}" for number in range(len(cases))])).differing
+        wrong = [case for number, case in enumerate(cases) if (f"case{number}" in found) is case[4]]
+        assert wrong == []
+    finally:
+        await close_all()
+
+
+@pytest.mark.anyio
+async def test_copy_while_others_write(settings: Any, engine: Any, tmp_path: Path) -> None:
+    """Parents and children that come in meanwhile, before and behind the last key, never break the copy; the next run has
+    them.
+    """
+    configure(settings)
+    source, target = find("sqlite:default"), find("postgresql:default")
+    outside = sqlite3.connect(tmp_path / "source.db", isolation_level=None)
+    outside.execute("DELETE FROM parent WHERE id IN (7, 1999)")
+    outside.execute("DELETE FROM child")
+    late = iter([7, 1999, ROWS + 1, ROWS + 2, ROWS + 3])
+
+    def write(what: str, table: str, done: int, total: int) -> None:
+        if table in ("parent", "pair") and what == "copy" and (number := next(late, None)) is not None:
+            outside.execute("INSERT INTO parent (id, name) VALUES (?, 'late')", (number,))
+            outside.execute("INSERT INTO child VALUES (?, ?, 'late')", (number, number))
+
+    try:
+        report = await copy(source, target, chunk_size=1000, progress=write)
+        assert set(report.differing) == {"parent", "child"}
+        assert engine.outside("SELECT count(*) FROM child") == [(0,)]
+        report = await copy(source, target, chunk_size=1000)
+        assert report.differing == []
+        assert [table.copied for table in report.tables if table.copied] == [5, 5] or next(late, None) is not None
+        assert engine.outside("SELECT id FROM child ORDER BY id LIMIT 2") == [(7,), (1999,)]
+    finally:
+        outside.close()
+        await close_all()
+
+
+@pytest.mark.anyio
+async def test_copy_leaves_the_record_of_migrations_alone(settings: Any, engine: Any) -> None:
+    """Both sides have a record of their own of the migrations that they have had, and neither stops the copy."""
+    configure(settings)
+    source, target = find("sqlite:default"), find("postgresql:default")
+    try:
+        await source.execute("CREATE TABLE database_migrations (number INTEGER PRIMARY KEY)")
+        await source.execute("CREATE TABLE nobody (id TEXT PRIMARY KEY, v TEXT)")
+        await source.execute("INSERT INTO nobody VALUES (NULL, 'a'), (NULL, 'b'), ('c', 'c')")
+        does(engine, "CREATE TABLE nobody (id TEXT, v TEXT)")
+        report = await copy(source, target, chunk_size=1)
+        assert report.differing == []
+        assert {table.name: table.copied for table in report.tables}["nobody"] == 3
+    finally:
+        await close_all()
+
+
+def test_copy_command_tells_failures_apart(settings: Any, engine: Any, tmp_path: Path) -> None:
+    """What fails under way ends with 1 and a sentence, Ctrl-C with 130 and another; neither with a traceback."""
+    import signal
+    import subprocess
+    import sys
+
+    import yaml
+
+    file = tmp_path / "database.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    arguments = ["sqlite:default", "postgresql:default", "--config", str(file), "--chunk-size", "1"]
+    with sqlite3.connect(tmp_path / "source.db") as connection:
+        connection.execute("INSERT INTO child VALUES (999, 99999, 'an orphan')")
+    connection.close()
+    anyio.run(_open, settings)
+    command = [sys.executable, "-c", _INTERRUPTIBLE, *arguments]
+    done = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert done.stderr is not None
+        for line in done.stderr:
+            if line.startswith("copy"):
+                break
+        done.send_signal(signal.SIGINT)
+        rest = done.communicate(timeout=30)[1]
+        assert (done.wait(30), rest.splitlines()[-1:]) == (
+            130,
+            ["copy: interrupted; started again, it goes on from where it was"],
+        )
+        assert "Traceback" not in rest
+    finally:
+        done.kill()
+        done.communicate()
+    done = subprocess.run(
+        [sys.executable, "-m", "database.copy", *arguments[:-1], "5000"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "child_parent_id_fkey" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+_INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have left it ignored
+from database.copy import main
+sys.exit(main())
+"""
+
+
+async def _open(settings: Any) -> None:
+    configure(settings)
+    await find("postgresql:default").open()
+    await close_all()

@@ -84,10 +84,78 @@ async def test_a_failure_undoes_its_file_and_names_its_line(db: Any, folder: Pat
 
 
 async def test_a_migration_cannot_end_its_transaction(db: Any, folder: Path) -> None:
-    """COMMIT in a file is refused, or all-or-nothing would be lost."""
-    (folder / "0003_bad.sql").write_text("INSERT INTO team (name) VALUES ('lost'); COMMIT;")
-    assert "package's own business" in await refused(db, folder)
+    """COMMIT and the like in a file are refused, or all-or-nothing would be lost."""
+    for verb in ("COMMIT", "BEGIN", "SAVEPOINT mine", "/* ; */ end", "ROLLBACK"):
+        (folder / "0003_bad.sql").write_text(f"INSERT INTO team (name) VALUES ('lost');\n{verb};")
+        text = await refused(db, folder)
+        assert "package's own business" in text
+        assert text.startswith("0003_bad.sql:2: ")
     assert await db.fetch_value("SELECT count(*) FROM team") == 1
+
+
+REFUSED = [
+    ("PRAGMA query_only=1", "PRAGMA query_only would change the connection, not the database"),
+    (
+        "pragma/**/main . [journal_mode] = DELETE",
+        "PRAGMA journal_mode has no effect within a transaction: set `journal_mode`",
+    ),
+    ('PRAGMA "synchronous" (off)', "set `synchronous` in the configuration"),
+    ("PRAGMA temp_store = 2", "set it under `pragmas` in the configuration"),
+    ("PRAGMA case_sensitive_like = 1", "PRAGMA case_sensitive_like would change"),
+    ("EXPLAIN QUERY PLAN PRAGMA locking_mode = EXCLUSIVE", "PRAGMA locking_mode would change"),
+    ("PRAGMA wal_checkpoint", "PRAGMA wal_checkpoint has no effect within a transaction"),
+    ("ATTACH ':memory:' AS other", "ATTACH would stay with the connection: name the other file"),
+    ("DETACH other", "DETACH would stay"),
+    ("VACUUM", "VACUUM cannot be done within a transaction"),
+]
+
+
+async def test_what_changes_the_connection_is_refused_before_anything_runs(db: Any, folder: Path) -> None:
+    """A PRAGMA of the connection, ATTACH or VACUUM is named with file and line, and no file is applied."""
+    for sql, message in REFUSED:
+        (folder / "0003_bad.sql").write_text(f"INSERT INTO team (name) VALUES ('; lost');\n-- a remark;\n\n{sql};\n")
+        for options in ({}, {"dry_run": True}):
+            text = await refused(db, folder, **options)
+            assert text.startswith("0003_bad.sql:4: "), (sql, text)
+            assert message in text, (sql, text)
+        assert (await db.migration_status(folder)).applied == (), sql
+    assert await db.fetch_value("SELECT count(*) FROM sqlite_schema WHERE name = 'team'") == 0
+
+
+async def test_the_connection_is_as_configured_afterwards(db: Any, folder: Path) -> None:
+    """What schema changes need of the connection is put right behind each file, also behind one that fails or is tried."""
+    (folder / "0003_bare.sql").write_text(
+        "PRAGMA foreign_keys = OFF; PRAGMA legacy_alter_table = ON; PRAGMA writable_schema = ON;"
+        "PRAGMA ignore_check_constraints = 1; PRAGMA recursive_triggers(1); PRAGMA user_version = 7; PRAGMA table_info(team);"
+        "CREATE TEMP TABLE kept AS SELECT name FROM team; CREATE INDEX temp.i ON kept (name);"
+        "CREATE TEMP VIEW seen AS SELECT * FROM kept; INSERT INTO team (name) SELECT name || '!' FROM seen;"
+    )
+
+    def state(raw: Any) -> list[Any]:
+        pragmas = (
+            "foreign_keys",
+            "legacy_alter_table",
+            "writable_schema",
+            "ignore_check_constraints",
+            "recursive_triggers",
+        )
+        temporary = raw.execute("SELECT name FROM sqlite_temp_master").fetchall()
+        return [[raw.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas], temporary]
+
+    before = await db.run(state)
+    await db.migrate(folder, dry_run=True)
+    assert await db.run(state) == before
+    await db.migrate(folder)
+    assert await db.run(state) == before
+    assert await db.fetch_value("SELECT count(*) FROM team WHERE name LIKE '%!'") == 1
+    assert await db.run(lambda raw: raw.execute("PRAGMA user_version").fetchone()[0]) == 7
+    for sql in (
+        "SELECT * FROM kept",
+        "nonsense",
+    ):  # the next file finds nothing of it, nor does a failure leave anything
+        (folder / "0004_next.sql").write_text(f"CREATE TEMP TABLE more (a); PRAGMA legacy_alter_table = 1; {sql};")
+        assert "0004_next.sql:1: " in await refused(db, folder)
+        assert await db.run(state) == before
 
 
 async def test_an_edited_file_is_refused(db: Any, folder: Path) -> None:

@@ -226,6 +226,65 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], sql: str |
         stubs.generate(file)
 
 
+HARD_NAMES = """
+-- name: by_db
+SELECT :db, :_db, :cls, :Any, :args, :kwargs;
+-- name: list
+SELECT 1;
+-- name: str!
+DELETE FROM jobs WHERE id = :rows;
+-- name: Database^
+SELECT :Database;
+"""
+
+
+def test_names_that_mean_something_in_python(tmp_path: Path) -> None:
+    """Parameters and queries may be called like what a stub needs for itself; the stub stays valid and says what is loaded."""
+    (tmp_path / "q.sql").write_text(HARD_NAMES)
+    queries = load_queries(tmp_path / "q.sql")
+    for engine in ("sqlite3", "sqlite", "postgresql"):
+        text = stubs.generate(tmp_path / "q.sql", engine=engine)
+        compile(text, "q.pyi", "exec")
+        for name in ("by_db", "list", "str", "Database"):
+            assert hasattr(queries, name)
+            assert f"    {name}: _{name}\n" in text
+        assert "_database: Database, /, *, db: Any, _db: Any, cls: Any, Any: Any, args: Any, kwargs: Any" in text
+        face = "postgresql" if engine == "postgresql" else "sqlite3"
+        imports = re.findall(r"^(?:from|import) (\S+)", text, re.MULTILINE)
+        assert [each for each in imports if each.startswith("database")] == [f"database.{face}"]
+        assert "    available_queries: builtins.list[builtins.str]" in text
+
+
+def test_postgresql_names(tmp_path: Path) -> None:
+    """What only looks like a parameter in PostgreSQL's SQL (a slice, a cast, a literal) is none."""
+    (tmp_path / "q.sql").write_text(
+        "-- name: a\nSELECT (:ids)[1:2], now()::date, $$ :hh $$, E'it\\'s :no', to_char(now(), 'HH:MI') FROM t\n"
+        "WHERE id = :id;\n"
+        "-- name: b!\nDELETE FROM t WHERE id = $1;\n"
+    )
+    text = stubs.generate(tmp_path / "q.sql", engine="postgresql")
+    assert "db: Database, /, *, ids: Any, id: Any) -> AsyncIterator[Row]" in text
+    assert "db: Database, /, *args: Any) -> int" in text
+    with pytest.raises(ConfigurationError, match="there is no engine 'mysql'; there are postgresql, sqlite3"):
+        stubs.generate(tmp_path / "q.sql", engine="mysql")
+
+
+@pytest.mark.parametrize("name", ["from", "class", "self", "None", "lambda"])
+def test_parameters_that_cannot_be_are_named_with_file_and_query(tmp_path: Path, name: str) -> None:
+    """In a folder of many, the one query that stops it is named with its file and line, by the stub and when it is loaded."""
+    (tmp_path / "sql" / "deep").mkdir(parents=True)
+    (tmp_path / "sql" / "good.sql").write_text("-- name: good\nSELECT 1;\n")
+    (tmp_path / "sql" / "deep" / "bad.sql").write_text(
+        f"-- name: fine\nSELECT 1;\n\n-- name: wrong^\nSELECT :{name};\n"
+    )
+    for read in (stubs.generate, load_queries):
+        with pytest.raises(ConfigurationError) as caught:
+            read(tmp_path / "sql")
+        assert "bad.sql:4: query 'wrong^': " in str(caught.value)
+        assert "keyword argument" in str(caught.value)
+        assert name in str(caught.value)
+
+
 def test_a_keyword_as_parameter_is_a_configuration_error(tmp_path: Path) -> None:
     """`load_queries()` says so too, instead of letting aiosql's ValueError out."""
     (tmp_path / "q.sql").write_text("-- name: a\nSELECT :from;")

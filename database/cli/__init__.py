@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: the command-line tool needs {error.name!r}, which is not installed\n"
-            "  pip install 'jobu-database[cli]' installs all that it needs",
+            "  install the extra `cli` of this package, which brings all that it needs",
             file=sys.stderr,
         )
         return 2

@@ -11,7 +11,7 @@ from typing import Annotated, cast
 
 import typer
 
-from database.cli.support import Status, Target, guarded
+from database.cli.support import Status, Target, guarded, speak
 
 __all__ = ["app", "run"]
 
@@ -34,6 +34,7 @@ app = typer.Typer(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; gives the exit status."""
+    speak()
     try:
         app(None if arguments is None else list(arguments))
     except SystemExit as end:
@@ -46,9 +47,23 @@ Config = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="FILE", help="The configuration, in place of config/database.yaml."),
 ]
-Db = Annotated[str, typer.Option("--db", "-d", metavar="NAME", help="The database's name in the configuration.")]
+Db = Annotated[
+    str,
+    typer.Option(
+        "--db",
+        "-d",
+        metavar="NAME",
+        help="The database's name in the configuration; sqlite:NAME or postgresql:NAME where both have one.",
+    ),
+]
 MaybeDb = Annotated[
-    str | None, typer.Option("--db", "-d", metavar="NAME", help="Only this database of the configuration.")
+    str | None,
+    typer.Option(
+        "--db",
+        "-d",
+        metavar="NAME",
+        help="Only this database of the configuration; sqlite:NAME or postgresql:NAME where both have one.",
+    ),
 ]
 Path = Annotated[
     str | None, typer.Option("--path", "-p", metavar="FILE", help="An SQLite file, in place of a configuration.")
@@ -243,7 +258,7 @@ def import_(
         str | None, typer.Option("--format", metavar="csv|jsonl", help="In place of the file's ending.")
     ] = None,
     create: Annotated[
-        bool, typer.Option("--create", help="Create the table, with types guessed from the first rows.")
+        bool, typer.Option("--create", help="Create the table, with types that change no value.")
     ] = False,
     columns: Annotated[
         str | None, typer.Option("--columns", metavar="A,B,…", help="Names of the columns: the CSV file has no header.")
@@ -268,9 +283,11 @@ def import_(
 
     Example: `python -m database import people.csv people --create`
     """
-    from database.cli.transfer import Reading, import_file  # noqa: PLC0415
+    from database.cli.imports import import_file  # noqa: PLC0415
+    from database.cli.records import Reading  # noqa: PLC0415
+    from database.cli.support import utf8  # noqa: PLC0415
 
-    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    names = None if columns is None else [name.strip() for name in utf8(columns).split(",")]
     reading = Reading(file, format, null, delimiter, encoding, names)
     import_file(Target(config, db, path), reading, table, create=create, conflict=conflict, batch=batch, as_json=json)
 
@@ -302,7 +319,7 @@ def export(
 
     Example: `python -m database export "SELECT * FROM jobs WHERE enabled = :on" --param on=1 -o jobs.jsonl`
     """
-    from database.cli.transfer import Writing, export_query  # noqa: PLC0415
+    from database.cli.exports import Writing, export_query  # noqa: PLC0415
 
     export_query(Target(config, db, path), query, param or [], Writing(output, format, null, delimiter, force))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from database.cli.support import Status, Target, duration, err, fail, in_thread, out, out_json, run, size
 from database.session.database import Database
 
-__all__ = ["backup", "copy"]
+__all__ = ["backup", "copy", "file_in"]
 
 
 def backup(target: Target, place: str, *, force: bool, verify: bool, as_json: bool) -> None:
@@ -24,9 +25,7 @@ def backup(target: Target, place: str, *, force: bool, verify: bool, as_json: bo
 
     async def work() -> Path:
         db = target.open()
-        file = Path(place).expanduser()
-        if file.is_dir():
-            file /= f"{target.name}-{datetime.now().strftime('%Y-%m-%dT%H-%M-%S')}.db"  # local time, for people
+        file = file_in(place, db.name)
         await copy(db, file, force=force)
         if verify:
             with err().status("verifying …"):
@@ -41,6 +40,16 @@ def backup(target: Target, place: str, *, force: bool, verify: bool, as_json: bo
     else:
         checked = ", verified" if verify else ""
         out().print(f"{file}: {size(length)} in {duration(seconds)}{checked}", markup=False, soft_wrap=True)
+
+
+def file_in(place: str, name: str) -> Path:
+    """The file that a target means: in a folder, one that is named by date; a folder that ends in `/` is made."""
+    file = Path(place).expanduser()
+    if place.endswith(("/", os.sep)) and not file.exists():
+        file.mkdir(parents=True)
+    if file.is_dir():
+        file /= f"{name}-{datetime.now().strftime('%Y-%m-%dT%H-%M-%S')}.db"  # local time, for people
+    return file
 
 
 async def copy(db: Database, file: Path, *, force: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from database.cli.support import Status, Target, Verdict, clean, err, fail, in_thread, out, out_json, run
+from database.cli.support import Status, Target, Verdict, choose, clean, err, fail, in_thread, out, out_json, run
 
 __all__ = ["check"]
 
@@ -22,12 +22,14 @@ def check(target: Target, *, every: bool, quick: bool, strict: bool, as_json: bo
     if every:
         chosen = [(engine, each) for engine, named in configuration.engines.items() for each in named.values()]
     else:
-        chosen = [configuration.find(target.name)]
+        chosen = [choose(configuration, target.name)]
     results: list[dict[str, Any]] = []
     worst = 0
+    several = len({engine for engine, _ in chosen}) > 1
     for engine, settings in chosen:
         if not as_json:
-            out().print(Text.assemble(("database ", "bold"), (clean(settings.name), "bold cyan")))
+            note = f" ({engine})" if several else ""
+            out().print(Text.assemble(("database ", "bold"), (clean(settings.name), "bold cyan"), note))
         findings: list[dict[str, str]] = []
 
         def show(finding: Any, findings: list[dict[str, str]] = findings) -> None:

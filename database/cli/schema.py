@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
-from database.cli.backup import copy
-from database.cli.support import Status, Target, Verdict, clean, duration, fail, out, out_json, remark, run
+from database.cli.backup import copy, file_in
+from database.cli.support import Status, Target, Verdict, choose, clean, duration, fail, out, out_json, remark, run
 from database.engine.migrations import Migration, MigrationReport, MigrationStatus
 from database.settings import MEMORY
 
@@ -19,17 +19,17 @@ def init(target: Target, *, every: bool, as_json: bool) -> None:
     """Creates the databases of a configuration, or one of them."""
     configuration = target.configuration()
     if every:
-        chosen = [each for named in configuration.engines.values() for each in named.values()]
+        chosen = [(engine, each) for engine, named in configuration.engines.items() for each in named.values()]
     else:
-        chosen = [configuration.find(target.name)[1]]
+        chosen = [choose(configuration, target.name)]
     results: list[dict[str, Any]] = []
-    for settings in chosen:
+    for engine, settings in chosen:
         path = getattr(settings, "path", "")
         if path == MEMORY:
             remark(f"{settings.name}: {MEMORY} needs no init")
             continue
         new = bool(path) and not Path(path).exists()
-        applied = run(_init, Target(target.config, settings.name, target.path), settings)
+        applied = run(_init, Target(target.config, f"{engine}:{settings.name}", target.path), settings)
         results.append(
             {"name": settings.name, "path": path, "created": new, "migrations": [each.name for each in applied]}
         )
@@ -86,7 +86,7 @@ def migrate(
     async def work() -> MigrationReport:
         db = target.open(must_exist=False)
         if backup is not None and not dry_run and (await db.migration_status(folder)).pending:
-            await copy(db, Path(backup), force=False)
+            await copy(db, file_in(backup, db.name), force=False)
         return await db.migrate(folder, dry_run=dry_run, to=to, baseline=baseline, wait=wait, progress=progress)
 
     report = run(work)

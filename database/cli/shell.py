@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import json
 import os
 import shlex
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -27,10 +25,24 @@ from rich.table import Table
 from rich.text import Text
 
 from database import errors
-from database.cli.support import Failure, Status, Target, clean, duration, err, error_block, fail, out, remark, run
+from database.cli.dialects import dialect_of
+from database.cli.support import (
+    Failure,
+    Status,
+    Target,
+    clean,
+    duration,
+    err,
+    error_block,
+    fail,
+    out,
+    remark,
+    run,
+    utf8,
+)
+from database.cli.values import csv_text, json_text
 from database.engine.statement import CONTROL, READ
 from database.session.database import Database
-from database.sqlite3 import analysis
 
 __all__ = ["shell"]
 
@@ -67,13 +79,13 @@ def shell(target: Target, *, readonly: bool, commands: list[str], mode: str) -> 
 
 
 async def _main(target: Target, readonly: bool, commands: list[str], mode: str) -> None:
-    db = target.open(only="sqlite3")
+    db = target.open()
     await db.open()
     session = _Session(db, readonly=readonly, mode=mode)
     try:
         if commands:
             for command in commands:
-                await session.feed(command)
+                await session.feed(utf8(command))
         elif sys.stdin.isatty() and sys.stdout.isatty():
             await _interactive(session)
         else:
@@ -96,6 +108,7 @@ class _Session:
 
     def __init__(self, db: Database, *, readonly: bool, mode: str) -> None:
         self.db = db
+        self.dialect = dialect_of(db)
         self.readonly = readonly
         self.mode = mode
         self.timer = False
@@ -114,13 +127,13 @@ class _Session:
                 await self.command(line.strip())
                 continue
             lines.append(line)
-            if sqlite3.complete_statement("".join(lines)):
+            if self.dialect.complete("".join(lines)):
                 await self._statements("".join(lines))
                 lines.clear()
         await self._statements("".join(lines))
 
     async def _statements(self, text: str) -> None:
-        for sql in analysis.split(text):
+        for sql in self.dialect.split(text):
             began = time.perf_counter()
             await self.statement(sql.strip().rstrip(";"))
             if self.timer:
@@ -165,13 +178,13 @@ class _Session:
             remark(f"… and more: the first {self.limit:,} are shown (.limit changes that; `export` writes all)")
 
     async def _control(self, verb: str) -> None:
-        if verb == "BEGIN":
+        if verb in ("BEGIN", "START"):
             if self.db.in_transaction:
                 fail("a transaction is open already", "COMMIT or ROLLBACK ends it")
             await self.db.begin(readonly=self.readonly)
         elif verb in ("COMMIT", "END"):
             await self.db.commit()
-        elif verb == "ROLLBACK":
+        elif verb in ("ROLLBACK", "ABORT"):
             if not self.db.in_transaction:
                 fail("no transaction is open")
             await self.db.rollback()
@@ -205,23 +218,15 @@ class _Session:
         out().print(_HELP, markup=False)
 
     async def _tables(self, pattern: str = "%") -> None:
-        rows = await self.db.fetch_all(
-            "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
-            " AND name LIKE ? ORDER BY name",
-            (pattern,),
-        )
+        rows = await self.db.fetch_all(self.dialect.tables, (pattern,))
         for row in rows:
             out().print(clean(row[0], lines=False), markup=False, soft_wrap=True)
 
     async def _schema(self, name: str = "%") -> None:
-        rows = await self.db.fetch_all(
-            "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND (tbl_name LIKE ? OR name LIKE ?)"
-            " ORDER BY tbl_name, type DESC",
-            (name, name),
-        )
-        for row in rows:
-            out().print(clean(f"{row[0]};"), markup=False, soft_wrap=True)
-        if not rows and name != "%":
+        found = await self.dialect.definitions(self.db, name)
+        for text in found:
+            out().print(clean(text), markup=False, soft_wrap=True)
+        if not found and name != "%":
             fail(f"nothing is named {name!r}", ".tables lists what there is")
 
     async def _timer(self, state: str = "") -> None:
@@ -253,15 +258,10 @@ class _Session:
     async def learn(self) -> None:
         """Learns the names of tables and columns, for completion."""
         with suppress(errors.DatabaseError):
-            tables = [
-                row[0]
-                for row in await self.db.fetch_all("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")
-            ]
+            tables = [str(row[0]) for row in await self.db.fetch_all(self.dialect.tables, ("%",))]
             columns: set[str] = set()
             for table in tables:
-                columns.update(
-                    row[0] for row in await self.db.fetch_all("SELECT name FROM pragma_table_info(?)", (table,))
-                )
+                columns.update(column.name for column in await self.dialect.columns(self.db, table))
             self.words = [*tables, *sorted(columns)]
 
     # Rows
@@ -276,11 +276,12 @@ class _Session:
         if self.mode == "csv":
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(names)
-            writer.writerows([_plain(value) for value in row] for row in rows)
+            writer.writerows([csv_text(value) for value in row] for row in rows)
         elif self.mode == "json":
             for row in rows:
-                pairs = zip(names, (_plain(value) for value in row), strict=True)
-                print(json.dumps(dict(pairs), ensure_ascii=False))
+                pairs = dict(zip(names, row, strict=True))
+                shown = (f"{json_text(name)}: {json_text(_plain(value))}" for name, value in pairs.items())
+                print(f"{{{', '.join(shown)}}}")
         elif self.mode == "line":
             width = max(map(len, names))
             for number, row in enumerate(rows):
@@ -311,7 +312,7 @@ def _cell(value: Any, *, lines: bool = False) -> Text:
         return Text(f"x'{start}{'…' if len(value) > 16 else ''}' ({len(value):,} bytes)", style="magenta")
     if isinstance(value, (int, float)):
         return Text(str(value))
-    return Text(clean(value, lines=lines))
+    return Text(clean(str(value), lines=lines))
 
 
 def _table(names: list[str], rows: list[Any]) -> Table:
@@ -330,10 +331,8 @@ def _table(names: list[str], rows: list[Any]) -> Table:
 async def _interactive(session: _Session) -> None:
     prompt = _prompt(session)
     await session.learn()
-    where = await session.db.fetch_value("SELECT file FROM pragma_database_list WHERE name = 'main'")
-    remark(
-        f"SQLite {sqlite3.sqlite_version}, {where}{' (read-only)' if session.readonly else ''}; .help helps, Ctrl-D ends"
-    )
+    where = await session.dialect.banner(session.db)
+    remark(f"{where}{' (read-only)' if session.readonly else ''}; .help helps, Ctrl-D ends")
     while True:
         star = "*" if session.db.in_transaction else ""
         try:
@@ -384,7 +383,7 @@ def _prompt(session: _Session) -> Callable[[str], Any]:
         """Ends the input where a statement ends; else begins another line."""
         buffer = event.current_buffer
         text = buffer.text.strip()
-        if not text or text.startswith(".") or sqlite3.complete_statement(text):
+        if not text or text.startswith(".") or session.dialect.complete(text):
             buffer.validate_and_handle()
         else:
             buffer.insert_text("\n")

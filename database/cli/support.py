@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
+import io
 import json
 import os
 import sqlite3
+import struct
 import sys
 import threading
 from collections.abc import Awaitable, Callable
@@ -31,6 +34,7 @@ __all__ = [
     "Status",
     "Target",
     "Verdict",
+    "choose",
     "clean",
     "duration",
     "err",
@@ -44,6 +48,8 @@ __all__ = [
     "remark",
     "run",
     "size",
+    "speak",
+    "utf8",
 ]
 
 P = ParamSpec("P")
@@ -91,6 +97,52 @@ def fail(message: str, hint: str = "", status: Status = Status.FAILED) -> NoRetu
 
 
 # --- Output -------------------------------------------------------------------------------------------------
+
+
+_PLAIN = str.maketrans(
+    {"✓": "+", "✗": "x", "·": "-", "→": "->", "…": "...", "µ": "u", "●": "*", "○": "o", "─": "-", "—": "-"}
+)
+
+
+def _speak_plainly(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal of another encoding gets for a character that it does not know: a likeness, or its number."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    plain = "".join(
+        each if each.isascii() else "".join(f"\\u{unit:04x}" for unit in _units(each))
+        for each in text.translate(_PLAIN)
+    )
+    return plain, error.end
+
+
+def _units(character: str) -> tuple[int, ...]:
+    """A character as JSON escapes it: in units of sixteen bits."""
+    encoded = character.encode("utf-16-be", "surrogatepass")
+    return struct.unpack(f">{len(encoded) // 2}H", encoded)
+
+
+codecs.register_error("database.cli", _speak_plainly)
+
+
+def speak() -> None:
+    """Lets stdout and stderr write whatever they are given, whichever language and encoding the terminal is set to."""
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="database.cli")
+    stdin: Any = sys.stdin
+    if isinstance(stdin, io.TextIOWrapper) and codecs.lookup(stdin.encoding).name == "ascii":
+        stdin.reconfigure(encoding="utf-8")
+
+
+def utf8(text: str) -> str:
+    """An argument of the command line that the locale could not read, read as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    return text
 
 
 @functools.cache
@@ -247,7 +299,7 @@ class Target:
 
     Attributes:
         config: The configuration's file; None: `DATABASE_CONFIG`, else `config/database.yaml`.
-        name: The database's name in it.
+        name: The database's name in it, or with its engine where several have one of that name: `sqlite:default`.
         path: A database file, in place of a configuration.
     """
 
@@ -282,7 +334,7 @@ class Target:
 
     def settings(self) -> tuple[str, Any]:
         """The engine's package and the database's settings as they were written."""
-        return self.configuration().find(self.name)
+        return choose(self.configuration(), self.name)
 
     def open(
         self, *, schema: bool = False, must_exist: bool = True, only: str | None = None, **changes: Any
@@ -294,7 +346,7 @@ class Target:
         otherwise than they are configured, where the engine has them; `only` is the one engine that it knows.
         """
         configuration = self.configuration()
-        engine, chosen = configuration.find(self.name)
+        engine, chosen = choose(configuration, self.name)
         if only not in (None, engine):
             fail(
                 f"database {self.name!r} is of the engine {engine}; this command knows {only} only", status=Status.USAGE
@@ -318,9 +370,30 @@ class Target:
             changes["init_sql"] = ""
         known = {field.name for field in dataclasses.fields(chosen)}
         adapted = dataclasses.replace(chosen, **{key: value for key, value in changes.items() if key in known})
-        databases = MappingProxyType({self.name: adapted})
+        databases = MappingProxyType({chosen.name: adapted})
         settings.install(settings.Configuration(MappingProxyType({engine: databases}), configuration.source))
-        return get_db(self.name, engine)
+        return get_db(chosen.name, engine)
+
+
+ENGINES = {"sqlite": "sqlite3", "sqlite3": "sqlite3", "postgresql": "postgresql"}
+"""Engines as they are written before a database's name, and their packages."""
+
+
+def choose(configuration: settings.Configuration, name: str) -> tuple[str, Any]:
+    """The engine's package and the settings of the database that `NAME` or `ENGINE:NAME` means."""
+    having = [engine for engine, named in configuration.engines.items() if name in named]
+    if len(having) > 1:
+        sections = {package: section for section, package in reversed(ENGINES.items())}
+        ways = " or ".join(f"--db {sections.get(engine, engine)}:{name}" for engine in having)
+        fail(
+            f"{configuration.source}: several engines have a database named {name!r}",
+            f"say which: {ways}",
+            Status.USAGE,
+        )
+    section, colon, rest = name.partition(":")
+    if not having and colon and section in ENGINES:
+        return configuration.find(rest or "default", ENGINES[section])
+    return configuration.find(name)
 
 
 def _journal_mode(path: str) -> str:

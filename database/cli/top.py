@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from database.cli.support import Status, Target, clean, duration, fail, out, out_json, size
+from database.cli.support import ENGINES, Status, Target, choose, clean, duration, fail, out, out_json, size
 from database.driver import monitor
 
 __all__ = ["top"]
@@ -59,6 +59,9 @@ _COLUMNS: tuple[tuple[str, Literal["left", "center", "right"], bool], ...] = (
 def top(target: Target, name: str | None, *, folder: str | None, interval: float, once: bool, as_json: bool) -> None:
     """Shows all pools, again and again, until somebody has seen enough."""
     folder = folder or _folder(target, name)
+    engine, colon, rest = (name or "").partition(":")
+    if colon and engine in ENGINES:  # processes know databases by their names
+        name = rest
     if as_json:
         out_json({"folder": folder, "processes": _look(folder, name)})
         return
@@ -76,7 +79,7 @@ def top(target: Target, name: str | None, *, folder: str | None, interval: float
 def _folder(target: Target, name: str | None) -> str:
     configuration = target.configuration()
     if name is not None:
-        chosen = [configuration.find(name)[1]]
+        chosen = [choose(configuration, name)[1]]
     else:
         chosen = [each for named in configuration.engines.values() for each in named.values()]
     folders: set[str] = {found for each in chosen if (found := getattr(each, "monitor", None)) is not None}

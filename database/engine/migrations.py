@@ -3,6 +3,11 @@
     sql/migrations/0001_jobs.sql
     sql/migrations/0002_owner.sql
 
+Where the SQL must differ, a file says by its name for which engine it is, and each engine has one of that number:
+
+    sql/migrations/0003_search.sqlite.sql
+    sql/migrations/0003_search.postgresql.sql
+
 What is here knows no engine: it reads the folder, holds it against the database's record, and says what is left to do.
 An engine's session does the rest (`migrate` and `applied_migrations`), for it alone can take its lock and knows what
 its schema changes need.
@@ -29,6 +34,8 @@ TABLE = "database_migrations"
 """The table that holds the record, in every engine."""
 
 _NAME = re.compile(r"(?P<number>[0-9]+)_(?P<name>\w[\w.-]*)\.sql")
+_SECTIONS = {"sqlite": "sqlite3", "sqlite3": "sqlite3", "postgresql": "postgresql"}
+"""What stands before `.sql` in the name of a file for one engine, and the engine's package."""
 _COMMENTS = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 
 
@@ -110,8 +117,8 @@ class Order:
     progress: Callable[[Migration, float], object] | None = None
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[Migration, ...]:
-    """Reads a folder: all files that end in `.sql`, but for hidden ones; no subfolders.
+def load(folder: str | os.PathLike[str], engine: str = "sqlite3") -> tuple[Migration, ...]:
+    """Reads a folder: all files that end in `.sql`, but for hidden ones and those of other engines; no subfolders.
 
     Raises:
         MigrationError: It cannot be read; a name is no `0001_name.sql`; a number is missing or given twice; a file
@@ -122,7 +129,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[Migration, ...]:
         files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".sql" and each.is_file())
     except OSError as error:
         raise MigrationError(f"{path}: the folder of migrations cannot be read: {error.strerror or error}") from error
-    found = sorted((_read(file) for file in files if not file.name.startswith(".")), key=lambda each: each.number)
+    files = [file for file in files if not file.name.startswith(".")]
+    others = [file for file in files if _SECTIONS.get(Path(file.stem).suffix[1:], engine) != engine]
+    found = sorted((_read(file) for file in files if file not in others), key=lambda each: each.number)
     expected = 1
     previous: Migration | None = None
     for migration in found:
@@ -131,6 +140,11 @@ def load(folder: str | os.PathLike[str]) -> tuple[Migration, ...]:
                 f"{path}: {previous.name} and {migration.name} have the same number; renumber the one that no database"
                 " has seen yet"
             )
+        for other in others if migration.number != expected else ():
+            if (match := _NAME.fullmatch(other.name)) is not None and int(match["number"]) == expected:
+                raise MigrationError(
+                    f"{path}: {other.name} has no counterpart for {engine}: add one of that number, if only with `SELECT 1`"
+                )
         if migration.number != expected:
             raise MigrationError(
                 f"{path}: there is no migration {expected:04d} before {migration.name}; numbers begin at 1 and have no gaps"

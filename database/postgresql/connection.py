@@ -1206,6 +1206,18 @@ class PostgresqlSession:
     def share(self, shared: bool) -> None:
         """See `Session`. Here transactions are not shared."""
 
+    def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> Any:
+        """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
+        from database.postgresql.migrate import migrate  # noqa: PLC0415  - few connections ever need it
+
+        return migrate(self, order)
+
+    def applied_migrations(self, _sql: Any = None, _params: Any = None, _extra: Any = None) -> Any:
+        """The database's record of migrations."""
+        from database.postgresql.migrate import applied  # noqa: PLC0415  - few connections ever need it
+
+        return applied(self)
+
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
         if self._failing is not None:

@@ -20,8 +20,7 @@ try:
     from database.postgresql.opening import describe, open_session
 except ImportError as error:
     raise errors.ConfigurationError(
-        "PostgreSQL needs the extra `postgresql`: pip install 'jobu-database[postgresql]'"
-        f" (psycopg cannot be imported: {error})"
+        f"PostgreSQL needs the extra `postgresql` of this package: install it (psycopg cannot be imported: {error})"
     ) from error
 
 __all__ = ["ENGINE"]

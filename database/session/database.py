@@ -917,7 +917,7 @@ class Database:
         path = self._migrations_folder(folder)
         operation = self._migrating("applied_migrations")
         applied = await self._send_unit(SCRIPT, operation, None, None, label="migration_status()", readonly=True)
-        return MigrationStatus(applied, pending(load(path), applied, path))
+        return MigrationStatus(applied, pending(load(path, self.engine.name), applied, path))
 
     def _migrating(self, operation: str) -> Any:
         found = getattr(self._operations, operation, None)

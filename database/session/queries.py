@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from database.errors import ConfigurationError
+from database.session.loading import loader
 
 if TYPE_CHECKING:
     from database.engine.statement import Row
@@ -164,6 +165,7 @@ def load_queries(path: str | os.PathLike[str], record_classes: Mapping[str, Any]
                 kwargs_only=False,
                 mandatory_parameters=False,
                 queries_cls=RecordingQueries,
+                loader_cls=loader(),
             ),
         )
     except (SQLLoadException, SQLParseException, OSError, ValueError) as error:

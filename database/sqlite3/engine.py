@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from database import errors
 from database.engine.contract import Backend, Engine, Log, Role
+from database.logs import say
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis
 from database.sqlite3.connection import SqliteSession
@@ -29,7 +30,9 @@ _logger = logging.getLogger("database.pool")
 @cache
 def _warn_of_known_bugs(version: str, numbers: tuple[int, ...]) -> None:
     if (3, 7, 0) <= numbers < WAL_RESET_FIXED:
-        _logger.warning(
+        say(
+            _logger,
+            logging.WARNING,
             "SQLite %s has the WAL-reset bug (sqlite.org/wal.html#walresetbug): connections that checkpoint at the same"
             " moment can damage a database. Within one process this package keeps clear of it, for only one connection"
             " writes and checkpoints; where several processes write to one file, use SQLite %s or later.",

@@ -7,6 +7,10 @@ Foreign keys are not enforced while a migration runs. Changing a table in SQLite
 copy it, drop it and rename the copy (sqlite.org/lang_altertable.html#otheralter); enforced, the drop would delete or
 refuse because of the rows that refer to it. The PRAGMA has no effect inside a transaction, so it stands outside. Before
 each commit `foreign_key_check` finds what the migration has broken; what was broken before it is none of its business.
+
+A migration changes the database, not the connection, which goes on to serve everybody else. What would change that (most
+PRAGMAs, ATTACH), and what SQLite cannot do within a transaction, is refused before the first file runs. The few PRAGMAs
+that schema changes are made with, and temporary tables, are put right behind each file.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
+from database.engine.statement import CONTROL
 from database.errors import DatabaseError, MigrationError
+from database.logs import say
 from database.sqlite3 import analysis
 from database.sqlite3.library import classes
 
@@ -43,8 +49,6 @@ _EXISTS = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?"
 _READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number"  # noqa: S608 - a constant
 _WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"  # noqa: S608 - a constant
 
-_BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*", re.DOTALL)
-
 
 def applied(session: SqliteSession) -> tuple[Applied, ...]:
     """The database's record; empty where it has none."""
@@ -64,14 +68,16 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
         if number is not None and not 0 < number <= len(migrations):
             raise MigrationError(f"{order.folder} holds no migration {number}, which `{option}` names")
     record = applied(session)
-    if order.baseline is None and not _wanted(migrations, record, order):
-        return MigrationReport((), len(record), order.dry_run)
+    if order.baseline is None:
+        left = _wanted(migrations, record, order)
+        if not left:
+            return MigrationReport((), len(record), order.dry_run)
+        for migration in left:
+            _check(migration)
     enforced = bool(session.raw.execute("PRAGMA foreign_keys").fetchone()[0])
-    if enforced:
-        session.control("PRAGMA foreign_keys = OFF")
     try:
         if order.baseline is not None:
-            return _baseline(session, migrations, order)
+            return _baseline(session, migrations, order, enforced=enforced)
         if order.dry_run:
             return _try(session, migrations, order, enforced=enforced)
         return _apply(session, migrations, order, enforced=enforced)
@@ -81,6 +87,103 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
         finally:
             if enforced:
                 _enforce_again(session)
+
+
+# What a file may hold
+
+_TOLD = frozenset(
+    {"user_version", "application_id", "schema_version", "defer_foreign_keys", "foreign_keys", "optimize"}
+)
+"""PRAGMAs that may be given a value: they change the database, end with the transaction, or do nothing within one."""
+
+_PUT_RIGHT = ("legacy_alter_table", "writable_schema", "ignore_check_constraints", "recursive_triggers")
+"""PRAGMAs of the connection that schema changes are made with."""
+
+_TABLES = frozenset({*analysis.ARGUMENT_PRAGMAS, "incremental_vacuum"})
+
+_NAME = r"""(?:"(?:[^"]|"")*"|'(?:[^']|'')*'|`(?:[^`]|``)*`|\[[^\]]*\]|[^\W\d]\w*)"""
+_GAP = r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*"
+_BLANK = re.compile(_GAP, re.DOTALL)
+_PRAGMA = re.compile(
+    rf"{_GAP}PRAGMA{_GAP}(?:{_NAME}{_GAP}\.{_GAP})?(?P<name>{_NAME}){_GAP}(?P<value>[=(])?", re.DOTALL | re.IGNORECASE
+)
+
+_EXPLAIN = re.compile(rf"\A{_GAP}EXPLAIN(?:{_GAP}QUERY{_GAP}PLAN)?", re.DOTALL | re.IGNORECASE)
+
+
+def _check(migration: Migration) -> None:
+    """Refuses what a migration must not hold.
+
+    Raises:
+        MigrationError: Names file and line.
+    """
+    position = 0
+    for text in analysis.split(migration.sql):
+        position = migration.sql.index(text, position)
+        why = _refusal(text)
+        if why:
+            offset = position + _start(text)
+            line = migration.sql.count("\n", 0, offset) + 1
+            raise MigrationError(f"{migration.path}:{line}: {why}; nothing was applied")
+        position += len(text)
+
+
+def _refusal(text: str) -> str:
+    """Why a statement cannot stand in a migration; empty if it can."""
+    verb = analysis.analyse(text).verb
+    if verb == "VACUUM":
+        return "VACUUM cannot be done within a transaction: run it outside migrations, with `python -m database shell`"
+    if verb in ("ATTACH", "DETACH"):
+        return f"{verb} would stay with the connection: name the other file in the configuration, under `attach`"
+    if verb == "EXPLAIN":  # some PRAGMAs take effect while they are compiled
+        return _refusal(_EXPLAIN.sub("", text, count=1))
+    if verb != "PRAGMA":
+        return ""
+    match = _PRAGMA.match(text)
+    if match is None:  # a syntax error: SQLite says which
+        return ""
+    name = match["name"].strip("\"'`[]").lower()
+    if (
+        name in _TOLD
+        or name in _PUT_RIGHT
+        or name in _TABLES
+        or (match["value"] is None and name in analysis.READ_PRAGMAS)
+    ):
+        return ""
+    where = f"set `{name}`" if name in _SETTINGS else "set it under `pragmas`"
+    if name in ("journal_mode", "auto_vacuum", "page_size", "encoding", "wal_checkpoint"):
+        within = f"PRAGMA {name} has no effect within a transaction"
+        return (
+            f"{within}: {where} in the configuration" if name in _SETTINGS else f"{within}: run it outside migrations"
+        )
+    return f"PRAGMA {name} would change the connection, not the database: {where} in the configuration"
+
+
+_SETTINGS = frozenset({"journal_mode", "synchronous", "cache_size", "busy_timeout"})
+
+
+def _start(text: str) -> int:
+    """Where a statement begins, behind blanks and comments."""
+    match = _BLANK.match(text)
+    return 0 if match is None else match.end()
+
+
+def _temporary(raw: sqlite3.Connection) -> set[tuple[str, str]]:
+    rows = raw.execute("SELECT type, name FROM temp.sqlite_master WHERE name NOT LIKE 'sqlite^_%' ESCAPE '^'")
+    return {(str(row[0]), str(row[1])) for row in rows}
+
+
+def _drop_temporary(raw: sqlite3.Connection, before: set[tuple[str, str]]) -> None:
+    """Drops what a file has left in the connection's own schema, inside the file's transaction."""
+    for kind, name in sorted(_temporary(raw) - before, key=lambda each: each[0] == "table"):
+        quoted = name.replace('"', '""')
+        raw.execute(f'DROP {kind} IF EXISTS temp."{quoted}"')
+
+
+def _put_right(session: SqliteSession, before: dict[str, int]) -> None:
+    """Sets PRAGMAs back between the files of a dry run. Otherwise the session has a new connection after each file."""
+    for name, value in before.items():
+        session.control(f"PRAGMA {name} = {value}")
 
 
 def _enforce_again(session: SqliteSession) -> None:
@@ -101,20 +204,26 @@ def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], orde
     return left if order.to is None else tuple(each for each in left if each.number <= order.to)
 
 
-def _begin(session: SqliteSession, order: Order) -> tuple[Applied, ...]:
+def _begin(session: SqliteSession, order: Order, *, enforced: bool) -> tuple[Applied, ...]:
     """Takes the write lock, and reads the record as it is under it."""
+    if enforced:  # for each file: the one before may have left the session a new connection
+        session.control("PRAGMA foreign_keys = OFF")
     session.begin_patiently(order.wait)
     session.raw.execute(_CREATE)
     return applied(session)
 
 
 def _apply(
-    session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool
+    session: SqliteSession,
+    migrations: tuple[Migration, ...],
+    order: Order,
+    *,
+    enforced: bool,
 ) -> MigrationReport:
     done: list[Migration] = []
     tolerated: Counter[tuple[str, str]] | None = None
     while True:
-        record = _begin(session, order)
+        record = _begin(session, order, enforced=enforced)
         left = _wanted(migrations, record, order)
         if not left:  # another process has been quicker
             session.rollback()
@@ -129,25 +238,35 @@ def _apply(
             continue
         session.commit()
         done.append(left[0])
-        _logger.info("migration %s applied in %.3f s", left[0].name, seconds)
+        say(_logger, logging.INFO, "migration %s applied in %.3f s", left[0].name, seconds)
         if order.progress is not None:
             order.progress(left[0], seconds)
 
 
-def _try(session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool) -> MigrationReport:
-    record = _begin(session, order)
+def _try(
+    session: SqliteSession,
+    migrations: tuple[Migration, ...],
+    order: Order,
+    *,
+    enforced: bool,
+) -> MigrationReport:
+    record = _begin(session, order, enforced=enforced)
     left = _wanted(migrations, record, order)
     tolerated = session.broken_references() if enforced else None
+    before = {name: int(session.raw.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PUT_RIGHT}
     for migration in left:
         seconds = _run(session, migration, tolerated, enforced=enforced)
+        _put_right(session, before)
         if order.progress is not None:
             order.progress(migration, seconds)
     session.rollback()
     return MigrationReport(left, len(record), dry_run=True)
 
 
-def _baseline(session: SqliteSession, migrations: tuple[Migration, ...], order: Order) -> MigrationReport:
-    record = _begin(session, order)
+def _baseline(
+    session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool
+) -> MigrationReport:
+    record = _begin(session, order, enforced=enforced)
     if record:
         raise MigrationError(
             f"a baseline is for a database without a record, and this one has had {record[-1].name} already"
@@ -171,16 +290,23 @@ def _run(
     """One file, inside the open transaction."""
     began = time.perf_counter()
     position = 0
+    temporary = _temporary(session.raw)
     cursor = session.raw.cursor()
     try:
         for text in analysis.split(migration.sql):
             position = migration.sql.index(text, position)
             try:
+                statement = analysis.analyse(text)
+                if statement.kind == CONTROL:
+                    raise MigrationError(
+                        f"{statement.verb} is the package's own business here, for each file is one transaction: leave it out,"
+                        " and split the file where a part is to stand although the next one fails"
+                    )
                 cursor.execute(text)
                 if cursor.description is not None:
                     cursor.fetchall()
             except Exception as error:
-                raise _failed(session, migration, position + _BLANK.match(text).end(), error) from error  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+                raise _failed(session, migration, position + _start(text), error) from error
             if not session.in_transaction:
                 raise MigrationError(
                     f"{migration.path}: the database has ended the transaction by itself; nothing is kept"
@@ -188,6 +314,7 @@ def _run(
             position += len(text)
     finally:
         cursor.close()
+    _drop_temporary(session.raw, temporary)
     if enforced and (broken := session.broken_references() - (tolerated or Counter())):
         (table, parent), count = broken.most_common(1)[0]
         raise _BrokenError(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -92,7 +96,7 @@ def test_without_the_extra(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: the command-line tool needs 'typer', which is not installed\n"
-        "  pip install 'jobu-database[cli]' installs all that it needs\n"
+        "  install the extra `cli` of this package, which brings all that it needs\n"
     )
 
 
@@ -158,3 +162,57 @@ def test_words() -> None:
     assert quote('a"b') == '"a""b"'
     assert clean("a\x1b[0m\nb\x9b") == "a␛[0m\nb�"
     assert clean("a\nb", lines=False) == "a␊b"
+
+
+def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path) -> None:
+    """Under an ASCII locale every command says what it has to say: likenesses and numbers of characters, no traceback."""
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    plain.pop("PYTHONIOENCODING", None)
+    with closing(sqlite3.connect(shop)) as db:
+        db.execute("UPDATE customer SET name = '이름 😀' WHERE id = 2")
+        db.commit()
+    sql = "SELECT '이름', name FROM customer WHERE id = 2"
+    for arguments, expected in (
+        (["check", "--quick"], "+ SQLite"),
+        (["check", "--quick", "--json"], '"verdict": '),
+        (["stats"], "customer"),
+        (["shell", "--command", sql], "\\uc774"),
+        (["shell", "--command", sql, "--mode", "json"], None),
+        (["export", sql, "--format", "jsonl"], None),
+        (["shell", "--command", "SELECT '이름' FROM nowhere"], ""),
+    ):
+        command = process(*arguments, env=plain)
+        try:
+            out, err = command.communicate(timeout=60)
+        finally:
+            command.kill()
+            command.wait()
+        assert "Traceback" not in err, err
+        assert command.returncode == (1 if "nowhere" in arguments[-1] else 0), err
+        if expected is None:
+            assert list(json.loads(out).values()) == ["이름", "이름 😀"], out
+        else:
+            assert out.isascii()
+            assert expected in out
+
+
+def test_databases_of_the_same_name(cli: Cli, shop: Path, tmp_path: Path) -> None:
+    """Where both engines have a database of one name, each command that takes one takes its engine, too."""
+    both = {"sqlite": {"path": "x.db", "init_sql": ""}, "postgresql": {"host": "127.0.0.1", "port": 1, "dbname": "x"}}
+    (tmp_path / "config" / "database.yaml").write_text(json.dumps({"database": both}))
+    for command in (
+        "check --quick", "stats", "backup copies.db", "export customer", "shell --command .tables", "migrate --folder none",
+        "import a.csv customer", "init", "top --once",
+    ):  # fmt: skip
+        (tmp_path / "a.csv").write_text("id,name\n7,x\n")
+        arguments = command.split()
+        if arguments[0] not in ("check", "init", "top"):
+            outcome = cli(*arguments)
+            assert outcome.status == 2, command
+            assert "say which: --db sqlite:default or --db postgresql:default" in outcome.err, command
+        outcome = cli(*arguments, "--db", "sqlite:default")
+        assert "several engines" not in outcome.err, command
+        if arguments[0] in ("check", "stats", "backup", "export", "shell", "import", "init"):
+            assert outcome.status == 0, (command, outcome.err)
+        assert "no postgresql database is named 'other'" in cli(*arguments, "--db", "postgresql:other").err
+    assert (tmp_path / "copies.db").exists()

@@ -125,3 +125,19 @@ def test_verify_finds_damage(cli: Cli, shop: Path, tmp_path: Path, monkeypatch: 
     outcome = cli("backup", "copy.db", "--verify")
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.err.startswith("error: copy.db is damaged: ")
+
+
+def test_backup_into_a_folder(cli: Cli, shop: Path, tmp_path: Path) -> None:
+    """A target that ends in a slash, or is a folder, gets a file with the database's name; never a file called like it."""
+    for place in ("copies/", "deep/er/", "copies", ".", f"{tmp_path}/copies/"):
+        outcome = cli("backup", place, "--db", "sqlite:default", "--force", "--json")
+        assert outcome.status == 0, outcome.err
+        file = Path(outcome.json["path"])
+        assert file.name.startswith("default-20")
+        assert file.suffix == ".db"
+        assert file.resolve().parent == (tmp_path / place).resolve()
+        assert rows(file, "SELECT count(*) FROM customer") == [(2,)]
+    assert cli("backup", "nowhere/copy.db").status == 2
+    (tmp_path / "file").write_text("")
+    assert "file" in cli("backup", "file/").err
+    assert (tmp_path / "file").read_text() == ""

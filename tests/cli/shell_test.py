@@ -91,6 +91,8 @@ def test_modes(typed: Any, shop: Path) -> None:
     assert typed(f".mode csv\n{sql}").out == "id,name,picture\n1,Ada,\\x00ff\n2,Bo,\n"
     lines = typed(sql, "--mode", "json").out.splitlines()
     assert [json.loads(line)["name"] for line in lines] == ["Ada", "Bo"]
+    line = typed("SELECT 9e999 AS up, -9e999 AS down, x'00' AS b", "--mode", "json").out
+    assert line == '{"up": 1e999, "down": -1e999, "b": "\\\\x00"}\n'
     assert "     id = 2\n   name = Bo\npicture = NULL\n" in typed(f".mode line\n{sql}").out
     assert typed(".mode what").status == 1
     assert typed("", "--mode", "what").status == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -225,3 +226,93 @@ def test_import_without_a_database(cli: Cli, configure: Callable[..., Path], peo
     outcome = cli("import", "people.csv", "t", "--create")
     assert (outcome.status, "`python -m database init` creates it" in outcome.err) == (2, True)
     assert not path.exists()
+
+
+JSONL_VALUES = [
+    '"1.10"', '"12345"', '"007"', "1e400", "-1e999", "1e999", "9007199254740993", "0.5", "2.0", "1.10", '"a"', "5", "null",
+    "3.14159265358979323846", "18446744073709551616", '{"a": [1.10, 1e400]}', '[ 1,2 ]', '"[1]"', '{"$base64": "AP8="}',
+]  # fmt: skip
+CSV_VALUES = ["1.10", "12345", "007", "1e400", "9007199254740993", "0.5", "5", "5.0", "+1", "1_0", " 7", "-0", "nan", "1e5",
+    "\\x00ff", "\\xAB", "9e999", "٣", "99999999999999999999", "abc"]  # fmt: skip
+
+
+def test_created_tables_give_back_what_stood_there(
+    cli: Cli, shop: Path, people: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in pairs, and with the one value that matters behind the sample: what is exported is what was imported."""
+    monkeypatch.setattr("database.cli.imports.SAMPLE", 5)
+
+    def same(token: str, found: str) -> bool:
+        if token[0] in "[{" and "$base64" not in token:  # documents are kept as their text
+            return json.loads(found) == token
+        if token in (
+            "1e400",
+            "3.14159265358979323846",
+            "18446744073709551616",
+        ):  # numbers that nothing but text can hold
+            return json.loads(found) == token
+        old, new = json.loads(token), json.loads(found)
+        return type(old) is type(new) and old == new
+
+    for number, one in enumerate(JSONL_VALUES):
+        columns = [json.dumps(f"c{index}") for index in range(len(JSONL_VALUES))]
+        first = "{" + ", ".join(f"{name}: {one}" for name in columns) + "}"
+        second = "{" + ", ".join(f"{name}: {other}" for name, other in zip(columns, JSONL_VALUES, strict=True)) + "}"
+        lines = [first, second] if number % 2 else [first] * 7 + [second]
+        people("\n".join(lines), "values.jsonl")
+        outcome = cli("import", "values.jsonl", f"j{number}", "--create")
+        assert outcome.status == 0, outcome.err
+        back = cli("export", f"j{number}", "--format", "jsonl").out.splitlines()
+        assert len(back) == len(lines)
+        for line, tokens in ((back[0], [one] * len(columns)), (back[-1], JSONL_VALUES)):
+            found = re.findall(r'"c\d+": (.*?)(?=, "c\d+": |\}$)', line)
+            wrong = [pair for pair in zip(tokens, found, strict=True) if not same(*pair)]
+            assert wrong == [], one
+    header = ",".join(f"c{index}" for index in range(len(CSV_VALUES)))
+    for number, one in enumerate(CSV_VALUES):
+        lines = [
+            header,
+            ",".join([one] * len(CSV_VALUES)),
+            *[",".join([one] * len(CSV_VALUES))] * 7,
+            ",".join(CSV_VALUES),
+        ]
+        text = "\n".join(lines if number % 2 else lines[:2] + lines[-1:]) + "\n"
+        people(text, "values.csv")
+        options = ["--batch", "7"] if number % 3 == 0 else []
+        assert cli("import", "values.csv", f"c{number}", "--create", *options).status == 0
+        assert cli("export", f"c{number}").out == text, one
+
+
+def test_types_that_do_not_fit_what_comes_later(cli: Cli, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard input cannot be read twice: a later value that the guessed type would change ends it, with its line."""
+    text = "a\n" + "1\n" * 1001 + "007\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    outcome = cli("import", "-", "t", "--create")
+    assert (outcome.status, "standard input:1003: column 'a' is INTEGER by its first 1,000 rows" in outcome.err) == (
+        1,
+        True,
+    )
+    assert rows(shop, "SELECT name FROM sqlite_schema WHERE name = 't'") == []
+
+
+def test_faults_of_a_file_are_found_on_their_line(cli: Cli, shop: Path, people: Any) -> None:
+    """What is not CSV, not JSON, nested too deeply or not of the encoding is named with its line, never with a traceback."""
+    many = b"".join(b"%d,n%d\r\n" % (number, number) for number in range(10, 5010))
+    deep = b"[" * 100_000 + b"]" * 100_000
+    cases = [
+        ("x.csv", b'id,name\n3,Cy\n4,"D"i\n', "x.csv: not CSV: ", "(x.csv:3)"),
+        ("x.csv", b'id,name\n3,"Cy\n4,Di\n5,Ed\n', "x.csv: not CSV: ", "(x.csv:2)"),
+        ("x.csv", b"id,name\r\n3,Cy\r\n" + many + b"4,\xff\r\n", "x.csv: not utf-8: ", "(x.csv:5003)"),
+        ("x.csv", "id,name\n".encode("utf-16") + b"\x00\xd8", "x.csv: not utf-16", "(x.csv:2)"),
+        ("x.jsonl", b'{"id": 1}\n{"name": "\xff"}\n', "x.jsonl: not utf-8: ", "(x.jsonl:2)"),
+        ("x.jsonl", b'{"id": 1}\n\n{"name": ' + deep + b"}", "x.jsonl:3: not JSON", "nested too deeply"),
+        ("x.jsonl", b'{"id": 1}\n{"name": ' + b"9" * 5000 + b"}", "x.jsonl:2: not JSON", "digits"),
+    ]  # fmt: skip
+    for name, content, *parts in cases:
+        Path(name).write_bytes(content)
+        options = ["--encoding", "utf-16"] if "utf-16" in parts[0] else []
+        outcome = cli("import", name, "customer", *options)
+        assert outcome.status == 1
+        assert [part for part in parts if part not in outcome.err] == [], outcome.err
+        assert "Traceback" not in outcome.err
+    assert len(rows(shop, "SELECT * FROM customer")) == 2

@@ -1,0 +1,250 @@
+"""What `import`, `export` and `shell` have to ask an engine otherwise than the other one."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from database.cli.support import Status, fail, quote
+from database.cli.values import Document, Exact, fits, from_csv, json_text
+from database.session.database import Database
+from database.sqlite3.analysis import split as sqlite_split
+
+__all__ = ["Column", "Dialect", "dialect_of"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: Its name.
+        type: As the table's definition, or the catalog, has it.
+        generated: Whether it cannot be given a value.
+        key: Whether it belongs to the primary key.
+    """
+
+    name: str
+    type: str
+    generated: bool
+    key: bool
+
+
+class Dialect(Protocol):
+    """One engine's way."""
+
+    def named(self, name: str) -> Any:
+        """SQL and parameters for: the table or view of that name, in its own spelling."""
+        ...
+
+    @property
+    def tables(self) -> str:
+        """SQL for the names of tables and views that are like `?`."""
+        ...
+
+    async def columns(self, db: Database, table: str) -> list[Column]:
+        """A table's columns; none if there is no such table."""
+        ...
+
+    async def definitions(self, db: Database, name: str) -> list[str]:
+        """How tables, views and indexes like that name were made."""
+        ...
+
+    async def banner(self, db: Database) -> str:
+        """Where one is, for people."""
+        ...
+
+    def split(self, text: str) -> Iterator[str]:
+        """The statements in a text."""
+        ...
+
+    def complete(self, text: str) -> bool:
+        """Whether a text ends where a statement ends."""
+        ...
+
+    def insert(self, table: str, all_columns: Sequence[Column], columns: Sequence[Column], conflict: str) -> str:
+        """The statement for a row; `conflict` is fail, ignore or replace."""
+        ...
+
+    def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
+        """What is done to a value (never None) before it is sent; `plain`: all are text, as in CSV."""
+        ...
+
+    def type(self, name: str) -> str:
+        """How the type that `values.suiting` names is written here."""
+        ...
+
+
+class _Sqlite:
+    """See `Dialect`."""
+
+    tables = (
+        "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
+        " AND name LIKE ? ORDER BY name"
+    )
+
+    def named(self, name: str) -> Any:
+        sql = "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE"
+        return sql, (name,)
+
+    async def columns(self, db: Database, table: str) -> list[Column]:
+        rows = await db.fetch_all("SELECT name, type, hidden, pk FROM pragma_table_xinfo(?)", (table,))
+        return [Column(row[0], row[1], row[2] in (2, 3), bool(row[3])) for row in rows]
+
+    async def definitions(self, db: Database, name: str) -> list[str]:
+        rows = await db.fetch_all(
+            "SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND (tbl_name LIKE ? OR name LIKE ?)"
+            " ORDER BY tbl_name, type DESC",
+            (name, name),
+        )
+        return [f"{row[0]};" for row in rows]
+
+    async def banner(self, db: Database) -> str:
+        where = await db.fetch_value("SELECT file FROM pragma_database_list WHERE name = 'main'")
+        return f"SQLite {sqlite3.sqlite_version}, {where}"
+
+    def split(self, text: str) -> Iterator[str]:
+        return sqlite_split(text)
+
+    def complete(self, text: str) -> bool:
+        return sqlite3.complete_statement(text)
+
+    def insert(self, table: str, all_columns: Sequence[Column], columns: Sequence[Column], conflict: str) -> str:
+        verb = {"fail": "INSERT", "ignore": "INSERT OR IGNORE", "replace": "INSERT OR REPLACE"}[conflict]
+        what = "DEFAULT VALUES"
+        if columns:
+            what = f"({', '.join(quote(column.name) for column in columns)}) VALUES ({', '.join('?' * len(columns))})"
+        return f"{verb} INTO {quote(table)} {what}"
+
+    def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
+        of_text = from_csv(column.type)
+        if plain:
+            return of_text
+        numeric = of_text is not None and "BLOB" not in column.type.upper()
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, Exact):
+                return float(value) if numeric else str(value)
+            if isinstance(value, Document) or (isinstance(value, int) and not numeric and not fits(value)):
+                return str(value)
+            return value
+
+        return convert
+
+    def type(self, name: str) -> str:
+        return name
+
+
+class _Postgresql:
+    """See `Dialect`. Values go as text, and the server reads it: so all its types can be given."""
+
+    tables = (
+        "SELECT c.relname FROM pg_catalog.pg_class c WHERE c.relnamespace = current_schema()::regnamespace"
+        " AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition AND c.relname LIKE ? ORDER BY 1"
+    )
+
+    def named(self, name: str) -> Any:
+        sql = (
+            "SELECT c.relname FROM pg_catalog.pg_class c WHERE c.relnamespace = current_schema()::regnamespace"
+            " AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND lower(c.relname) = lower(CAST(:name AS text))"
+            " ORDER BY c.relname <> :name LIMIT 1"
+        )
+        return sql, {"name": name}
+
+    async def columns(self, db: Database, table: str) -> list[Column]:
+        rows = await db.fetch_all(
+            "SELECT a.attname, format_type(a.atttypid, -1), a.attgenerated <> '' OR a.attidentity = 'a',"
+            " coalesce(a.attnum = ANY (i.indkey::int2[]), false)"
+            " FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
+            " WHERE a.attrelid = to_regclass(quote_ident(?)) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum",
+            (table,),
+        )
+        return [Column(*row) for row in rows]
+
+    async def definitions(self, db: Database, name: str) -> list[str]:
+        rows = await db.fetch_all(
+            "SELECT CASE WHEN c.relkind IN ('i', 'I') THEN pg_get_indexdef(c.oid) || ';'"
+            " WHEN c.relkind IN ('v', 'm') THEN 'VIEW ' || quote_ident(c.relname) || ' AS' || pg_get_viewdef(c.oid)"
+            " ELSE 'TABLE ' || quote_ident(c.relname) || ' (' || (SELECT string_agg(quote_ident(a.attname) || ' '"
+            " || format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END, ', '"
+            " ORDER BY a.attnum) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0"
+            " AND NOT a.attisdropped) || ');' END"
+            " FROM pg_catalog.pg_class c LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid"
+            " LEFT JOIN pg_catalog.pg_class t ON t.oid = i.indrelid"
+            " WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'i', 'I')"
+            " AND (c.relname LIKE :name OR t.relname LIKE :name)"
+            " ORDER BY coalesce(t.relname, c.relname), i.indexrelid IS NOT NULL",
+            {"name": name},
+        )
+        return [str(row[0]) for row in rows]
+
+    async def banner(self, db: Database) -> str:
+        row = await db.fetch_one("SELECT current_setting('server_version'), current_database(), current_schema()")
+        version, database, schema = tuple(row) if row is not None else ("", "", "")
+        return f"PostgreSQL {version}, database {database}, schema {schema}"
+
+    def split(self, text: str) -> Iterator[str]:
+        from database.postgresql.analysis import split  # noqa: PLC0415  - an extra
+
+        return split(text)
+
+    def complete(self, text: str) -> bool:
+        # A word behind a complete text is a statement of its own; within a string or brackets it is not.
+        return [piece.strip() for piece in self.split(f"{text}\nx")][-1:] == ["x"]
+
+    def insert(self, table: str, all_columns: Sequence[Column], columns: Sequence[Column], conflict: str) -> str:
+        what = "DEFAULT VALUES"
+        if columns:
+            marks = ", ".join(
+                "?" if column.type == "bytea" else f"CAST(CAST(? AS text) AS {column.type})" for column in columns
+            )
+            what = f"({', '.join(quote(column.name) for column in columns)}) VALUES ({marks})"
+        end = " ON CONFLICT DO NOTHING" if conflict == "ignore" else ""
+        if conflict == "replace":
+            key = [column for column in all_columns if column.key]
+            if not key:
+                fail(f"{table!r} has no primary key by which a row could be replaced", status=Status.USAGE)
+            changes = ", ".join(f"{quote(each.name)} = excluded.{quote(each.name)}" for each in columns if not each.key)
+            end = f" ON CONFLICT ({', '.join(quote(column.name) for column in key)}) DO"
+            end += f" UPDATE SET {changes}" if changes else " NOTHING"
+        return f"INSERT INTO {quote(table)} {what}{end}"
+
+    def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
+        if column.type == "bytea":
+            blob = from_csv("BLOB")
+            return lambda value: _bytes(blob(value) if blob is not None and type(value) is str else value)
+        if plain:
+            return None
+        if column.type in ("json", "jsonb"):
+            return lambda value: str(value) if isinstance(value, (Document, Exact)) else json_text(value)
+        truths = ("true", "false") if column.type == "boolean" else ("1", "0")
+
+        def convert(value: Any) -> Any:
+            if isinstance(value, str):
+                return str(value)
+            if isinstance(value, bool):
+                return truths[0 if value else 1]
+            return repr(value) if isinstance(value, (int, float)) else json.loads(json_text(value))["$base64"]
+
+        return convert
+
+    def type(self, name: str) -> str:
+        return {
+            "INTEGER": "bigint",
+            "REAL": "double precision",
+            "NUMERIC": "numeric",
+            "BLOB": "bytea",
+            "TEXT": "text",
+        }.get(name, "jsonb")
+
+
+def _bytes(value: Any) -> Any:
+    return value.encode() if isinstance(value, str) else value
+
+
+def dialect_of(db: Database) -> Dialect:
+    """The dialect of a database's engine."""
+    return _Postgresql() if db.engine.name == "postgresql" else _Sqlite()
