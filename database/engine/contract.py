@@ -181,6 +181,7 @@ class Engine:
         operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
         backend: Makes the driver's backend from a database's settings.
         adapter: aiosql's synchronous adapter for this engine.
+        pins: What a snapshot that stays open holds back, for the log.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
@@ -190,6 +191,7 @@ class Engine:
     operations: Any
     backend: Callable[[Any], Backend]
     adapter: Any
+    pins: str
     replica_backend: Callable[[Any], Backend | None] | None = None
 
 

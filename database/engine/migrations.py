@@ -29,6 +29,7 @@ TABLE = "database_migrations"
 """The table that holds the record, in every engine."""
 
 _NAME = re.compile(r"(?P<number>[0-9]+)_(?P<name>\w[\w.-]*)\.sql")
+_SUFFIXES = {"sqlite3": ".sqlite.sql", "postgresql": ".postgresql.sql"}
 _COMMENTS = re.compile(r"--[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 
 
@@ -110,8 +111,10 @@ class Order:
     progress: Callable[[Migration, float], object] | None = None
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[Migration, ...]:
+def load(folder: str | os.PathLike[str], engine: str = "sqlite3") -> tuple[Migration, ...]:
     """Reads a folder: all files that end in `.sql`, but for hidden ones; no subfolders.
+
+    Where the SQL must differ, `0003_x.sqlite.sql` stands beside `0003_x.postgresql.sql`, and each engine reads its own.
 
     Raises:
         MigrationError: It cannot be read; a name is no `0001_name.sql`; a number is missing or given twice; a file
@@ -122,7 +125,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[Migration, ...]:
         files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".sql" and each.is_file())
     except OSError as error:
         raise MigrationError(f"{path}: the folder of migrations cannot be read: {error.strerror or error}") from error
-    found = sorted((_read(file) for file in files if not file.name.startswith(".")), key=lambda each: each.number)
+    others = tuple(suffix for name, suffix in _SUFFIXES.items() if name != engine)
+    own = [file for file in files if not file.name.startswith(".") and not file.name.lower().endswith(others)]
+    found = sorted(map(_read, own), key=lambda each: each.number)
     expected = 1
     previous: Migration | None = None
     for migration in found:

@@ -129,7 +129,7 @@ class Database:
             self._engine = contract.load(name)
             self._operations = self._engine.operations
             self._statements.clear()
-        self._observer = logs.LogObserver(self.name, self._settings.logging)
+        self._observer = logs.LogObserver(self.name, self._settings.logging, self._engine.pins)
 
     def pin(self, engine: str) -> bool:
         """Makes sure that this handle is of that engine; False if it is of another one already."""
@@ -839,7 +839,7 @@ class Database:
         path = self._migrations_folder(folder)
         operation = self._migrating("applied_migrations")
         applied = await self._send_unit(SCRIPT, operation, None, None, label="migration_status()", readonly=True)
-        return MigrationStatus(applied, pending(load(path), applied, path))
+        return MigrationStatus(applied, pending(load(path, self.engine.name), applied, path))
 
     def _migrating(self, operation: str) -> Any:
         found = getattr(self._operations, operation, None)
@@ -899,9 +899,10 @@ class Database:
         if isinstance(level, Transaction) and not level.ended and level.pool is self._pools.get(id(current_loop())):
             raise TransactionError(f"close() was called inside a transaction, begun by {level.origin()}; end it first")
         loop = current_loop()
-        pool = self._pools.get(id(loop))
-        if pool is not None and pool.loop() is loop:
-            await pool.close(drain)
+        for pools in (self._replica_pools, self._pools):
+            pool = pools.get(id(loop))
+            if pool is not None and pool.loop() is loop:
+                await pool.close(drain)
 
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""

@@ -7,8 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from database.settings.model import MEMORY, LoggingSettings
-from database.settings.rules import Section, Unfit, boolean, choice, duration, init_sql, path, path_text, whole
-from database.settings.words import no_such_file
+from database.settings.rules import (
+    Section,
+    Unfit,
+    boolean,
+    choice,
+    duration,
+    init_sql,
+    migrations,
+    path,
+    path_text,
+    whole,
+)
 
 if TYPE_CHECKING:
     from database.settings.document import Item
@@ -55,16 +65,6 @@ class SqliteSettings:
     auto_migrate: bool = False
     monitor: str | None = None
     logging: LoggingSettings = field(default_factory=LoggingSettings)
-
-
-def _migrations(item: Item) -> str | None:
-    if item.value is None:
-        return None
-    expected = "the path of a folder of SQL files, or null for none"
-    path = path_text(item, expected)
-    if not os.path.isdir(path):
-        raise Unfit(expected, "it is a file" if os.path.exists(path) else no_such_file(path))
-    return path
 
 
 def _monitor(item: Item) -> str | None:
@@ -114,7 +114,7 @@ SECTION = Section(
         "cache_size": whole(-(2**31) + 1, 2**31 - 1),  # SQLite takes what does not fit 32 bits for 0.
         "foreign_keys": boolean,
         "init_sql": init_sql,
-        "migrations": _migrations,
+        "migrations": migrations,
         "auto_migrate": boolean,
         "monitor": _monitor,
     },
