@@ -189,10 +189,11 @@ def tear_down() -> None:
 class LogObserver:
     """Reports one database's statements, transactions and errors. See `database.engine.contract.Observer`."""
 
-    __slots__ = ("_name", "_settings", "_slow", "slow_transaction")
+    __slots__ = ("_name", "_pins", "_settings", "_slow", "slow_transaction")
 
-    def __init__(self, name: str, settings: LoggingSettings) -> None:
+    def __init__(self, name: str, settings: LoggingSettings, pins: str) -> None:
         self._name = name
+        self._pins = pins
         self._settings = settings
         self._slow = None if settings.slow_ms is None else settings.slow_ms / 1000
         slow = settings.slow_transaction_ms
@@ -341,10 +342,10 @@ class LogObserver:
     def long_read(self, holder: str, seconds: float) -> None:
         """See `Observer`."""
         _pool.warning(
-            "database %s: a reader has kept its snapshot for %.3g s; until it ends, the WAL cannot be reset and grows with"
-            " every write (sqlite.org/wal.html#bigwal): %s",
+            "database %s: a reader has kept its snapshot for %.3g s; until it ends, %s: %s",
             self._name,
             seconds,
+            self._pins,
             holder,
             extra={"database": self._name, "duration": seconds, "holder": holder},
         )

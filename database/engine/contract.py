@@ -183,6 +183,7 @@ class Engine:
             user's are stored; of these, more may come later.
         adapts: Whether it heeds those functions.
         adapter: aiosql's synchronous adapter for this engine.
+        pins: What a snapshot that stays open holds back, for the log.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
@@ -192,6 +193,7 @@ class Engine:
     operations: Any
     backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend]
     adapter: Any
+    pins: str
     replica_backend: Callable[[Any], Backend | None] | None = None
     adapts: bool = True
 

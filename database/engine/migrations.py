@@ -120,6 +120,8 @@ class Order:
 def load(folder: str | os.PathLike[str], engine: str = "sqlite3") -> tuple[Migration, ...]:
     """Reads a folder: all files that end in `.sql`, but for hidden ones and those of other engines; no subfolders.
 
+    Where the SQL must differ, `0003_x.sqlite.sql` stands beside `0003_x.postgresql.sql`, and each engine reads its own.
+
     Raises:
         MigrationError: It cannot be read; a name is no `0001_name.sql`; a number is missing or given twice; a file
             holds nothing.

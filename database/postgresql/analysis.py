@@ -7,7 +7,10 @@ word (a read-only transaction is READ ONLY there, whatever this module thought o
 
 Placeholders. PostgreSQL knows `$1`. Here `:name` and `?` work as they do on SQLite, and psycopg's `%(name)s` and `%s` (what
 aiosql's adapter makes of `:name`) as well; all become `$1`, `$2`, … A colon behind a word or a closing bracket is a slice
-(`a[1:n]`), two of them are a cast. `??` stands for the operator `?`; `?|` and `?&` are operators as they are.
+(`a[1:n]`), two of them are a cast. `??` stands for the operator `?`; `?|`, `?&` and `@?` are operators as they are.
+
+State of the connection. Connections are everybody's, so a statement that may leave something behind on its own (a temporary
+table, a session's advisory lock, a setting) is known here: see `Plan.refusal` and `Plan.stains`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any, Final, NamedTuple
 from database import errors
 from database.engine.statement import CONTROL, OTHER, READ, WRITE, Statement
 
-__all__ = ["Insert", "Plan", "analyse", "plan_of", "split"]
+__all__ = ["Insert", "Made", "Plan", "analyse", "check_text", "made_by", "reshaped", "split", "words_of"]
 
 _TOKEN = re.compile(
     r"""
@@ -34,7 +37,7 @@ _TOKEN = re.compile(
     | (?P<cast>::)
     | (?<![\w\])]):(?P<name>[^\W\d]\w*)
     | \$(?P<number>\d+)
-    | (?P<literal>\?\?|\?\|(?!\|)|\?&)
+    | (?P<literal>(?<![-+*/<>=~!@\#%^&|`])@\?\??|\?\?|\?\|(?!\|)|\?&)
     | (?P<mark>\?)
     | %\((?P<format>[^)]+)\)s
     | (?P<percent>%%|%s\b)
@@ -45,16 +48,88 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+HIGHEST_PARAMETERS: Final = 65535
+"""The protocol counts parameters in sixteen bits."""
+
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 _READS = frozenset({"SELECT", "VALUES", "TABLE"})
 _CONTROLS = frozenset(
     {
         *("BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "SAVEPOINT", "RELEASE"),
         # These would change one connection of the pool, whichever that is, for all who come after.
-        *("DEALLOCATE", "DISCARD", "LISTEN", "PREPARE", "RESET", "UNLISTEN"),
+        *("DEALLOCATE", "DISCARD", "LISTEN", "LOAD", "PREPARE", "RESET", "UNLISTEN"),
     }
 )
+_ALONE = frozenset({"CALL", "VACUUM", "SHOW"})
+_SHAPING = frozenset({"ALTER", "CREATE", "DO", "DROP", "CALL"})
 _ROWS = frozenset({"CALL", "EXECUTE", "EXPLAIN", "FETCH", "SHOW"})
+
+_HARMLESS = frozenset(
+    # Words that stand before a parenthesis and are no functions, and the server's own functions that are called most: they
+    # change nothing. Of all others the server is asked.
+    """
+    all and any array as between by case cast check columns conflict cube distinct else except exclude exists
+    extract filter foreign from generated group grouping having ilike in index intersect interval into is isnull
+    join key lateral like limit materialized multirange not notnull nullif offset on only or order over overlaps
+    overlay partition position primary references returning rollup row select sets similar some substring table then
+    trim tuple union unique using values when where window with within bit char character decimal float numeric time
+    timestamp timestamptz varchar varying
+    abs age array_agg array_append array_cat array_length array_position array_remove array_to_string avg bool_and
+    bool_or btrim cardinality ceil ceiling char_length chr clock_timestamp coalesce concat concat_ws convert_from
+    convert_to corr count cume_dist current_database current_setting current_schema date_bin date_part date_trunc
+    decode dense_rank digest encode every exp first_value floor format gen_random_uuid generate_series
+    generate_subscripts greatest initcap isfinite json_agg json_array_elements json_array_length json_build_array
+    json_build_object json_each json_object_agg jsonb_agg jsonb_array_elements jsonb_array_elements_text
+    jsonb_array_length jsonb_build_array jsonb_build_object jsonb_each jsonb_each_text jsonb_extract_path
+    jsonb_object_agg jsonb_object_keys jsonb_path_exists jsonb_path_query jsonb_pretty jsonb_set jsonb_strip_nulls
+    jsonb_typeof justify_days lag last_value lead least left length ln log lower lpad ltrim make_date make_interval
+    make_timestamp max md5 min mod now nth_value ntile nullif octet_length percent_rank percentile_cont
+    percentile_disc pg_advisory_xact_lock pg_backend_pid pg_cancel_backend pg_is_in_recovery pg_relation_size
+    pg_sleep pg_table_size pg_terminate_backend pg_total_relation_size pg_try_advisory_xact_lock pg_typeof pi
+    plainto_tsquery power quote_ident quote_literal random rank regexp_match regexp_matches regexp_replace
+    regexp_split_to_array regexp_split_to_table repeat replace reverse right round row_number row_to_json rpad rtrim
+    setweight sign similarity split_part sqrt starts_with statement_timestamp stddev string_agg string_to_array
+    strpos substr sum to_char to_date to_hex to_json to_jsonb to_number to_regclass to_timestamp to_tsquery
+    to_tsvector transaction_timestamp translate trunc ts_headline ts_rank txid_current unnest upper uuid_generate_v4
+    var_pop variance version websearch_to_tsquery width_bucket
+    """.split()  # noqa: SIM905  - two hundred words
+)
+
+_DOING = frozenset(
+    [
+        "nextval",
+        "setval",
+        "pg_notify",
+        "lo_create",
+        "lo_creat",
+        "lo_unlink",
+        "lo_import",
+        "lo_put",
+        "lo_from_bytea",
+        "pg_logical_emit_message",
+    ]
+)
+"""Functions of the server's own that do something, but leave nothing on the connection."""
+
+_STAINING = {
+    "set_config": "set_config() would change one connection of the pool for all who come after: use `options` of the"
+    " configuration for all connections, or set_config(…, true) or SET LOCAL within a transaction",
+    **dict.fromkeys(
+        (
+            *("pg_advisory_lock", "pg_advisory_lock_shared", "pg_try_advisory_lock", "pg_try_advisory_lock_shared"),
+            *("pg_advisory_unlock", "pg_advisory_unlock_shared", "pg_advisory_unlock_all"),
+        ),
+        "a session's advisory lock would stay with one connection of the pool: use pg_advisory_xact_lock() (or its like) within"
+        " a transaction",
+    ),
+    **dict.fromkeys(("dblink_connect", "dblink_connect_u", "dblink_disconnect"), ""),
+    "pg_replication_origin_session_setup": "",
+}
+_TEMPORARY = (
+    "a temporary table would stay on one connection of the pool: make it within a transaction (`async with"
+    " db.transaction()`), at whose end it goes"
+)
+_HELD = "a cursor WITH HOLD would stay on one connection of the pool: `async with db.stream(…)` reads row by row"
 
 
 class Token(NamedTuple):
@@ -87,6 +162,15 @@ class Insert(NamedTuple):
     columns: str | None
 
 
+_shapes = [0]
+"""How often this process has seen a statement that may give a table another shape. Any thread; a lost update does no harm."""
+
+
+def reshaped() -> None:
+    """A statement has been executed that may have given a table another shape."""
+    _shapes[0] += 1
+
+
 class Plan:
     """How a statement is sent. Cached with it, so what is found out about it is kept here.
 
@@ -97,11 +181,38 @@ class Plan:
         insert: What is known of it, if it is an INSERT.
         coercions: How parameters are converted, by their Python types; see `connection.py`.
         returning: The text with RETURNING for `lastrowid`; `""` if there is nothing to return, None if nobody has looked.
+        look_again: When a table without such a key is looked at again.
         seconds: How long it takes, roughly; None if nobody knows.
         uses: How often it has been executed.
+        wide: Positions of parameters that have been larger than an `int4`, and are sent as `int8` since.
+        calls: Functions that it calls and of which only the server knows whether they change anything.
+        acts: Whether a function that it calls does something, so that it is never left half executed.
+        stains: Whether the connection may be another one after it; it is then put right when the transaction ends.
+        refusal: Why it is refused outside a transaction.
+        alone: Whether it may not run within a transaction.
+        shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong.
+        learnt_at: How many such statements there had been when something was learnt of this one.
     """
 
-    __slots__ = ("coercions", "count", "insert", "names", "returning", "seconds", "sql", "uses")
+    __slots__ = (
+        "acts",
+        "alone",
+        "calls",
+        "coercions",
+        "count",
+        "insert",
+        "learnt_at",
+        "look_again",
+        "names",
+        "refusal",
+        "returning",
+        "seconds",
+        "shapes",
+        "sql",
+        "stains",
+        "uses",
+        "wide",
+    )
 
     def __init__(self, sql: str, names: tuple[str, ...] | None, count: int) -> None:
         self.sql = sql
@@ -110,8 +221,22 @@ class Plan:
         self.insert: Insert | None = None
         self.coercions: dict[tuple[type, ...], Any] = {}
         self.returning: str | None = None
+        self.look_again = 0.0
         self.seconds: float | None = None
         self.uses = 0
+        self.wide: frozenset[int] = frozenset()
+        self.calls: tuple[str, ...] = ()
+        self.acts = self.alone = self.stains = self.shapes = False
+        self.learnt_at = 0
+        self.refusal: str | None = None
+
+    def check_shapes(self) -> None:
+        """Forgets what was learnt if a table may have another shape since."""
+        count = _shapes[0]
+        if self.learnt_at != count:
+            self.learnt_at = count
+            self.coercions = {}
+            self.returning = None
 
     def took(self, seconds: float) -> None:
         """Learns from one execution. Any worker's thread; a lost update does no harm."""
@@ -179,8 +304,8 @@ def _translate(sql: str) -> Plan:
     for match in _scan(sql):
         kind = match.lastgroup
         replacement: str | None = None
-        if kind == "literal" and match.group() == "??":
-            replacement = "?"
+        if kind == "literal" and match.group().endswith("??"):
+            replacement = match.group()[:-1]
         elif kind == "name" or (kind == "format" and not native):
             replacement = f"${names.setdefault(match[kind], len(names) + 1)}"
         elif kind == "mark" or (kind == "percent" and match.group() == "%s" and not native):
@@ -209,8 +334,9 @@ def analyse(sql: str) -> Statement:
     """Analyses one statement. An empty one has the verb `""`.
 
     Raises:
-        QueryExecutionError: There are several in one text, or its placeholders are mixed.
+        QueryExecutionError: There are several in one text, its placeholders are mixed or too many, or it cannot be sent.
     """
+    check_text(sql)
     tokens = _tokens(sql)
     while tokens and tokens[-1].text == ";":
         tokens.pop()
@@ -237,7 +363,9 @@ def analyse(sql: str) -> Statement:
     elif verb in _WRITES:
         kind, returns_rows = WRITE, "RETURNING" in words
     elif (
-        verb in _CONTROLS or (verb == "SET" and words[1:2] != ["LOCAL"]) or words[:3] == ["SET", "LOCAL", "TRANSACTION"]
+        verb in _CONTROLS
+        or (verb == "SET" and words[1:2] not in (["LOCAL"], ["CONSTRAINTS"]))
+        or words[:3] == ["SET", "LOCAL", "TRANSACTION"]
     ):
         kind, returns_rows = CONTROL, False
     elif verb == "EXPLAIN":
@@ -245,10 +373,105 @@ def analyse(sql: str) -> Statement:
         kind = READ if rest in _READS and not _writes_inside(tokens) else OTHER
     elif verb == "SHOW":
         kind = READ
+    elif verb == "COPY" and ("STDIN" in words or "STDOUT" in words):
+        raise errors.QueryExecutionError(
+            "COPY … FROM STDIN and TO STDOUT send their rows beside the text: use execute_many(), or psycopg's cursor.copy()"
+            " in `db.run(function)`; a dump with data is restored by psql or pg_restore; nothing was executed",
+            sql=sql,
+        )
     plan = _translate(sql)
+    if plan.count > HIGHEST_PARAMETERS:
+        raise errors.QueryExecutionError(
+            f"the statement has {plan.count:,} parameters, and PostgreSQL's protocol takes {HIGHEST_PARAMETERS:,}: give a list"
+            " as one parameter (`= ANY(:ids)`, unnest), or use execute_many(); nothing was executed",
+            sql=errors.shorten(sql),
+        )
+    plan.shapes = verb in _SHAPING
+    plan.alone = verb in _ALONE or "CONCURRENTLY" in words or words[1:2] in (["DATABASE"], ["TABLESPACE"], ["SYSTEM"])
+    _look_for_state(plan, tokens, words, verb)
     if verb == "INSERT":
         plan.insert = _insert(sql, tokens, plan, returning=returns_rows)
     return Statement(sql, verb, kind, returns_rows=returns_rows, hint=plan)
+
+
+def check_text(sql: str) -> None:
+    """Refuses text that cannot be sent as it is.
+
+    Raises:
+        QueryExecutionError: It holds a NUL, where the protocol would cut it off, or half of a UTF-16 pair.
+    """
+    if "\0" in sql:
+        raise errors.QueryExecutionError(
+            f"there is a NUL character in the SQL text (at position {sql.index(chr(0))}), where the server would stop reading;"
+            " nothing was executed",
+            sql=sql.replace("\0", "\\0"),
+        )
+    try:
+        sql.encode()
+    except UnicodeEncodeError as error:
+        raise errors.QueryExecutionError(
+            f"the SQL text cannot be encoded as UTF-8: there is half of a surrogate pair at position {error.start};"
+            " nothing was executed",
+            sql=sql.encode("utf-8", "backslashreplace").decode(),
+        ) from None
+
+
+def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str) -> None:
+    """Finds out what the statement may leave behind, and which functions it calls."""
+    if verb in ("DO", "CALL"):
+        plan.stains = plan.acts = True
+        return
+    if verb == "CREATE" and any(word in ("FUNCTION", "PROCEDURE", "AGGREGATE") for word in words[:5]):
+        plan.stains = any(token.text == "PG_TEMP" for token in tokens)
+        plan.refusal = _TEMPORARY if plan.stains else None
+        return
+    made = verb == "CREATE" and "AS" not in words  # what stands before a parenthesis is a table, a type, a column
+    unknown: list[str] = []
+    before: Token | None = None
+    for index, token in enumerate(tokens):
+        name = _called(tokens, index)
+        if name is not None:
+            if name in _STAINING:
+                plan.acts = True
+                if name != "set_config" or not _is_local(tokens, index + 1):
+                    plan.stains = True
+                    plan.refusal = _STAINING[name] or None
+            elif name in _DOING:
+                plan.acts = True
+            elif name not in _HARMLESS and not made and (before is None or before.text not in ("INTO", "AS", "TABLE")):
+                unknown.append(name)
+        elif token.kind == "word" and (
+            token.text == "PG_TEMP"
+            or (
+                token.text in ("TEMP", "TEMPORARY")
+                and before is not None
+                and before.text in ("CREATE", "REPLACE", "LOCAL", "GLOBAL", "INTO")
+            )
+        ):
+            plan.stains, plan.refusal = True, _TEMPORARY
+        elif token.kind == "word" and token.text == "HOLD" and verb == "DECLARE":
+            plan.stains, plan.refusal = True, _HELD
+        before = token
+    plan.calls = tuple(dict.fromkeys(unknown))
+
+
+def _called(tokens: list[Token], index: int) -> str | None:
+    """The name of the function whose call begins at that token."""
+    token = tokens[index]
+    if token.kind not in ("word", "quoted") or index + 1 == len(tokens) or tokens[index + 1].text != "(":
+        return None
+    if token.kind == "word":
+        return token.text.lower()
+    return token.text.partition('"')[2][:-1].replace('""', '"')
+
+
+def _is_local(tokens: list[Token], opening: int) -> bool:
+    """Whether the last argument of a call is the word TRUE."""
+    depth = tokens[opening].depth
+    for index in range(opening + 1, len(tokens)):
+        if tokens[index].text == ")" and tokens[index].depth == depth:
+            return [token.text for token in tokens[index - 2 : index]] == [",", "TRUE"]
+    return False
 
 
 def _locks_rows(words: list[str]) -> bool:
@@ -349,5 +572,61 @@ def _leftover(text: str) -> bool:
     return bool("".join(kept).strip(" \t\r\n;"))
 
 
-HIGHEST_PARAMETERS: Final = 65535
-"""The protocol counts parameters in sixteen bits."""
+def words_of(sql: str) -> list[str]:
+    """The unquoted words of a statement, in capitals."""
+    return [token.text for token in _tokens(sql) if token.kind == "word"]
+
+
+class Made(NamedTuple):
+    """What a CREATE statement makes, where it does nothing if that is there already."""
+
+    kind: str
+    schema: str | None
+    name: str
+    replaces: bool
+    """CREATE OR REPLACE: what is there may still be another one."""
+    body: str | None
+    """A function's body."""
+
+
+_MODIFIERS = frozenset({"UNLOGGED", "UNIQUE", "CONCURRENTLY", "MATERIALIZED", "OR", "REPLACE"})
+
+
+def made_by(sql: str) -> Made | None:
+    """What a statement of a schema's script makes; None where it is to be executed whatever is there."""
+    tokens = _tokens(sql)
+    if not tokens or tokens[0].text != "CREATE":
+        return None
+    modifiers: set[str] = set()
+    index = 1
+    while index < len(tokens) and tokens[index].text in _MODIFIERS:
+        modifiers.add(tokens[index].text)
+        index += 1
+    rest = tokens[index:]
+    kind = rest[0].text if rest else ""
+    replaces = "REPLACE" in modifiers
+    if replaces and kind in ("FUNCTION", "TRIGGER"):
+        rest = rest[1:]
+    elif [token.text for token in rest[1:4]] == ["IF", "NOT", "EXISTS"]:
+        rest = rest[4:]
+    elif [token.text for token in rest[1:5]] == ["CONCURRENTLY", "IF", "NOT", "EXISTS"]:
+        rest = rest[5:]
+    else:
+        return None
+    names = [_identifier(sql, token) for token in rest[:3:2]]
+    qualified = len(rest) > 2 and rest[1].text == "."
+    schema, name = (names[0], names[1]) if qualified else (None, names[0] if names else None)
+    if name is None or (qualified and schema is None):
+        return None
+    body = next((sql[token.start : token.end] for token in rest if token.kind == "string"), None)
+    if body is not None and body.startswith("$"):
+        quote = body[: body.index("$", 1) + 1]
+        body = body[len(quote) : -len(quote)]
+    return Made(kind, schema, name, replaces, body)
+
+
+def _identifier(sql: str, token: Token) -> str | None:
+    text = sql[token.start : token.end]
+    if token.kind == "word":
+        return text.lower()
+    return text[1:-1].replace('""', '"') if token.kind == "quoted" else None

@@ -1,6 +1,7 @@
 """Errors of psycopg's and of the server's, and what the package makes of them.
 
-No text of an error made here holds a value: DETAIL and CONTEXT, where the server quotes rows, are left to `diag`.
+No text of an error made here holds a value: DETAIL and CONTEXT, where the server quotes rows, are left to `diag`, and values of
+the parameters are replaced (`redaction`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import psycopg
 from psycopg import pq
 
 from database import errors
+from database.postgresql.redaction import HIDDEN, hide
 
 __all__ = [
     "AGAIN",
     "MISTYPED",
+    "STALE",
     "Lost",
     "clean",
     "code_name",
@@ -27,12 +30,17 @@ __all__ = [
     "made_from",
     "mark_alone",
     "mark_broken",
+    "mark_committing",
     "message_of",
     "read_only",
+    "was_committing",
 ]
 
 MISTYPED = frozenset({"42804", "42883", "42725", "42P08", "42P18"})
 """A parameter's type does not fit where it stands. Found out before anything is executed."""
+
+STALE = MISTYPED | {"22P02", "22P03", "22007", "26000"}
+"""What a parameter's type gives that was right when the statement was prepared; or the name is gone with a `DISCARD`."""
 
 AGAIN = frozenset({"40001", "40P01"})
 """Serialization failure and deadlock: nothing is wrong with the transaction, only with the moment."""
@@ -49,14 +57,20 @@ class Lost(psycopg.OperationalError):
 
 
 _VALUE = re.compile(r'(: |=)"?.*$', re.DOTALL)
+_QUOTES = re.compile(r'"[^"]*"')
 
 
 def message_of(error: psycopg.Error) -> str:
     """What the server says, without DETAIL and CONTEXT, where values stand."""
+    if getattr(error, "cleaned", False):
+        return str(error)
     primary = error.diag.message_primary or (str(error).strip() or type(error).__name__)
-    if (error.sqlstate or "")[:2] == "22":  # 'invalid input syntax for type integer: "the value"'
-        primary = _VALUE.sub("", primary)
-    return primary
+    return without_value(primary) if (error.sqlstate or "")[:2] == "22" else primary
+
+
+def without_value(primary: str) -> str:
+    """A message about data: 'invalid input syntax for type integer: "the value"', 'value "the value" is out of range'."""
+    return _QUOTES.sub(HIDDEN, _VALUE.sub("", primary))
 
 
 def made_from(result: pq.abc.PGresult) -> psycopg.Error:
@@ -71,17 +85,18 @@ def made_from(result: pq.abc.PGresult) -> psycopg.Error:
         "utf-8", "replace"
     )
     if state[:2] == "22":
-        primary = _VALUE.sub("", primary)
+        primary = without_value(primary)
     error = kind(primary.strip(), info=cast("Any", result))
     if error.sqlstate is None and state:
         error.sqlstate = state
     return error
 
 
-def clean(error: psycopg.Error) -> psycopg.Error:
-    """The error without DETAIL and CONTEXT in its text, for values stand there."""
-    info = error.pgresult
-    return error if info is None else made_from(info)
+def clean(error: psycopg.Error, parameters: Any) -> None:
+    """Takes DETAIL and CONTEXT out of the error's text, and whatever else of it is a value: all of them go to logs."""
+    text = message_of(error)
+    error.args = (hide(text, parameters), *error.args[1:])
+    error.cleaned = True  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def code_name(error: psycopg.Error) -> str | None:
@@ -101,6 +116,16 @@ def mark_broken(error: BaseException) -> None:
 def is_broken(error: BaseException) -> bool:
     """Whether the connection can no longer be used; `translate` has looked at it."""
     return getattr(error, "broken", False)
+
+
+def mark_committing(error: BaseException) -> None:
+    """Notes that the connection was lost while COMMIT was under way."""
+    error.committing = True  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def was_committing(error: BaseException) -> bool:
+    """Whether nobody can know what has become of the transaction."""
+    return getattr(error, "committing", False)
 
 
 def control_error(verb: str) -> errors.TransactionError:

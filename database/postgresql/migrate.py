@@ -1,66 +1,75 @@
-"""Migrations on PostgreSQL: one connection, one transaction for each file. Runs on a worker's thread.
+"""Migrations on PostgreSQL: one connection, one transaction for each file. Runs on a connection's thread.
 
-Two processes that start at once: an advisory lock, which ends with its transaction, lets one of them in, and that one reads
-the record inside its transaction. Within a file nobody waits longer than `LOCK_SECONDS` for a table: behind such a wait
-everybody else would queue. The file is rolled back and tried again after a pause, until the time to wait is used up.
+Several processes that start at once: an advisory lock lets one of them in, which the server frees with the session, however
+that ends. The record is read again under it. Who finds nothing to do takes no lock at all.
 
-What PostgreSQL cannot do within a transaction (CREATE INDEX CONCURRENTLY) stands in a file that begins with the comment
-`-- no transaction`. It is recorded as begun before it runs, for it may stop half-way; then somebody has to look.
+A migration must not freeze a busy table: ALTER TABLE waits for every transaction that has touched the table, and everybody else
+waits behind it. So a file's transaction waits for a lock for `LOCK_SECONDS` only, is then rolled back, and tried again after a
+pause, as long as `wait` allows.
+
+What cannot run within a transaction (CREATE INDEX CONCURRENTLY) stands in a file whose first line says `-- no transaction`. Its
+statements are run one by one; of one that fails, those before it stand, and the error says so.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import re
 import time
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.engine.statement import CONTROL
-from database.errors import DatabaseBusyError, DatabaseError, MigrationError
-from database.logs import say
+from database.errors import DatabaseError, MigrationError
 from database.postgresql import analysis
+from database.postgresql.analysis import Plan
+from database.postgresql.failures import control_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from database.postgresql.connection import Connection
 
 __all__ = ["applied", "migrate"]
 
 _logger = logging.getLogger("database.migration")
 
-LOCK_SECONDS = 3
-"""Seconds that a statement of a migration waits for a table."""
-PAUSE = 0.2
-"""Seconds between two attempts to get a lock."""
-_LOCK = 0x6A6F6275_6D696772
-_BEGUN = -1.0
-"""Stands where the seconds will be, while a file without a transaction runs."""
+LOCK_SECONDS = 3.0
+"""How long a migration waits for somebody else's lock, with everybody behind it, before it makes room again."""
 
-_CREATE = (
-    f"CREATE TABLE IF NOT EXISTS {TABLE} (number INTEGER PRIMARY KEY, name TEXT NOT NULL, checksum TEXT NOT NULL,"
-    " applied_at TEXT NOT NULL DEFAULT to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'),"
-    " seconds DOUBLE PRECISION NOT NULL)"
+_LOCK = 0x6A6F6275
+_CREATE = f"""
+CREATE TABLE IF NOT EXISTS {TABLE} (
+    number     BIGINT PRIMARY KEY,
+    name       TEXT NOT NULL,
+    checksum   TEXT NOT NULL,
+    applied_at TEXT NOT NULL DEFAULT to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'),
+    seconds    DOUBLE PRECISION NOT NULL
+)"""
+_EXISTS = Plan(
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relname = $1 AND relnamespace = current_schema()::regnamespace)",
+    None,
+    1,
 )
-_READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number"
-_WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"
-_FINISH = f"UPDATE {TABLE} SET seconds = ? WHERE number = ?"
-_NO_TRANSACTION = re.compile(r"(?:\s|--[^\n]*\n)*?--[ \t]*no transaction[ \t]*(?:\n|\Z)", re.IGNORECASE)
+_READ = Plan(f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number", None, 0)
+_WRITE = Plan(f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES ($1, $2, $3, $4)", None, 4)
+_TRY = Plan("SELECT pg_try_advisory_lock($1::int, hashtext(current_schema()))", None, 1)
+_UNLOCK = Plan("SELECT pg_advisory_unlock($1::int, hashtext(current_schema()))", None, 1)
+
 _BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*", re.DOTALL)
+_ALONE = re.compile(r"\s*--\s*no transaction\b", re.IGNORECASE)
 
 
-def _ask(session: Any, sql: str, params: tuple[Any, ...] = ()) -> list[Any]:
-    found: list[Any] = session.fetch_all(analysis.analyse(sql), params, None)
-    return found
-
-
-def applied(session: Any) -> tuple[Applied, ...]:
+def applied(connection: Connection) -> tuple[Applied, ...]:
     """The database's record; empty where it has none."""
-    if _ask(session, f"SELECT to_regclass('{TABLE}')")[0][0] is None:
+    if not connection.value(connection.run(_EXISTS, (TABLE,)), False):
         return ()
-    return tuple(Applied(*row) for row in _ask(session, _READ))
+    found = connection.run(_READ, ())
+    return tuple(Applied(*row) for row in connection.load(found, 0, found.ntuples, None))
 
 
-def migrate(session: Any, order: Order) -> MigrationReport:
+def migrate(connection: Connection, order: Order) -> MigrationReport:
     """Applies what is pending.
 
     Raises:
@@ -70,20 +79,36 @@ def migrate(session: Any, order: Order) -> MigrationReport:
     for option, number in (("to", order.to), ("baseline", order.baseline)):
         if number is not None and not 0 < number <= len(migrations):
             raise MigrationError(f"{order.folder} holds no migration {number}, which `{option}` names")
-    deadline = time.monotonic() + order.wait
-    record = applied(session)
-    if order.baseline is None and not _wanted(migrations, record, order) and not _begun(record):
+    record = applied(connection)
+    if order.baseline is None and not _wanted(migrations, record, order):
         return MigrationReport((), len(record), order.dry_run)
+    deadline = time.monotonic() + order.wait
+    _lock(connection, deadline, order)
     try:
         if order.baseline is not None:
-            return _baseline(session, migrations, order, deadline)
-        return (
-            _try(session, migrations, order, deadline)
-            if order.dry_run
-            else _apply(session, migrations, order, deadline)
-        )
+            return _baseline(connection, migrations, order)
+        if order.dry_run:
+            return _try(connection, migrations, order)
+        return _apply(connection, migrations, order, deadline)
     finally:
-        session.rollback()
+        if connection.began:
+            connection.rollback()
+        connection.run(_UNLOCK, (_LOCK,))
+
+
+def _lock(connection: Connection, deadline: float, order: Order) -> None:
+    while not connection.value(connection.run(_TRY, (_LOCK,)), False):
+        if time.monotonic() > deadline:
+            raise MigrationError(
+                f"another process has been migrating this database for {order.wait:g} s (`wait`); nothing was applied here"
+            )
+        _pause(connection)
+
+
+def _pause(connection: Connection) -> None:
+    if connection.progress():
+        raise psycopg.errors.QueryCanceled("the caller has gone")
+    time.sleep(random.uniform(0.02, 0.08))  # noqa: S311  - not a secret
 
 
 def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], order: Order) -> tuple[Migration, ...]:
@@ -91,143 +116,144 @@ def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], orde
     return left if order.to is None else tuple(each for each in left if each.number <= order.to)
 
 
-def _begun(record: tuple[Applied, ...]) -> Applied | None:
-    return next((each for each in record if each.seconds == _BEGUN), None)
+def _begin(connection: Connection, *, patient: bool) -> None:
+    connection.begin(readonly=False)
+    if not patient:
+        connection.run(Plan(f"SET LOCAL lock_timeout = {int(LOCK_SECONDS * 1000)}", None, 0), ())
+    connection.run(Plan(_CREATE, None, 0), ())
 
 
-def _begin(session: Any, deadline: float) -> tuple[Applied, ...]:
-    """Begins a transaction under the lock, and reads the record as it is then."""
-    while True:
-        session.begin(readonly=False)
-        if _ask(session, "SELECT pg_try_advisory_xact_lock(?)", (_LOCK,))[0][0]:
-            session.execute(analysis.analyse(_CREATE), None)
-            record = applied(session)
-            begun = _begun(record)
-            if begun is None:
-                return record
-            if time.monotonic() >= deadline:
-                raise MigrationError(
-                    f"{begun.name}, which runs without a transaction, was begun on {begun.applied_at} UTC and has not ended."
-                    " Either another process is still at it, or it was stopped half-way. Look at what it has done (an index"
-                    " marked INVALID has to be dropped), then take it as done (UPDATE"
-                    f" {TABLE} SET seconds = 0 WHERE number = {begun.number}) or have it run again (DELETE FROM {TABLE}"
-                    f" WHERE number = {begun.number})"
-                )
-        session.rollback()
-        if time.monotonic() >= deadline:
-            raise MigrationError("another process has been migrating this database all the time that there was to wait")
-        time.sleep(PAUSE)
-
-
-def _apply(session: Any, migrations: tuple[Migration, ...], order: Order, deadline: float) -> MigrationReport:
+def _apply(connection: Connection, migrations: tuple[Migration, ...], order: Order, deadline: float) -> MigrationReport:
+    record = applied(connection)
     done: list[Migration] = []
-    while True:
-        record = _begin(session, deadline)
-        left = _wanted(migrations, record, order)
-        if not left:
-            session.rollback()
-            return MigrationReport(tuple(done), len(record))
-        migration = left[0]
-        began = time.perf_counter()
-        if _NO_TRANSACTION.match(migration.sql):
-            _without_transaction(session, migration, began)
+    for migration in _wanted(migrations, record, order):
+        if _ALONE.match(migration.sql):
+            seconds = _run_alone(connection, migration)
         else:
-            try:
-                _run(session, migration)
-            except DatabaseBusyError as error:
-                session.rollback()
-                if time.monotonic() >= deadline:
-                    raise MigrationError(
-                        f"{error.args[0]}; the migration was rolled back: somebody uses the table all the time"
-                    ) from error
-                say(_logger, logging.WARNING, "migration %s waits for a lock: %s", migration.name, error.args[0])
-                time.sleep(PAUSE)
-                continue
-            seconds = time.perf_counter() - began
-            session.execute(analysis.analyse(_WRITE), (migration.number, migration.name, migration.checksum, seconds))
-            session.commit()
-        seconds = time.perf_counter() - began
+            seconds = _insist(connection, migration, deadline)
         done.append(migration)
-        say(_logger, logging.INFO, "migration %s applied in %.3f s", migration.name, seconds)
+        _logger.info("migration %s applied in %.3f s", migration.name, seconds)
         if order.progress is not None:
             order.progress(migration, seconds)
+    return MigrationReport(tuple(done), len(record) + len(done))
 
 
-def _without_transaction(session: Any, migration: Migration, began: float) -> None:
-    session.execute(analysis.analyse(_WRITE), (migration.number, migration.name, migration.checksum, _BEGUN))
-    session.commit()
-    for line, text in _statements(migration):
+def _insist(connection: Connection, migration: Migration, deadline: float) -> float:
+    """One file in a transaction of its own, tried again while somebody else has a lock that it needs."""
+    while True:
+        _begin(connection, patient=False)
         try:
-            session.execute_script(text)
+            seconds = _run(connection, migration)
+            connection.commit()
+            return seconds
+        except MigrationError as error:
+            connection.rollback()
+            busy = getattr(error.__cause__, "sqlstate", None) == "55P03"
+            if not busy or time.monotonic() > deadline:
+                raise
+            _logger.warning(
+                "migration %s: somebody else holds a lock that it needs; rolled back, and tried again", migration.name
+            )
+            for _ in range(10):
+                _pause(connection)
+
+
+def _run(connection: Connection, migration: Migration) -> float:
+    """One file, inside the open transaction."""
+    began = time.perf_counter()
+    for text, offset in _statements(migration):
+        try:
+            _execute(connection, text)
         except Exception as error:
-            reason = _reason(session, error, text)
-            raise MigrationError(
-                f"{migration.path}:{line}: {reason}; it runs without a transaction, so what stands before this line is done."
-                f" Put that right, then have it run again: DELETE FROM {TABLE} WHERE number = {migration.number}"
+            raise _failed(
+                connection, migration, offset, error, "the migration was rolled back, nothing of it is kept"
             ) from error
-    session.execute(analysis.analyse(_FINISH), (time.perf_counter() - began, migration.number))
+    seconds = time.perf_counter() - began
+    connection.run(_WRITE, (migration.number, migration.name, migration.checksum, seconds))
+    return seconds
 
 
-def _try(session: Any, migrations: tuple[Migration, ...], order: Order, deadline: float) -> MigrationReport:
-    record = _begin(session, deadline)
+def _run_alone(connection: Connection, migration: Migration) -> float:
+    """A file that says `-- no transaction`: each statement is for good when it is done."""
+    connection.execute_script(_CREATE)
+    began = time.perf_counter()
+    for done, (text, offset) in enumerate(_statements(migration)):
+        try:
+            _execute(connection, text)
+        except Exception as error:
+            before = "nothing of it was done" if done == 0 else f"the {done} statements before it stand"
+            raise _failed(
+                connection,
+                migration,
+                offset,
+                error,
+                f"the file runs outside a transaction, so {before}, and it is not recorded. Write it so that it can be run"
+                " again (IF NOT EXISTS; DROP INDEX IF EXISTS before CREATE INDEX CONCURRENTLY, for one that failed leaves"
+                " an invalid index), and migrate again",
+            ) from error
+    seconds = time.perf_counter() - began
+    connection.run(_WRITE, (migration.number, migration.name, migration.checksum, seconds))
+    return seconds
+
+
+def _statements(migration: Migration) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    position = 0
+    for text in analysis.split(migration.sql):
+        position = migration.sql.index(text, position)
+        blank = _BLANK.match(text)
+        found.append((text, position + (blank.end() if blank is not None else 0)))
+        position += len(text)
+    return found
+
+
+def _execute(connection: Connection, text: str) -> None:
+    statement = analysis.analyse(text)
+    if statement.kind == CONTROL:
+        raise control_error(statement.verb)
+    plan = Plan(text, None, 0)
+    known: Plan = statement.hint
+    if known.refusal is not None:
+        raise MigrationError(known.refusal)
+    plan.alone, plan.shapes, plan.stains, plan.acts = known.alone, known.shapes, known.stains, known.acts
+    connection.run(plan, ())
+
+
+def _try(connection: Connection, migrations: tuple[Migration, ...], order: Order) -> MigrationReport:
+    record = applied(connection)
     left = _wanted(migrations, record, order)
+    _begin(connection, patient=True)
     for migration in left:
-        began = time.perf_counter()
-        if not _NO_TRANSACTION.match(migration.sql):  # which cannot be tried
-            _run(session, migration)
+        if _ALONE.match(migration.sql):
+            _logger.warning("migration %s runs outside a transaction, so it was not tried", migration.name)
+            continue
+        seconds = _run(connection, migration)
         if order.progress is not None:
-            order.progress(migration, time.perf_counter() - began)
-    session.rollback()
+            order.progress(migration, seconds)
+    connection.rollback()
     return MigrationReport(left, len(record), dry_run=True)
 
 
-def _baseline(session: Any, migrations: tuple[Migration, ...], order: Order, deadline: float) -> MigrationReport:
-    record = _begin(session, deadline)
+def _baseline(connection: Connection, migrations: tuple[Migration, ...], order: Order) -> MigrationReport:
+    record = applied(connection)
     if record:
         raise MigrationError(
             f"a baseline is for a database without a record, and this one has had {record[-1].name} already"
         )
+    _begin(connection, patient=True)
     for migration in migrations[: order.baseline]:
-        session.execute(analysis.analyse(_WRITE), (migration.number, migration.name, migration.checksum, 0.0))
+        connection.run(_WRITE, (migration.number, migration.name, migration.checksum, 0.0))
     if order.dry_run:
-        session.rollback()
+        connection.rollback()
     else:
-        session.commit()
+        connection.commit()
     return MigrationReport((), 0 if order.dry_run else order.baseline or 0, order.dry_run)
 
 
-def _statements(migration: Migration) -> Iterator[tuple[int, str]]:
-    """Each statement, and the line on which it begins."""
-    position = 0
-    for text in analysis.split(migration.sql):
-        position = migration.sql.index(text, position)
-        match = _BLANK.match(text)
-        yield migration.sql.count("\n", 0, position + (0 if match is None else match.end())) + 1, text
-        position += len(text)
-
-
-def _run(session: Any, migration: Migration) -> None:
-    """One file, inside the open transaction."""
-    session.execute_script(f"SET LOCAL lock_timeout = {LOCK_SECONDS * 1000}")
-    for line, text in _statements(migration):
-        statement = analysis.analyse(text)
-        place = f"{migration.path}:{line}"
-        if statement.kind == CONTROL:
-            raise MigrationError(
-                f"{place}: {statement.verb} is the package's own business here, for each file is one transaction: leave it out"
-            )
-        try:
-            session.execute_script(text)
-        except Exception as error:
-            reason = _reason(session, error, text)
-            hint = ""
-            if "transaction block" in reason:
-                hint = " (begin the file with the comment `-- no transaction`)"
-            busy = isinstance(session.translate(error, text, None), DatabaseBusyError)
-            kind = DatabaseBusyError if busy else MigrationError
-            raise kind(f"{place}: {reason}{hint}; the migration was rolled back, nothing of it is kept") from error
-
-
-def _reason(session: Any, error: Exception, text: str) -> str:
-    translated = session.translate(error, text.lstrip(), None)
-    return str(translated.args[0]) if isinstance(translated, DatabaseError) and translated.args else str(translated)
+def _failed(
+    connection: Connection, migration: Migration, offset: int, error: Exception, outcome: str
+) -> MigrationError:
+    line = migration.sql.count("\n", 0, offset) + 1
+    translated: Any = connection.translate(error, migration.sql[offset:].lstrip(), None)
+    reason = translated.args[0] if isinstance(translated, DatabaseError) and translated.args else str(translated)
+    return MigrationError(f"{migration.path}:{line}: {reason}; {outcome}")

@@ -1,23 +1,60 @@
-"""Opens connections: where the server is, who is there, and how long it is tried."""
+"""Opens connections: where the server is, who is there, how long it is tried, and how long a connection lives.
+
+Replicas. A connection for read-only transactions is to a replica, or, while none answers, a stand-in: one to the
+primary. That no replica answers is remembered for all connections of the pool, so that one transaction finds out and the
+others need not; after `REPLICAS_AGAIN` a stand-in whose turn it is tries once more.
+
+Threads. Connections are opened by the workers' threads; `_Replicas` is shared by them, and a lost update does no harm.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
 
 from database import errors
 from database.engine.contract import Role
-from database.postgresql.connection import Connection, PostgresqlSession
+from database.postgresql.connection import Connection
+from database.postgresql.raw import RawConnection
+from database.postgresql.redaction import hide
 from database.settings import PostgresqlSettings
 
-__all__ = ["describe", "open_session", "parameters"]
+__all__ = ["Replicas", "describe", "local_settings", "open_session", "parameters"]
+
+BACKSLASH = "\\"
+
+REPLICAS_AGAIN = 30.0
+"""Seconds for which no replica is tried after none has answered."""
+
+REPLICAS_TIMEOUT = 3
+"""Seconds for one attempt at a replica, at the most: there is the primary to fall back on."""
+
+ENCODE = (
+    "conninfo (or replicas) is a URI with a character in the user or the password that has a meaning there: percent-encode the"
+    " password (`/` is %2F, `@` is %40, `?` is %3F, `%` is %25), or give it by password_env or password_file"
+)
+
+_logger = logging.getLogger("database.pool")
+
+
+class Replicas:
+    """Whether a replica is worth trying."""
+
+    __slots__ = ("again_at",)
+
+    def __init__(self) -> None:
+        self.again_at = 0.0
 
 
 def parameters(settings: PostgresqlSettings, role: Role = "shared") -> dict[str, Any]:
@@ -39,6 +76,8 @@ def parameters(settings: PostgresqlSettings, role: Role = "shared") -> dict[str,
         "target_session_attrs": settings.target_session_attrs,
         "application_name": settings.application_name,
     }
+    if _is_unencoded(settings.conninfo) or _is_unencoded(settings.replicas):
+        raise errors.ConnectionFailedError(describe(settings), ENCODE)
     try:
         merged: dict[str, Any] = conninfo_to_dict(
             settings.conninfo or "", **{key: value for key, value in given.items() if value is not None}
@@ -55,8 +94,16 @@ def parameters(settings: PostgresqlSettings, role: Role = "shared") -> dict[str,
         merged.setdefault("target_session_attrs", "read-write")
     merged.setdefault("application_name", "jobu-database")
     merged.setdefault("connect_timeout", settings.connect_timeout)
+    # A connection that a firewall has forgotten is noticed within minutes, not after the system's two hours.
+    for key, value in (("keepalives_idle", 60), ("keepalives_interval", 10), ("keepalives_count", 3)):
+        merged.setdefault(key, value)
     options = [str(merged.get("options") or ""), settings.options or ""]
+    if settings.pooler != "none":  # it would refuse them: they go with each transaction, see `local_settings`
+        merged.pop("options", None)
+        return merged
     options += [f"-c {key}={value}" for key, value in _session_options(settings)]
+    if settings.isolation != "READ COMMITTED":
+        options.append(f"-c default_transaction_isolation={settings.isolation.lower().replace(' ', BACKSLASH + ' ')}")
     merged["options"] = " ".join(filter(None, options))
     return merged
 
@@ -66,8 +113,33 @@ def _session_options(settings: PostgresqlSettings) -> Iterator[tuple[str, object
         yield "lock_timeout", settings.lock_timeout
     if settings.statement_timeout:
         yield "statement_timeout", settings.statement_timeout
-    if settings.isolation != "READ COMMITTED":
-        yield "default_transaction_isolation", settings.isolation.lower().replace(" ", r"\ ")
+
+
+def local_settings(settings: PostgresqlSettings) -> bytes | None:
+    """What each transaction is told behind a pooler, where a connection cannot keep it: one SELECT, or nothing.
+
+    Raises:
+        ConnectionFailedError: `options` holds something else than `-c name=value`.
+    """
+    if settings.pooler == "none":
+        return None
+    given: dict[str, object] = {}
+    rest = settings.options or ""
+    with contextlib.suppress(psycopg.Error):
+        rest = f"{conninfo_to_dict(settings.conninfo or '').get('options') or ''} {rest}"
+    for match in re.finditer(r"(?:-c\s*|--)([\w.-]+)=((?:[^\s\\]|\\.)*)|(\S+)", rest):
+        if match[3] is not None:
+            raise errors.ConnectionFailedError(
+                describe(settings), "behind a pooler, options may hold `-c name=value` and nothing else"
+            )
+        given[match[1].replace("-", "_")] = re.sub(r"\\(.)", r"\1", match[2])
+    given.update(_session_options(settings))
+    calls = [f"set_config({_literal(key)}, {_literal(str(value))}, true)" for key, value in given.items()]
+    return f"SELECT {', '.join(calls)}".encode() if calls else None
+
+
+def _literal(text: str) -> str:
+    return "E'" + text.replace(BACKSLASH, BACKSLASH * 2).replace("'", "''") + "'"
 
 
 def _password(settings: PostgresqlSettings) -> str | None:
@@ -90,31 +162,68 @@ def _password(settings: PostgresqlSettings) -> str | None:
 
 def describe(settings: PostgresqlSettings) -> str:
     """Where the database is, for messages; never with a password."""
-    try:
-        known = conninfo_to_dict(settings.conninfo or "")
-    except psycopg.Error:
-        known = {}
+    known: dict[str, Any] = {}
+    if not _is_unencoded(settings.conninfo):  # its parts would be the password's
+        with contextlib.suppress(psycopg.Error):
+            known = conninfo_to_dict(settings.conninfo or "")
     host = settings.host or known.get("host") or "localhost"
     port = settings.port or known.get("port")
     dbname = settings.dbname or known.get("dbname") or settings.name
     return f"postgresql://{host}{f':{port}' if port else ''}/{dbname}"
 
 
+def _is_unencoded(conninfo: str | None) -> bool:
+    """Whether a URI's user or password holds characters that libpq would take for something else, and then quote."""
+    match = re.match(r"postgres(?:ql)?://", conninfo or "")
+    if match is None or conninfo is None:
+        return False
+    authority, mark, tail = re.fullmatch(r"([^/?]*)([/?]?)(.*)", conninfo[match.end() :], re.DOTALL).groups()  # type: ignore[union-attr]  # it always matches
+    path, _, query = ("", "", tail) if mark == "?" else tail.partition("?")
+    userinfo, at, _ = authority.rpartition("@")
+    if "@" in path or (at and re.search(r"@|\s|%(?![0-9a-fA-F]{2})", userinfo)):
+        return True
+    if "@" in query and not at:
+        keywords = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        for parameter in query.split("&"):
+            key, _, _ = parameter.partition("=")
+            if "@" in parameter and key not in keywords:
+                return True
+    return False
+
+
 def open_session(
-    settings: PostgresqlSettings, role: Role, progress: Callable[[], bool], known_good: Callable[[], bool]
-) -> PostgresqlSession:
+    settings: PostgresqlSettings,
+    role: Role,
+    progress: Callable[[], bool],
+    known_good: Callable[[], bool],
+    replicas: Replicas | None = None,
+) -> Connection:
     """Opens a connection; one that has been good before is tried for `reconnect_timeout`.
+
+    Args:
+        settings: Where it goes.
+        role: `"reader"`: to a replica, or as long as none answers to the primary.
+        progress: Whether nobody waits for it any more.
+        known_good: Whether it has been good before.
+        replicas: What is known of the replicas.
 
     Raises:
         ConnectionFailedError: It cannot be opened.
     """
 
-    def connect() -> Connection:
+    def connect() -> RawConnection:
+        if replicas is not None:
+            raw = _replica(settings, replicas)
+            if raw is not None:
+                return raw
         deadline = time.monotonic() + settings.reconnect_timeout
         pause = 0.05
         while True:
             try:
-                return _connect(settings, role)
+                raw = _connect(settings, "shared" if replicas is not None else role)
+                if replicas is not None:
+                    raw.expires = min(raw.expires, replicas.again_at)
+                return raw
             except errors.ConnectionFailedError:
                 if not known_good() or time.monotonic() + pause > deadline or progress():
                     raise
@@ -125,12 +234,47 @@ def open_session(
                 time.sleep(min(left, 0.02))
             pause = min(pause * 2, 1.0)
 
-    return PostgresqlSession(connect, settings, progress)
+    return Connection(connect, settings, progress, local_settings(settings))
 
 
-def _connect(settings: PostgresqlSettings, role: Role) -> Connection:
-    wanted = parameters(settings, role)
+def _replica(settings: PostgresqlSettings, replicas: Replicas) -> RawConnection | None:
+    """A connection to a replica; None while none answers."""
+    now = time.monotonic()
+    if now < replicas.again_at:
+        return None
+    known_down = replicas.again_at > 0
+    replicas.again_at = now + REPLICAS_AGAIN  # first: the others need not try as well
     try:
-        return Connection.connect("", autocommit=True, prepare_threshold=None, **wanted)
+        raw = _connect(settings, "reader")
+    except errors.ConnectionFailedError as error:
+        if error.reason == ENCODE:
+            raise
+        replicas.again_at = time.monotonic() + REPLICAS_AGAIN
+        if not known_down:
+            _logger.warning(
+                "%s: no replica answers (%s): read-only transactions run on the primary; the replicas are tried again in %g s",
+                describe(settings),
+                error.reason,
+                REPLICAS_AGAIN,
+            )
+        return None
+    replicas.again_at = 0.0
+    return raw
+
+
+def _connect(settings: PostgresqlSettings, role: Role) -> RawConnection:
+    wanted = parameters(settings, role)
+    if role == "reader":
+        wanted["connect_timeout"] = min(int(wanted["connect_timeout"]), REPLICAS_TIMEOUT)
+    try:
+        raw = RawConnection.connect("", autocommit=True, prepare_threshold=None, **wanted)
     except psycopg.Error as error:
-        raise errors.ConnectionFailedError(describe(settings), str(error).strip()) from error
+        text = str(error).strip()
+        reason = hide(text, [wanted.get("password")])
+        if "unsupported startup parameter" in text:
+            reason += "; this is a pooler (PgBouncer): put `pooler: transaction` into the database's section"
+        raise errors.ConnectionFailedError(describe(settings), reason) from (error if reason == text else None)
+    lifetime = settings.max_lifetime
+    if lifetime:  # some sooner than others, so that they are not all made again at once
+        raw.expires = time.monotonic() + lifetime * random.uniform(0.9, 1.0)  # noqa: S311  - not a secret
+    return raw

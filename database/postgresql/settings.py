@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from database.settings.model import LoggingSettings
-from database.settings.rules import Section, Unfit, boolean, choice, duration, file, init_sql, text, whole
+from database.settings.rules import Section, Unfit, boolean, choice, duration, file, init_sql, migrations, text, whole
 
 if TYPE_CHECKING:
     from database.settings.document import Item
@@ -39,6 +39,8 @@ class PostgresqlSettings:
         options: Command-line options for the server process, such as `-c search_path=app`.
         connect_timeout: Seconds for one attempt to connect to one host.
         reconnect_timeout: Seconds for which a lost connection is tried to be made again, with growing pauses.
+        max_lifetime: Seconds after which a connection is made again, a little sooner at random; 0: never.
+        max_idle: Seconds of not being used after which a connection is made again before it is used; 0: never.
         pool_size: The most connections of one event loop; reads and writes share them.
         pool_timeout: Seconds to wait for a connection.
         lock_timeout: Milliseconds to wait for another transaction's lock; 0: for ever.
@@ -48,7 +50,13 @@ class PostgresqlSettings:
         statement_rollback: Whether a failed statement undoes only itself and its transaction goes on, as on SQLite.
         lastrowid: Whether an INSERT tells the generated key, as on SQLite.
         replicas: What of the connection string is different on the replicas; read-only transactions run there.
+        pooler: What stands between: `"transaction"` for a pooler that gives each transaction another server connection
+            (PgBouncer and its like); `"none"`.
+        pooler_prepares: Whether that pooler keeps track of prepared statements (PgBouncer from 1.21 on, with
+            `max_prepared_statements`).
         init_sql: Path of the file that creates the schema; `""`: none; None: the packaged one.
+        migrations: Folder of the numbered SQL files that bring the schema up to date; None: there are none.
+        auto_migrate: Whether they are applied whenever a pool opens.
         logging: What is logged.
     """
 
@@ -69,6 +77,8 @@ class PostgresqlSettings:
     options: str | None = None
     connect_timeout: int = 10
     reconnect_timeout: float = 30.0
+    max_lifetime: float = 3600.0
+    max_idle: float = 600.0
     pool_size: int = 10
     pool_timeout: float = 30.0
     lock_timeout: int = 30_000
@@ -78,7 +88,11 @@ class PostgresqlSettings:
     statement_rollback: bool = True
     lastrowid: bool = True
     replicas: str | None = field(default=None, repr=False)
+    pooler: str = "none"
+    pooler_prepares: bool = False
     init_sql: str | None = None
+    migrations: str | None = None
+    auto_migrate: bool = False
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
 
@@ -113,6 +127,8 @@ SECTION = Section(
         "options": text,
         "connect_timeout": whole(1, 3600),
         "reconnect_timeout": duration("seconds"),
+        "max_lifetime": duration("seconds"),
+        "max_idle": duration("seconds"),
         "pool_size": whole(1, 1000),
         "pool_timeout": duration("seconds"),
         "lock_timeout": whole(0, 2**31 - 1),
@@ -122,9 +138,14 @@ SECTION = Section(
         "statement_rollback": boolean,
         "lastrowid": boolean,
         "replicas": text,
+        "migrations": migrations,
+        "auto_migrate": boolean,
+        "pooler": choice("none", "transaction"),
+        "pooler_prepares": boolean,
         "init_sql": init_sql,
     },
     own=("conninfo", "dbname"),
     identity=lambda settings: None,  # two names for one database do no harm: nobody keeps a lock on it
+    private=("migrations",),
     kept=("conninfo",),
 )

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from datetime import time as time_of_day
+from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, ClassVar, cast
+from uuid import UUID
+
+from psycopg.types.numeric import Int2
 
 from database.postgresql.analysis import Plan
 
-__all__ = ["BindError", "Row", "bind", "coercion", "row_class"]
+__all__ = ["BindError", "Row", "bind", "coerced", "coercion", "row_class"]
 
 
 class BindError(TypeError):
@@ -99,6 +103,8 @@ def _adapt(value: Any) -> Any:
         return _adapt(value.value)
     if isinstance(value, PurePath):
         return str(value)
+    if type(value).__name__ in ("NaTType", "NAType"):  # pandas has not been imported here, and need not be
+        return None
     return value
 
 
@@ -128,7 +134,7 @@ def bind(plan: Plan, params: Any) -> Sequence[Any]:
             if not isinstance(params, Mapping):
                 raise _unfit(params)
             values = ()
-        elif isinstance(params, Sequence):
+        elif isinstance(params, Sequence) or _is_row(params):
             values = list(cast("Iterable[Any]", params))
         elif plan.count == 0:
             values = ()
@@ -139,6 +145,11 @@ def bind(plan: Plan, params: Any) -> Sequence[Any]:
     if _is_plain(map(type, values)):
         return values
     return [_adapt(value) for value in values]
+
+
+def _is_row(params: Any) -> bool:
+    """A row of another engine's: no mapping by its class, but one by what it can."""
+    return hasattr(params, "keys") and hasattr(params, "__getitem__")
 
 
 def _no_parameters(params: Any) -> bool:
@@ -157,14 +168,24 @@ def _named(names: tuple[str, ...], params: Any) -> list[Any]:
         raise BindError(f"no value was given for {', '.join(f':{name}' for name in names)}")
     if _no_parameters(params):
         raise _unfit(params)
+    if hasattr(params, "_fields"):  # a named tuple: what the SQL asks for counts
+        return _attributes(names, params)
+    if _is_row(params):
+        return _named(names, dict(params))
     if isinstance(params, Sequence):  # as on SQLite: named placeholders take a sequence in the order of their names
         values = list(cast("Iterable[Any]", params))
         if len(values) != len(names):
             raise BindError(f"the statement has {len(names)} placeholders, and {len(values)} values were given")
         return values
-    try:
+    return _attributes(names, params)
+
+
+def _attributes(names: tuple[str, ...], params: Any) -> list[Any]:
+    try:  # once each: a property may do something
         return [getattr(params, name) for name in names]
     except AttributeError as error:
+        if error.obj is not params or error.name not in names:
+            raise  # out of a property of the user's
         raise BindError(f"no value was given for :{error.name}") from None
 
 
@@ -178,26 +199,33 @@ def _unfit(params: Any) -> BindError:
 
 # Where a parameter's type does not fit: SQLite stores anything anywhere, and code that comes from there relies on it.
 
-_INTEGERS = frozenset({20, 21, 23})
+_SMALL = 21
+_INTEGERS = frozenset({20, 23})
 _NUMBERS = frozenset({700, 701, 1700})
 _TEXTS = frozenset({25, 1042, 1043, 19, 18})
 _BOOLEAN = 16
 
 
 def _as_text(value: Any) -> Any:
-    if value is None or isinstance(value, (str, bytes)):
-        return value
+    """Only what has one way to be written; anything else is left to the server, which refuses it."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, datetime):
         return value.isoformat(" ")
     if isinstance(value, (date, time_of_day)):
         return value.isoformat()
-    return str(value)
+    if isinstance(value, (int, float, Decimal, UUID)):
+        return str(value)
+    return value
 
 
 def _as_integer(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
+
+
+def _as_small_integer(value: Any) -> Any:
+    value = _as_integer(value)
+    return Int2(value) if type(value) is int and -32768 <= value <= 32767 else value
 
 
 def _as_boolean(value: Any) -> Any:
@@ -208,8 +236,17 @@ def coercion(oid: int) -> Callable[[Any], Any] | None:
     """How a value becomes one of the type that the server wants; None where it is left as it is."""
     if oid in _TEXTS:
         return _as_text
+    if oid == _SMALL:
+        return _as_small_integer
     if oid in _INTEGERS or oid in _NUMBERS:
         return _as_integer
     if oid == _BOOLEAN:
         return _as_boolean
     return None
+
+
+def coerced(values: Sequence[Any], known: Any) -> Sequence[Any]:
+    """The values after `coercion`, where there is one for each."""
+    if known is None:
+        return values
+    return [value if convert is None else convert(value) for value, convert in zip(values, known, strict=True)]

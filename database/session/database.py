@@ -142,7 +142,7 @@ class Database:
             self._engine = contract.load(name)
             self._operations = self._engine.operations
             self._statements.clear()
-        self._observer = logs.LogObserver(self.name, self._settings.logging)
+        self._observer = logs.LogObserver(self.name, self._settings.logging, self._engine.pins)
         if self._adapters:
             self._refuse_adapting()
 
@@ -977,9 +977,10 @@ class Database:
         if isinstance(level, Transaction) and not level.ended and level.pool is self._pools.get(id(current_loop())):
             raise TransactionError(f"close() was called inside a transaction, begun by {level.origin()}; end it first")
         loop = current_loop()
-        pool = self._pools.get(id(loop))
-        if pool is not None and pool.loop() is loop:
-            await pool.close(drain)
+        for pools in (self._replica_pools, self._pools):
+            pool = pools.get(id(loop))
+            if pool is not None and pool.loop() is loop:
+                await pool.close(drain)
 
     def pools(self) -> list[Pool]:
         """The open pools, of all event loops."""

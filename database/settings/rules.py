@@ -30,6 +30,7 @@ __all__ = [
     "duration",
     "file",
     "init_sql",
+    "migrations",
     "path",
     "path_text",
     "text",
@@ -154,6 +155,17 @@ def path_text(item: Item, expected: str) -> str:
 def path(item: Item) -> str:
     """The path of a database."""
     return path_text(item, f"a path or {MEMORY!r}")
+
+
+def migrations(item: Item) -> str | None:
+    """The folder of migrations."""
+    if item.value is None:
+        return None
+    expected = "the path of a folder of SQL files, or null for none"
+    path = path_text(item, expected)
+    if not os.path.isdir(path):
+        raise Unfit(expected, "it is a file" if os.path.exists(path) else no_such_file(path))
+    return path
 
 
 def init_sql(item: Item) -> str | None:

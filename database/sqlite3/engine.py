@@ -135,4 +135,5 @@ ENGINE = Engine(
     operations=SqliteSession,
     backend=_backend,
     adapter=_adapter,
+    pins="the WAL cannot be reset and grows with every write (sqlite.org/wal.html#bigwal)",
 )

@@ -20,6 +20,7 @@ from database.settings.rules import (
     duration,
     file,
     init_sql,
+    migrations,
     path,
     path_text,
     unfit_function,
@@ -99,16 +100,6 @@ class SqliteSettings:
     def encrypted(self) -> bool:
         """Whether the file is SQLCipher's."""
         return self.key_env is not None or self.key_file is not None
-
-
-def _migrations(item: Item) -> str | None:
-    if item.value is None:
-        return None
-    expected = "the path of a folder of SQL files, or null for none"
-    path = path_text(item, expected)
-    if not os.path.isdir(path):
-        raise Unfit(expected, "it is a file" if os.path.exists(path) else no_such_file(path))
-    return path
 
 
 def _monitor(item: Item) -> str | None:
@@ -339,7 +330,7 @@ SECTION = Section(
         "wal_autocheckpoint": whole(0, 2**31 - 1),
         "inline_reads": boolean,
         "init_sql": init_sql,
-        "migrations": _migrations,
+        "migrations": migrations,
         "auto_migrate": boolean,
         "monitor": _monitor,
     },

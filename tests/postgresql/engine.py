@@ -96,6 +96,8 @@ class PostgresqlEngine(Engine):
 
     schema: str = SCHEMA
     refusing_trigger: str = REFUSING_TRIGGER
+    pooler: bool = "DATABASE_TEST_POOLER" in os.environ
+    """Whether PgBouncer stands between."""
     writers: frozenset[str] = frozenset({"database-default-1", "database-default-2"})
     driver_error: type[Exception] = psycopg.errors.IntegrityError
 
@@ -120,6 +122,14 @@ class PostgresqlEngine(Engine):
 
     def section(self, database: str) -> dict[str, Any]:
         """The keys that say where a test's database is."""
+        if self.pooler:
+            from tests.postgresql.pooler import pooler
+
+            return {
+                "conninfo": pooler(),
+                "pooler": "transaction",
+                "options": f"-c search_path={self.make(database)}",
+            }
         return {
             "conninfo": self.server.conninfo(tcp=True),
             "options": f"-c search_path={self.make(database)}",

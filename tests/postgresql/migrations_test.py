@@ -1,4 +1,4 @@
-"""Migrations on PostgreSQL: the same files and the same record, one at a time, and none that freezes a busy table."""
+"""Migrations on PostgreSQL: the same files and record as on SQLite, and what only a server needs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psycopg
 import pytest
 
 from database import errors
-from database.engine.migrations import load
-from tests.conftest import make_engine
+from tests.contract.support import gather
+from tests.postgresql.engine import PostgresqlEngine
+from tests.postgresql.server import shared
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Any:
-    engine = make_engine("postgresql", tmp_path)
-    from tests.conftest import handles_of
+    """PostgreSQL alone."""
+    from tests.conftest import handles_of, make_engine
 
+    engine = make_engine("postgresql", tmp_path)
     with handles_of(engine):
         yield engine
     engine.dispose()
@@ -27,95 +30,101 @@ def engine(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A folder with two migrations; the second differs on SQLite."""
     folder = tmp_path / "migrations"
     folder.mkdir()
     (folder / "0001_team.sql").write_text(
-        "CREATE TABLE team (id INTEGER PRIMARY KEY, name TEXT);\nINSERT INTO team VALUES (1, 'a; b');"
+        "CREATE TABLE team (id bigint PRIMARY KEY, name text);\nINSERT INTO team VALUES (1, 'a;b');\n"
+        "CREATE FUNCTION one() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END $$;"
     )
-    (folder / "0002_only.sqlite.sql").write_text("nonsense here")
-    (folder / "0002_only.postgresql.sql").write_text(
-        "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END $$;\n"
-        "ALTER TABLE team ADD COLUMN owner TEXT;"
-    )
+    (folder / "0002_owner.postgresql.sql").write_text("ALTER TABLE team ADD COLUMN owner text;")
+    (folder / "0002_owner.sqlite.sql").write_text("this is not for this engine")
     return folder
 
 
-def names(report: Any) -> list[str]:
-    return [migration.name for migration in report.applied]
-
-
-async def refused(db: Any, folder: Path, **options: Any) -> str:
-    with pytest.raises(errors.MigrationError) as caught:
-        await db.migrate(folder, **options)
-    return str(caught.value).replace(f"{folder}/", "")
-
-
-async def test_migrate(db: Any, engine: Any, folder: Path) -> None:
-    """Each file once, in a transaction of its own; dry runs, baselines, failures and status as on SQLite."""
-    assert names(await db.migrate(folder, dry_run=True)) == ["0001_team.sql", "0002_only.postgresql.sql"]
-    assert engine.outside("SELECT to_regclass('team')::text") == [(None,)]
-    (folder / "0003_bad.sql").write_text(
-        "INSERT INTO team VALUES (2, 'lost');\n\n-- a remark\nINSERT INTO nowhere VALUES (1);"
+async def test_migrate(make_db: Any, engine: PostgresqlEngine, folder: Path) -> None:
+    """Applied once, in order, by whoever comes first; tried without being kept; recorded; told by the status."""
+    db = await make_db(schema=False, migrations=str(folder), init_sql=None)
+    tried = await db.migrate(dry_run=True)
+    assert [each.name for each in tried.applied] == ["0001_team.sql", "0002_owner.postgresql.sql"]
+    assert engine.outside("SELECT to_regclass('team')") == [(None,)]
+    assert len((await db.migration_status()).pending) == 2
+    reports = await gather(*[db.migrate] * 4)
+    assert sorted(len(report.applied) for report in reports) == [0, 0, 0, 2]
+    assert {report.version for report in reports} == {2}
+    status = await db.migration_status()
+    assert ([each.number for each in status.applied], status.pending) == ([1, 2], ())
+    assert engine.outside("SELECT name, owner FROM team") == [("a;b", None)]
+    assert engine.outside("SELECT to_regclass('jobs')") == [(None,)], (
+        "a database with migrations has its schema from them"
     )
-    text = await refused(db, folder)
-    assert text.startswith('0003_bad.sql:4: relation "nowhere" does not exist')
-    assert engine.outside("SELECT count(*) FROM team") == [(1,)]
-    (folder / "0003_bad.sql").write_text("INSERT INTO team VALUES (2, 'kept'); COMMIT;")
-    assert "0003_bad.sql:1: COMMIT is the package's own business" in await refused(db, folder)
-    (folder / "0003_bad.sql").write_text("INSERT INTO team VALUES (2, 'kept');")
-    status = await db.migration_status(folder)
-    assert ([each.number for each in status.applied], [each.name for each in status.pending]) == (
-        [1, 2],
-        ["0003_bad.sql"],
+    assert engine.outside("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+    (folder / "0001_team.sql").write_text("SELECT 1")
+    with pytest.raises(errors.MigrationError, match="is another file now"):
+        await db.migrate()
+    assert await db.fetch_value("SELECT 1") == 1
+
+
+async def test_a_migration_that_fails(make_db: Any, engine: PostgresqlEngine, folder: Path) -> None:
+    """Its file is rolled back, those before it stand, and the error names file and line; so does what is refused."""
+    db = await make_db(schema=False, migrations=str(folder))
+    for number, (sql, line) in enumerate(
+        [("SELECT 1;\n-- x\nSELECT missing;", 3), ("SELECT 1;\nCOMMIT;", 2), ("\n\nCREATE TEMP TABLE t (a int)", 3)]
+    ):
+        (folder / "0003_wrong.sql").write_text(f"CREATE TABLE undone{number} (a int); {sql}")
+        with pytest.raises(errors.MigrationError, match=rf"0003_wrong\.sql:{line}: .*rolled back"):
+            await db.migrate()
+        assert engine.outside(f"SELECT to_regclass('undone{number}')") == [(None,)]
+        assert [each.number for each in (await db.migration_status()).applied] == [1, 2]
+    (folder / "0003_wrong.sql").write_text(
+        "-- no transaction\nCREATE INDEX CONCURRENTLY by_name ON team (name);\nCREATE INDEX CONCURRENTLY x ON team (missing);"
     )
-    assert names(await db.migrate(folder)) == ["0003_bad.sql"]
-    assert names(await db.migrate(folder)) == []
-    (folder / "0003_bad.sql").write_text("SELECT 1")
-    assert "is another file now" in await refused(db, folder)
-    await db.execute("DROP TABLE database_migrations")
-    (await db.migrate(folder, baseline=2))
-    assert len(engine.outside("SELECT * FROM database_migrations")) == 2
-    (folder / "0003_bad.sql").rename(folder / "0003_other.sqlite.sql")
-    (folder / "0004_next.sql").write_text("SELECT 1")
-    assert "0003_other.sqlite.sql has no counterpart for postgresql" in await refused(db, folder)
-    with pytest.raises(errors.MigrationError, match="0002_only.postgresql.sql has no counterpart for sqlite3"):
-        (folder / "0002_only.sqlite.sql").unlink()
-        load(folder)
+    with pytest.raises(errors.MigrationError, match=r"0003_wrong\.sql:3: .*the 1 statements before it stand"):
+        await db.migrate()
+    (folder / "0003_wrong.sql").write_text(
+        "-- no transaction\nCREATE INDEX CONCURRENTLY IF NOT EXISTS by_name ON team (name);"
+    )
+    assert (await db.migrate()).version == 3
+    assert engine.outside("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_name'::regclass") == [(True,)]
+    assert await db.fetch_value("SELECT 1") == 1
 
 
-async def test_without_a_transaction(db: Any, engine: Any, folder: Path) -> None:
-    """What cannot be in a transaction says so at its head; half-done, it is told with the way to go on."""
-    index = "CREATE INDEX CONCURRENTLY team_name ON team (name);\n"
-    (folder / "0003_index.sql").write_text(index)
-    assert "begin the file with the comment `-- no transaction`" in await refused(db, folder)
-    (folder / "0003_index.sql").write_text(f"-- why\n-- no transaction\n{index}SELECT nonsense;")
-    assert "0003_index.sql:4: " in await refused(db, folder)
-    assert "was begun on" in await refused(db, folder, wait=0)
-    await db.execute("DROP INDEX team_name")
-    await db.execute("DELETE FROM database_migrations WHERE number = 3")
-    (folder / "0003_index.sql").write_text(f"-- no transaction\n{index}")
-    assert names(await db.migrate(folder)) == ["0003_index.sql"]
-    assert engine.outside("SELECT seconds > 0 FROM database_migrations WHERE number = 3") == [(True,)]
-    assert engine.outside("SELECT indisvalid FROM pg_index WHERE indexrelid = 'team_name'::regclass") == [(True,)]
-
-
-async def test_several_at_once_and_a_busy_table(
-    make_db: Any, engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_migration_does_not_freeze_a_table(
+    make_db: Any, engine: PostgresqlEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several that start at once each applies what the others have not; nobody waits for ever behind a busy table."""
-    monkeypatch.setattr("database.postgresql.migrate.LOCK_SECONDS", 0.1)
-    monkeypatch.setattr("database.postgresql.migrate.PAUSE", 0.02)
-    db = await make_db()
-    done: list[str] = []
+    """While somebody holds the table, the migration gives way again and again, so others still read it; then it goes on."""
+    from database.postgresql import migrate
 
-    async def one() -> None:
-        done.extend(names(await db.migrate(folder)))
+    monkeypatch.setattr(migrate, "LOCK_SECONDS", 0.05)
+    db = await make_db(schema=False, migrations=str(folder))
+    await db.migrate(to=1)
+    with anyio.fail_after(20):
+        with psycopg.connect(shared().conninfo(), autocommit=False) as other:
+            other.execute(f"SELECT count(*) FROM {engine.schemas['default']}.team")
+            async with anyio.create_task_group() as group:
+                group.start_soon(db.migrate)
+                for _ in range(10):
+                    assert await db.fetch_value("SELECT count(*) FROM team") == 1
+                    await anyio.sleep(0.01)
+                assert len((await db.migration_status()).applied) == 1
+                other.rollback()
+        assert len((await db.migration_status()).applied) == 2
+        with psycopg.connect(shared().conninfo(), autocommit=False) as other:
+            (folder / "0003_more.sql").write_text("ALTER TABLE team ADD COLUMN more text")
+            other.execute(f"SELECT count(*) FROM {engine.schemas['default']}.team")
+            with pytest.raises(errors.MigrationError, match="lock"):
+                await db.migrate(wait=0.1)
+    assert await db.fetch_value("SELECT 1") == 1
 
-    async with anyio.create_task_group() as group:
-        for _ in range(2):
-            group.start_soon(one)
-    assert sorted(done) == ["0001_team.sql", "0002_only.postgresql.sql"]
-    (folder / "0003_jobs.sql").write_text("ALTER TABLE jobs ADD COLUMN extra TEXT")
-    with engine.locked():
-        assert "somebody uses the table all the time" in await refused(db, folder, wait=0.3)
-    assert names(await db.migrate(folder)) == ["0003_jobs.sql"]
+
+async def test_auto_migrate_and_a_baseline(make_db: Any, engine: PostgresqlEngine, folder: Path) -> None:
+    """Applied when the pool opens; a database that was there first is given its record."""
+    db = await make_db(schema=False, migrations=str(folder), auto_migrate=True)
+    assert await db.fetch_value("SELECT name FROM team") == "a;b"
+    await db.execute("DROP TABLE database_migrations")
+    assert (await db.migrate(baseline=2)).version == 2
+    assert (await db.migrate()).applied == ()
+    (folder / "0003_wrong.sql").write_text("SELECT missing")
+    db = await make_db(schema=False, migrations=str(folder), auto_migrate=True)
+    with pytest.raises(errors.MigrationError, match="0003_wrong"):
+        await db.fetch_value("SELECT 1")

@@ -1,0 +1,343 @@
+"""Transactions and their levels: BEGIN, SAVEPOINT and RELEASE are never sent by themselves.
+
+They wait in `prefix` and go out with the next statement, in one round trip.
+
+Failure inside a transaction. PostgreSQL refuses everything after an error until the transaction, or a savepoint, is rolled
+back. On SQLite a failed statement undoes only itself, and so it is here: each statement of a transaction has the savepoint
+`statement` before it, which costs no round trip of its own. Serialization failures and deadlocks are for the whole
+transaction: it is rolled back at once, so that its locks are free, and the caller's `retries` run it again.
+
+Facts this rests on (postgresql.org/docs/current): sql-set-transaction.html (a transaction may turn read-only at any time,
+never back, except by the end of the savepoint in which it did); sql-begin.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import pq
+
+from database import errors
+from database.postgresql.failures import made_from, mark_committing
+from database.postgresql.wire import Wire
+from database.settings import PostgresqlSettings
+
+if TYPE_CHECKING:
+    from database.postgresql.raw import RawConnection
+
+__all__ = ["Levels"]
+
+RENEW_AGAIN = 10.0
+"""Seconds after which a connection is tried to be made again for its age, if the server did not take another."""
+
+_FATAL = pq.ExecStatus.FATAL_ERROR
+_IDLE = pq.TransactionStatus.IDLE
+_INERROR = pq.TransactionStatus.INERROR
+_BAD = pq.ConnStatus.BAD
+
+_SAVE = b"SAVEPOINT statement"
+_RELEASE = b"RELEASE SAVEPOINT statement"
+_UNDO = b"ROLLBACK TO SAVEPOINT statement"
+
+
+class Levels(Wire):
+    """The open transaction and its savepoints."""
+
+    __slots__ = (
+        "began",
+        "beginning",
+        "fresh",
+        "guarded",
+        "local",
+        "prefix",
+        "readonly",
+        "restricted",
+        "saved",
+        "settings",
+        "stained",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        connect: Callable[[], RawConnection],
+        settings: PostgresqlSettings,
+        progress: Callable[[], bool],
+        local: bytes | None = None,
+    ) -> None:
+        self.settings = settings
+        self.local = local
+        """What goes out behind BEGIN, where the connection cannot keep it: see `opening.local_settings`."""
+        self.prefix: list[bytes] = []
+        """What goes out before the next statement."""
+        self.guarded = False
+        """Whether transactions are read-only by default, for the time of one."""
+        self.stained = False
+        """Whether a statement may have left something on the connection that its next user must not find."""
+        super().__init__(connect, progress)
+
+    def adopt(self, raw: RawConnection) -> None:
+        """See `Wire`."""
+        super().adopt(raw)
+        self.stained = self.guarded = False
+        self.forget()
+        self.forget_names()
+
+    def forget_names(self) -> None:
+        """Nothing is prepared on the server."""
+        raise NotImplementedError
+
+    def guard(self) -> None:
+        """Before a function gets the connection in a read-only transaction: whatever transaction it may begin is so, too."""
+        if not self.guarded and self.settings.pooler == "none":
+            self.guarded = True
+            setting = b"SET default_transaction_read_only = on"
+            if self.readonly and self.prefix and self.prefix[0].startswith(b"BEGIN"):
+                # Before that, so that a rollback does not undo it.
+                prefix = self.prefix
+                self.simple([setting])
+                self.prefix = prefix
+            else:
+                self.prefix.append(setting)
+
+    def put_right(self) -> None:
+        """After a transaction, or a statement outside any, that may have left something: the connection as configured.
+
+        Temporary tables, settings, advisory locks, LISTEN and cursors go; so do the prepared statements. What cannot be
+        put right is made again.
+        """
+        try:
+            if self.stained:
+                self.stained = self.guarded = False
+                self.forget_names()
+                self.simple([b"DISCARD ALL"])
+            elif self.guarded:
+                self.guarded = False
+                self.simple([b"RESET default_transaction_read_only"])
+        except psycopg.Error:
+            self.abandon()
+
+    def revive(self) -> None:
+        """See `Wire`. Also makes a connection again that is old, or has not been used for so long that it may be gone."""
+        now = time.monotonic()
+        raw = self.raw
+        if now > raw.expires or now > raw.used_at + (self.settings.max_idle or math.inf):
+            self._renew(raw)
+        self.raw.used_at = now
+        super().revive()
+        if self.stained or self.guarded:
+            self.put_right()
+            super().revive()
+
+    def _renew(self, old: RawConnection) -> None:
+        """Another connection in place of this one; of what cannot be made again, the old one will do."""
+        try:
+            made = self.open()
+        except errors.ConnectionFailedError:
+            old.expires = time.monotonic() + RENEW_AGAIN
+            old.used_at = time.monotonic()
+            return
+        old.session = None
+        with contextlib.suppress(Exception):
+            old.close()
+        self.adopt(made)
+
+    def forget(self) -> None:
+        """No transaction is open."""
+        self.began = False
+        self.beginning: list[bytes] | None = None
+        """The BEGIN of a transaction in which nothing has succeeded yet: until then, beginning anew undoes a failure."""
+        self.readonly = False
+        self.restricted = 0
+        self.saved = False
+        """Whether the savepoint `statement` is set, or will be by `prefix`."""
+        self.fresh = False
+        """Whether nothing has been executed since it was set."""
+        self.prefix = []
+        self.streams: dict[Any, list[Any] | bytes] = {}
+
+    @property
+    def in_transaction(self) -> bool:
+        """See `Session`."""
+        return self.began
+
+    def try_lock(self, seconds: float) -> bool:
+        """See `Session`. There is nothing to take: the server has locks of its own."""
+        return True
+
+    def unlock(self) -> None:
+        """See `Session`."""
+
+    def begin(self, *, readonly: bool) -> None:
+        """See `Session`. Sent with the first statement; only a dead connection is noticed here."""
+        self.revive()
+        self.began = True
+        self.readonly = readonly
+        # Only REPEATABLE READ gives one snapshot for all statements; a read-only transaction never fails for it.
+        isolation = self.settings.isolation
+        if readonly and isolation == "READ COMMITTED":
+            isolation = "REPEATABLE READ"
+        self.begin_with(_begin(isolation, readonly=readonly))
+
+    def isolation(self, level: str) -> None:
+        """Sets the isolation of the transaction that is about to begin."""
+        if not self.prefix or not self.prefix[0].startswith(b"BEGIN"):
+            raise errors.TransactionError("the isolation can only be chosen before the transaction's first statement")
+        if self.readonly and level == "READ COMMITTED":
+            level = "REPEATABLE READ"
+        self.begin_with(_begin(level, readonly=self.readonly))
+
+    def begin_with(self, beginning: bytes) -> None:
+        """Makes this the BEGIN that goes out with the first statement."""
+        opening = [beginning] if self.local is None else [beginning, self.local]
+        self.prefix = [*opening, *self.prefix[len(opening) :]]
+        self.beginning = opening if self.settings.statement_rollback else None
+
+    def commit(self) -> None:
+        """See `Session`."""
+        prefix = self.prefix
+        if prefix and prefix[0].startswith(b"BEGIN"):  # nothing has been executed
+            self.forget()
+            return
+        try:
+            result = self.simple([*prefix, b"COMMIT"])
+        except psycopg.Error as error:
+            if self.lost(error):
+                mark_committing(error)
+            raise
+        finally:
+            if self.pg.transaction_status == _IDLE or self.pg.status == _BAD:
+                self.forget()
+                if self.stained or self.guarded:
+                    self.put_right()
+        if result.command_status == b"ROLLBACK":
+            raise errors.TransactionError("the server has rolled the transaction back; nothing of it is kept")
+
+    def rollback(self) -> None:
+        """See `Session`."""
+        self.forget()
+        if self.pg.status != _BAD and self.pg.transaction_status != _IDLE:
+            self.simple([b"ROLLBACK"])
+        if self.stained or self.guarded:
+            self.put_right()
+
+    def drop_saved(self) -> None:
+        """Levels nest like brackets, so the savepoint of the last statement goes before one is opened or closed."""
+        if self.saved:
+            if self.prefix[-1:] == [_SAVE]:
+                self.prefix.pop()
+            else:
+                self.prefix.append(_RELEASE)
+            self.saved = self.fresh = False
+
+    def savepoint(self, number: int) -> None:
+        """See `Session`."""
+        self.drop_saved()
+        self.prefix.append(b"SAVEPOINT level_%d" % number)
+
+    def release(self, number: int) -> None:
+        """See `Session`."""
+        self.drop_saved()
+        if self.prefix[-1:] == [b"SAVEPOINT level_%d" % number]:
+            self.prefix.pop()
+        else:
+            self.prefix.append(b"RELEASE SAVEPOINT level_%d" % number)
+
+    def undo(self, number: int) -> None:
+        """See `Session`."""
+        opening = b"SAVEPOINT level_%d" % number
+        if opening in self.prefix:
+            del self.prefix[self.prefix.index(opening) :]
+        else:  # whatever waits has happened inside the level
+            self.prefix = [b"ROLLBACK TO SAVEPOINT level_%d" % number, b"RELEASE SAVEPOINT level_%d" % number]
+        self.saved = self.fresh = False
+
+    def restrict(self, readonly: bool) -> None:
+        """See `Session`. A savepoint bounds it: at its end the transaction may write again."""
+        self.drop_saved()
+        if readonly:
+            self.restricted += 1
+            self.prefix += [b"SAVEPOINT restricted", b"SET TRANSACTION READ ONLY"]
+        else:
+            self.restricted = max(self.restricted - 1, 0)
+            if b"SAVEPOINT restricted" in self.prefix:
+                del self.prefix[self.prefix.index(b"SAVEPOINT restricted") :]
+            else:
+                # Not RELEASE: that would fail, had the last statement failed.
+                self.prefix = [b"ROLLBACK TO SAVEPOINT restricted", b"RELEASE SAVEPOINT restricted"]
+
+    def save(self) -> None:
+        """Before a statement of a transaction: whatever comes of it, the transaction goes on."""
+        if not self.settings.statement_rollback or self.fresh:
+            return
+        if self.beginning is not None and self.prefix and self.prefix[-len(self.beginning) :] == self.beginning:
+            return
+        self.beginning = None
+        if self.saved:
+            self.prefix.append(_RELEASE)
+        self.prefix.append(_SAVE)
+        self.saved = self.fresh = True
+
+    def succeeded(self) -> None:
+        """Something has been executed that a failure of what comes must not undo."""
+        self.fresh = False
+        self.beginning = None
+
+    def settle(self, error: BaseException) -> None:
+        """After an error: makes the connection fit for what comes, without sending anything where that can wait."""
+        if not self.began:
+            return
+        if self.pg.status == _BAD:
+            self.forget()
+            return
+        status = self.pg.transaction_status
+        if status == _INERROR:
+            if str(getattr(error, "sqlstate", "")).startswith("40"):  # "transaction rollback", by the standard
+                self.rollback()
+            elif self.beginning is not None:
+                self.prefix = [b"ROLLBACK", *self.beginning]
+            elif not self.saved:
+                self.rollback()
+            else:
+                self.prefix = [_UNDO]
+                self.fresh = True
+        elif status == _IDLE and not (self.prefix and self.prefix[0].startswith(b"BEGIN")):
+            self.forget()
+
+    def simple(self, parts: list[bytes]) -> pq.abc.PGresult:
+        """Sends statements without parameters in one text; gives the last one's result."""
+        self.begin_wait()
+        self.prefix = []
+        pg = self.pg
+        pg.send_query(b";".join(parts))
+        self.flush()
+        last: pq.abc.PGresult | None = None
+        failed: pq.abc.PGresult | None = None
+        while (result := self.result()) is not None:
+            last = result
+            if result.status == _FATAL:
+                failed = result
+        if failed is not None:
+            raise made_from(failed)
+        assert last is not None
+        return last
+
+    def send_prefix(self) -> None:
+        """Sends what waits, before psycopg's own functions are used."""
+        if self.prefix:
+            parts = self.prefix
+            try:
+                self.simple(parts)
+            except BaseException:
+                if self.pg.status != _BAD:
+                    self.rollback()
+                raise
+
+
+def _begin(isolation: str, *, readonly: bool) -> bytes:
+    return f"BEGIN ISOLATION LEVEL {isolation}{' READ ONLY' if readonly else ''}".encode()
