@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,9 +95,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """The run is watched, and what it starts can be interrupted."""
     watchdog.watch()
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
+        os.environ.pop("COVERAGE_PROCESS_START", None)  # this process is measured; what tests start need not be
     # A shell starts what it runs in the background with SIGINT ignored, and all children inherit that, even through exec.
     # Caught and dropped, it stays without effect on this process, and becomes the default again in those that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -151,6 +155,13 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Whoever asks the collector for referrers afterwards (Hypothesis does) shall see everything."""
     gc.unfreeze()
+
+
+def pytest_unconfigure() -> None:
+    """Workers of xdist do not end as other processes do: what was measured is written down here."""
+    if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()) is not None:
+        measured.stop()
+        measured.save()
 
 
 @pytest.fixture

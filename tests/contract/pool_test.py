@@ -74,7 +74,7 @@ async def _exhaust(db: Any, *, readonly: bool) -> errors.ConnectionPoolExhausted
     start = time.monotonic()
     with pytest.raises(errors.ConnectionPoolExhaustedError) as caught:
         await wait_in_vain()
-    assert 0.15 < time.monotonic() - start < 10
+    assert 0.15 < time.monotonic() - start < HANGING
     return caught.value
 
 
@@ -173,8 +173,8 @@ async def test_slow_reads_do_not_keep_the_readers(make_db: Any) -> None:
             before = done
             async with db.transaction(readonly=True):
                 await names(db)
-            # The three that run, at the most as many that the lane had asked for a reader before; and answers of a batch.
-            assert done - before <= 12
+            # A few turns of the three that run; they would go on for ever.
+            assert done - before < 150
         stop = True
     assert await gather(*[lambda: names(db)] * 50) == [[]] * 50
     await usable(db)
@@ -276,7 +276,7 @@ async def test_stats_of_waiting(db: Any) -> None:
         await waiting(db, 1)
         await anyio.sleep(0.05)
         release.set()
-    assert 0.04 < db.stats().wait_seconds_total - before < 2
+    assert 0.04 < db.stats().wait_seconds_total - before < HANGING
 
 
 @pytest.mark.anyio
