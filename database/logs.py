@@ -77,7 +77,7 @@ def harmless(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[
     def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
-        except Exception:  # of a handler, a filter, or the repr() of somebody's object
+        except BaseException:  # of a handler (some end the program), a filter, or the repr() of somebody's object
             if logging.raiseExceptions and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 with contextlib.suppress(Exception):  # nothing is left to tell it to
                     sys.stderr.write("--- database: an error while logging; the statement is not affected ---\n")

@@ -25,6 +25,13 @@ class World:
         monkeypatch.setattr(courtesy, "thread_time", lambda: self.computed)
         monkeypatch.setattr(courtesy.time, "sleep", self._sleep)
 
+    @property
+    def reads(self) -> World:
+        return self
+
+    def look(self) -> None:
+        """What the pool does at each look."""
+
     def _sleep(self, _seconds: float) -> None:
         self.slept += 1
 

@@ -5,12 +5,15 @@ Skipped where what it needs is missing, unless `REQUIRE_BROWSER` is set, as it i
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from html.parser import HTMLParser
@@ -27,7 +30,7 @@ PHONE, DESKTOP = (360, 740), (1280, 900)
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-default-apps --hide-scrollbars --force-color-profile=srgb
-    --host-resolver-rules=MAP * ~NOTFOUND
+    --host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1
 """
 
 
@@ -125,7 +128,7 @@ def browser(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
 
 @pytest.fixture
 def visit(site: Path, browser: Any) -> Callable[..., None]:
-    """`visit(page, size)` opens a page from disk, as a first-time visitor, and waits until its diagrams are drawn."""
+    """`visit(page, size)` opens a page (from disk, or an address) as a first-time visitor; waits until its diagrams are drawn."""
 
     def go(page: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
         browser.execute_cdp_cmd(
@@ -135,7 +138,7 @@ def visit(site: Path, browser: Any) -> Callable[..., None]:
         browser.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )
-        browser.get((site / page).as_uri())
+        browser.get(page if page.startswith("http:") else (site / page).as_uri())
         wait(browser, "return document.readyState === 'complete' && !document.querySelector('pre.diagram')")
         wait(browser, "return [...document.querySelectorAll('div.diagram')].every((each) => each.dataset.drawn)")
 
@@ -201,18 +204,98 @@ def save(browser: Any, folder: Path, name: str) -> None:
     (folder / name).write_bytes(base64.b64decode(shot["data"]))
 
 
-@pytest.mark.parametrize(("start", "words"), [("index.html", "rollback"), ("ko/index.html", "롤백")])
-def test_search(browser: Any, visit: Any, start: str, words: str) -> None:
-    """The search finds a word in either language, from disk, and leads to a page that has it."""
+@pytest.fixture(scope="module")
+def served(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The site over HTTP, below a path, as many a server has it: gives its address."""
+    root = tmp_path_factory.mktemp("www")
+    (root / "some" / "where").mkdir(parents=True)
+    (root / "some" / "where" / "docs").symlink_to(site)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(root))
+
+        def send_error(self, code: int, *_: Any, **__: Any) -> None:
+            body = (site / "404.html").read_bytes()
+            self.send_response(code)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/some/where/docs/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("over", ["disk", "HTTP"])
+@pytest.mark.parametrize(
+    ("start", "word", "found"),
+    [
+        ("index.html", "rollback", "rollback"),
+        ("index.html", "long_read_s", "long_read_s"),
+        ("index.html", "migration", "migration"),
+        ("ko/index.html", "롤백", "롤백"),
+        ("ko/guides/pool.html", "long_read_s", "long_read_s"),
+    ],
+)
+def test_search(
+    browser: Any, visit: Any, request: pytest.FixtureRequest, over: str, start: str, word: str, found: str
+) -> None:
+    """The search finds words and identifiers, in pages of the reader's language only, and no source of a diagram."""
     from selenium.webdriver.common.by import By
 
-    visit(start)
+    visit(start if over == "disk" else request.getfixturevalue("served") + start)
     browser.find_element(By.CSS_SELECTOR, "label.md-search__icon, .md-search__input").click()
-    browser.find_element(By.CSS_SELECTOR, ".md-search__input").send_keys(words)
-    link = wait(browser, "return document.querySelector('.md-search-result__item a.md-search-result__link')?.href")
-    browser.get(link)
-    assert words in browser.find_element(By.TAG_NAME, "article").text.lower()
+    browser.find_element(By.CSS_SELECTOR, ".md-search__input").send_keys(word)
+    links = wait(
+        browser,
+        "const links = [...document.querySelectorAll('.md-search-result__item a.md-search-result__link')];"
+        "return links.length && links.map((link) => link.href)",
+    )
+    korean = start.startswith("ko/")
+    assert all(("/ko/" in link) is korean for link in links), links
+    assert "sequenceDiagram" not in browser.find_element(By.CSS_SELECTOR, ".md-search-result").text
+    browser.get(links[0])
+    assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == ("ko" if korean else "en")
+    assert found in browser.find_element(By.TAG_NAME, "article").text.lower()
     assert not complaints(browser)
+
+
+def test_search_by_parts(site: Path) -> None:
+    """Who remembers a part of an identifier finds it; each language's index has its own pages, all of them."""
+    for folder, pages in (("", site), ("ko/", site / "ko")):
+        script = (site / folder / "search/search_index.js").read_text("utf-8")
+        index = json.loads(script.removeprefix("var __index = "))
+        assert index == json.loads((site / folder / "search/search_index.json").read_text("utf-8"))
+        places = {entry["location"].partition("#")[0] for entry in index["docs"]}
+        files = {str(file.relative_to(pages)) for file in pages.rglob("*.html")}
+        assert places == {file for file in files if not file.startswith("ko/")} - {"404.html"}
+        [keys] = [entry for entry in index["docs"] if entry["location"] == "guides/configuration.html#keys"] or [{}]
+        assert "timeout" in keys.get("parts", "").split()
+        assert not [entry["location"] for entry in index["docs"] if "accTitle" in entry["text"]]
+
+
+def test_no_such_page(served: str, browser: Any) -> None:
+    """An address that does not exist leads to the start page, however deep it is and wherever the site lies."""
+    from selenium.webdriver.common.by import By
+
+    for address in ("nothing.html", "guides/nothing/at/all.html"):
+        browser.get(served + address)
+        wait(browser, "return document.querySelector('a[data-start]').href.includes('/some/where/')")
+        links = [each.get_attribute("href") for each in browser.find_elements(By.CSS_SELECTOR, "a[data-start]")]
+        assert links == [f"{served}index.html", f"{served}ko/index.html"]
+        assert browser.find_element(By.TAG_NAME, "h1").text == "There is no such page"
+    browser.get_log("browser")  # it says that the address does not exist
 
 
 def test_language_switch(browser: Any, visit: Any) -> None:

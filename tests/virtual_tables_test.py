@@ -81,10 +81,9 @@ async def test_writes_are_refused(db: Any, where: str, sql: str) -> None:
 async def test_a_writable_schema_is_not_writable_in_read_only(db: Any) -> None:
     """Whoever makes the schema writable in a write transaction still cannot change it in a read-only level of that."""
     await prepare(db)
-    await db.execute("PRAGMA writable_schema = ON")
     async with db.transaction():
+        await db.execute("PRAGMA writable_schema = ON")
         await db.execute("INSERT INTO plain VALUES (1)")
         async with db.transaction(readonly=True):
             with pytest.raises(errors.ReadOnlyTransactionError):
                 await db.execute_script("UPDATE sqlite_master SET sql = 'CREATE TABLE plain (b)' WHERE name = 'plain'")
-    await db.execute("PRAGMA writable_schema = OFF")

@@ -78,6 +78,7 @@ class Courtesy:
         if not self._pool.working:
             self._timer = None
             return
+        self._pool.reads.look()
         late = perf_counter() - self._due
         computed = thread_time() - self._computed
         if computed < (MOST if late < LATE else MUCH) * (self._seconds + late):

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, cast
 
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
-from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, WAKE, Servable, Worker
+from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, CLOSED, WAKE, Servable, Worker, again
 from database.engine.contract import Alone, Interrupted
-from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError
+from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, PoolClosedError
 
 if TYPE_CHECKING:
     from database.driver.pool import Pool
@@ -45,11 +45,13 @@ GROUP_SECONDS = 0.002
 class ReadLane:
     """Autocommit reads."""
 
-    __slots__ = ("claiming", "pool", "queue", "resident", "serving")
+    __slots__ = ("_seen", "claiming", "pool", "queue", "resident", "serving")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.queue: deque[Request] = deque()
+        self._seen: Request | None = None
+        """What the resident was running at the last look, while others waited."""
         self.serving: set[Worker] = set()
         self.resident: Worker | None = None
         """The one of `serving` that is not held up by a slow statement."""
@@ -97,6 +99,7 @@ class ReadLane:
         self.resident = worker
         worker.yielding = worker.sleeping = False
         worker.inbox.put(self)
+        self.pool.look_now_and_then()
 
     @property
     def idle(self) -> bool:
@@ -113,7 +116,33 @@ class ReadLane:
             return None
         self.resident = None
         self.serving.discard(worker)
+        if self.queue:  # it came when the worker had looked and did not yet count as asleep
+            self.pool.line_up(self)
         return worker
+
+    def look(self) -> None:
+        """Called every few milliseconds while a worker is at work: sees to those that wait behind one long request.
+
+        SQLite's progress handler tells of a slow statement sooner, but not of a function that spends its time in Python.
+        """
+        worker, seen = self.resident, self._seen
+        self._seen = None
+        if not self.queue:
+            return
+        self.pool.watch()
+        if worker is None or worker.sleeping:
+            return
+        current = worker.current
+        if current is None or current is not seen:
+            self._seen = current
+            return
+        worker.yielding = True  # when it is through with this, it need not come back
+        self.resident = None
+        if worker.sleeping:  # it has just got through; looked at second, as in `spare`
+            self.serving.discard(worker)
+            self.pool.reader_free(worker)
+        if self.queue and not self.claiming:
+            self.pool.claim_reader(self)
 
     def _held_up(self, worker: Worker) -> None:
         if worker is self.resident and worker.current is not None:
@@ -132,6 +161,8 @@ class ReadLane:
         if self.queue and self.resident is None and not self.claiming:
             self.pool.line_up(self)  # more came after the worker had looked
         self.pool.reader_free(worker)
+        if self.claiming:
+            self.pool.watch()
 
     # Worker thread
 
@@ -155,31 +186,36 @@ class ReadLane:
         popleft = queue.popleft
         execute = worker.execute
         since = perf_counter()
-        while True:
-            try:
-                request = popleft()
-            except IndexError:
-                if slow:
-                    break  # whoever has taken over sleeps here
-                word = worker.rest(queue)
-                if word is None:
+        request: Request | None = None
+        try:
+            while True:
+                try:
+                    request = popleft()
+                except IndexError:
+                    if slow:
+                        break  # whoever has taken over sleeps here
+                    request = None
+                    word = worker.rest(queue)
+                    if word is None:
+                        break
+                    if word is not WAKE:
+                        return word
+                    worker.attend(on_slow)
+                    since = perf_counter()
+                    continue
+                if request.kind == UNIT:
+                    worker.perform(request, readonly=True)
+                else:
+                    execute(request)
+                answers = worker.answers  # another list, if the request before has been flushed in between
+                answers.append(request)
+                if ((slow and self._may_go(worker)) or worker.yielding) and not pool.closing:
                     break
-                if word is not WAKE:
-                    return word
-                worker.attend(on_slow)
-                since = perf_counter()
-                continue
-            if request.kind == UNIT:
-                worker.perform(request, readonly=True)
-            else:
-                execute(request)
-            answers = worker.answers  # another list, if the request before has been flushed in between
-            answers.append(request)
-            if ((slow and self._may_go(worker)) or worker.yielding) and not pool.closing:
-                break
-            if queue and (len(answers) >= BATCH_SIZE or perf_counter() - since > BATCH_SECONDS):
-                worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
-                since = perf_counter()
+                if queue and (len(answers) >= BATCH_SIZE or perf_counter() - since > BATCH_SECONDS):
+                    worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
+                    since = perf_counter()
+        except BaseException as defect:
+            worker.fail(defect, [request])
         worker.finish(lambda: self._left(worker))
         return None
 
@@ -254,18 +290,25 @@ class WriteLane:
                     return word
                 worker.attend()
                 continue
-            if not self._lock(worker, item):
-                continue
             try:
+                if not self._lock(worker, item):
+                    continue
                 if isinstance(item, Lease):
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and self._is_groupable(queue):
+                elif item.kind <= UNIT and self._is_groupable(queue) and worker.session.may_group():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)
                     worker.answers.append(item)
+            except BaseException as defect:
+                self.lease = None
+                if isinstance(item, Lease):
+                    worker.fail(defect, ())
+                    item.fail(worker, defect)
+                else:
+                    worker.fail(defect, [item])
             finally:
                 session = worker.session
                 if session is not None:
@@ -297,12 +340,16 @@ class WriteLane:
         while not session.try_lock(0.01):
             if item.cancelled:
                 error: BaseException = Interrupted()
+            elif worker.hurried:
+                error = PoolClosedError(CLOSED)
+            elif isinstance(item, Lease) and item.doom is not None:
+                error = item.refusal()
             elif perf_counter() > deadline:
                 error = ConnectionPoolExhaustedError(
                     f"no write transaction on {self.pool.name!r} within {self.pool.timeout:g} s: a pool of another"
                     " event loop in this process, or another name for the same file, is writing"
                 )
-                worker.observer.failure(error)
+                worker.tell(item.first() if isinstance(item, Lease) else item, worker.observer.failure, error)
             else:
                 continue
             return self._turn_away(worker, item, error)
@@ -320,17 +367,24 @@ class WriteLane:
 
     def _group(self, worker: Worker, first: Request) -> None:
         """One transaction for all that waits together."""
+        members: list[Request] = []
+        try:
+            self._run_group(worker, first, members)
+        except BaseException as defect:
+            worker.fail(defect, [*members, first, worker.current])
+
+    def _run_group(self, worker: Worker, first: Request, members: list[Request]) -> None:
         began = perf_counter()
         try:
             session = worker.begin(first, readonly=False)
         except BaseException as error:
             first.error = worker.translate(error, first)
             worker.answers.append(first)
-            if isinstance(first.error, DatabaseBusyError):
-                self._fail_those_who_waited_too(worker, first.error, began)
+            if isinstance(first.error, (DatabaseBusyError, ConnectionPoolExhaustedError)):
+                self._fail_those_who_waited_too(worker, error, began)
             return
+        session.share(True)
         queue = self.queue
-        members: list[Request] = []
         alone: Request | None = None
         request = first
         while True:
@@ -367,6 +421,7 @@ class WriteLane:
     def _commit(self, worker: Worker, members: list[Request]) -> None:
         session = worker.session
         assert session is not None
+        session.share(False)
         try:
             worker.commit(session, len(members))
         except BaseException as error:
@@ -388,6 +443,8 @@ class WriteLane:
 
     def _again_alone(self, worker: Worker, members: list[Request], culprit: Request | None) -> None:
         """The whole group was rolled back: runs its members once more, each in a transaction of its own."""
+        if worker.session is not None:
+            worker.session.share(False)
         worker.rollback()
         if culprit is not None:
             worker.answers.append(culprit)
@@ -401,7 +458,7 @@ class WriteLane:
                 member.error = Interrupted()  # rolled back with the others, and nobody waits for it
             worker.answers.append(member)
 
-    def _fail_those_who_waited_too(self, worker: Worker, error: DatabaseBusyError, began: float) -> None:
+    def _fail_those_who_waited_too(self, worker: Worker, error: BaseException, began: float) -> None:
         """Whoever was in line when the wait for the lock began has waited for as long, and gets the same answer."""
         queue = self.queue
         while queue:
@@ -413,9 +470,5 @@ class WriteLane:
                 queue.appendleft(item)
                 break
             item = cast("Request", item)
-            item.error = DatabaseBusyError(
-                error.args[0], sql=str(item.label or item.sql), parameters=item.params,
-                code=error.code, code_name=error.code_name,
-            )  # fmt: skip
-            item.error.__cause__ = error.__cause__
+            item.error = Interrupted() if item.cancelled else worker.translate(again(error), item)
             worker.answers.append(item)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
 from database.engine.contract import Interrupted, Session
@@ -31,9 +31,21 @@ if TYPE_CHECKING:
     from database.driver.pool import Pool
     from database.driver.worker import Worker
 
-__all__ = ["Lease"]
+__all__ = ["Holder", "Lease"]
 
 INTERRUPTED = "a statement of this transaction was interrupted, so the whole of it has been rolled back"
+
+
+class Holder(Protocol):
+    """Who holds a lease, for messages; and whether it is a certain task."""
+
+    def __call__(self) -> str:
+        """What was begun where, by whom."""
+        ...
+
+    def is_of(self, task: object | None) -> bool:
+        """Whether that task asked for the connection. Any thread."""
+        ...
 
 
 class Lease:
@@ -44,6 +56,7 @@ class Lease:
     __slots__ = (
         "cancelled",
         "carried",
+        "committed",
         "doom",
         "dropped",
         "ended",
@@ -51,7 +64,6 @@ class Lease:
         "granted_at",
         "holder",
         "home",
-        "late",
         "mailbox",
         "number",
         "pending",
@@ -60,13 +72,14 @@ class Lease:
         "readonly",
         "reported",
         "transaction",
+        "unsent",
         "worker",
     )
 
     def __init__(
         self,
         pool: Pool,
-        holder: Callable[[], str],
+        holder: Holder,
         *,
         number: int | None,
         readonly: bool,
@@ -86,7 +99,9 @@ class Lease:
         self.pending: set[Request] = set()
         """Requests handed over before the lease was granted. Loop thread."""
         self.dropped = False
-        """Given up before it was granted; nothing has been begun."""
+        """Given up before it was granted; nothing has been begun. Set by `drop`."""
+        self.unsent: list[Control] = []
+        """Controls of the requests that went with it: they are still to be sent, before anything else."""
         self.cancelled = False
         self.reported = False
         """Whether it was reported already that this keeps others waiting. Loop thread."""
@@ -97,9 +112,10 @@ class Lease:
         self.granted_at = 0.0
         self.doom: BaseException | str | None = None
         self.ended = False
+        self.committed = False
+        """Set behind a commit that has succeeded, before `ended`: nothing else says that something is permanent."""
         self.firm = False
         """Its commit is not withdrawn by a cancellation, for it follows one on another database."""
-        self.late: list[Request] = []
 
     # Loop thread
 
@@ -115,9 +131,7 @@ class Lease:
             transactions.discard(self)  # it is about to end; whoever closes the pool need not see to it
         self.mailbox.put(request)
         if self.ended:  # looked at after the put: the worker looks at the mailbox after it has set `ended`
-            self._answer_the_rest()
-            late, self.late = self.late, []
-            self.pool.waker.wake(late)
+            self.pool.waker.wake(self._answer_the_rest())
         elif self.queued_at == 0.0:
             self.queued_at = perf_counter()
             transactions.add(self)
@@ -133,7 +147,7 @@ class Lease:
             request.cancelled = True
             self.pending.discard(request)
             if not self.pending and self.pool.withdraw(self):
-                self.dropped = True
+                self.drop()
             return True
         if request.answered or (self.firm and request.kind == COMMIT):
             return False
@@ -144,6 +158,23 @@ class Lease:
         request.cancelled = True
         if self.worker is not None:
             self.worker.interrupt(request)
+
+    def first(self) -> Request | None:
+        """One of those that wait for its connection."""
+        return next(iter(self.pending), None)
+
+    def drop(self) -> list[Request]:
+        """It has been taken out of its line: nothing of it has been begun, and nothing will be. Gives what it was asked.
+
+        What was asked first carries what all of them rest on (the opening of a nested level), whoever gives up first.
+        """
+        self.dropped = True
+        requests: list[Request] = []
+        while not self.mailbox.empty():
+            request = self.mailbox.get_nowait()
+            self.unsent.extend(request.controls or ())
+            requests.append(request)
+        return requests
 
     def over(self) -> bool:
         """Whether there is nothing to end any more: it is over, or can be taken out of its line, where it has begun nothing."""
@@ -183,40 +214,47 @@ class Lease:
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
         request: Request | None = None
-        while not self.ended:
-            if worker.answers and empty():
-                worker.flush()
-            request = get()
-            if request.kind >= COMMIT:
-                self._end(worker, session, request)
-            elif self.doom is not None:
-                request.error = self.refusal()
-            elif session is None:
-                session = self._begin(worker, request)
-                if session is not None:
+        try:
+            while not self.ended:
+                if worker.answers and empty():
+                    worker.flush()
+                request = get()
+                if request.kind >= COMMIT:
+                    self._end(worker, session, request)
+                elif self.doom is not None:
+                    request.error = self.refusal()
+                elif session is None:
+                    session = self._begin(worker, request)
+                    if session is not None:
+                        self._run(worker, session, request)
+                else:
                     self._run(worker, session, request)
-            else:
-                self._run(worker, session, request)
-            worker.answers.append(request)
-            worker.left()
-        self._answer_the_rest()
-        worker.answers.extend(self.late)
-        self.late = []
+                worker.answers.append(request)
+                worker.left()
+        except BaseException as defect:
+            self.doom = defect
+            worker.fail(defect, [request])
+            self.ended = True
+        worker.answers.extend(self._answer_the_rest())
         if self.transaction and session is not None and request is not None:
-            outcome = "committed" if request.kind == COMMIT and request.error is None else "rolled back"
-            worker.observer.transaction(self, outcome, perf_counter() - self.granted_at)
+            outcome = "committed" if self.committed else "rolled back"
+            worker.tell(request, worker.observer.transaction, self, outcome, perf_counter() - self.granted_at)
         if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.reader_free(worker))
 
-    def _answer_the_rest(self) -> None:
-        """Refuses what came too late: nobody reads this mailbox any more. Either thread; `get_nowait` is atomic."""
+    def _answer_the_rest(self) -> list[Request]:
+        """Refuses what came too late, for nobody reads this mailbox any more; gives it, to be woken.
+
+        Either thread, both at once too: `get_nowait` is atomic, and each sees to what it has found.
+        """
+        late: list[Request] = []
         while True:
             try:
                 request = self.mailbox.get_nowait()
             except Empty:
-                return
+                return late
             request.error = None if request.kind == ROLLBACK else self.refusal()
-            self.late.append(request)
+            late.append(request)
 
     def refusal(self) -> BaseException:
         """Why a statement cannot be run any more; a new error each time, for several tasks may raise it."""
@@ -236,11 +274,10 @@ class Lease:
         self.worker = worker
         self.doom = error
         self.ended = True
-        self._answer_the_rest()
-        if self.late and self.late[0].error is not None:
-            self.late[0].error = error
-        worker.answers.extend(self.late)
-        self.late = []
+        late = self._answer_the_rest()
+        if late and late[0].error is not None:
+            late[0].error = error
+        worker.answers.extend(late)
 
     def _begin(self, worker: Worker, request: Request) -> Session | None:
         try:
@@ -250,7 +287,7 @@ class Lease:
                 return worker.session or worker.ready()
             return worker.begin(request, readonly=self.readonly)
         except Interrupted as interrupted:  # nothing was begun: the next statement may try again
-            request.error = interrupted
+            request.error = interrupted if self.doom is None else self.refusal()
             self.carried.extend(request.controls or ())
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
@@ -319,7 +356,10 @@ class Lease:
                 return
             try:
                 worker.commit(session)
+                self.committed = True
             except BaseException as error:
                 request.error = worker.translate(error, request)
                 worker.rollback()
+            else:
+                self.committed = True
         self.ended = True

@@ -34,21 +34,20 @@ from time import perf_counter
 
 import anyio
 
-from database.driver import process as registry
+from database.driver import process
 from database.driver.courtesy import Courtesy
 from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.observer import Observer, aside
-from database.driver.request import STATEMENT, Request
+from database.driver.request import STATEMENT, Request, text_of
 from database.driver.shared_lane import SharedLane
 from database.driver.wakeup import Timer, Waker
-from database.driver.worker import Worker, here
+from database.driver.worker import Worker, again, here
 from database.engine.contract import Backend, Session
 from database.errors import (
-    ConnectionFailedError,
     ConnectionPoolExhaustedError,
-    DatabaseError,
     PoolClosedError,
+    TransactionError,
 )
 
 __all__ = ["Pool", "PoolStats"]
@@ -160,7 +159,7 @@ class Pool:
             self.writes = SharedLane(self, readonly=False)
         self._courtesy = Courtesy(self)
         self._end = waker.on_end(self.close_now)
-        registry.add(self)
+        process.add(self)
         self.writer.start(self._writer_opened, self._writer_closed)
 
     # Opening
@@ -185,10 +184,10 @@ class Pool:
         self.closing = self.closed = True
         self._end.cancel()
         self._forget_timer()
-        registry.discard(self)
+        process.discard(self)
         self._on_closed(self)
         self._dispose()
-        self._refuse_all(lambda: _again(error))
+        self._refuse_all(lambda: again(error))
         self._wake_closers()
         self.waker.dispose()
 
@@ -271,6 +270,10 @@ class Pool:
         self.waker.rouse(worker.wake)
         self._courtesy.begin()
 
+    def look_now_and_then(self) -> None:
+        """A worker has been put to work: from now on somebody looks whether it lets others wait, until all are at rest."""
+        self._courtesy.begin()
+
     @property
     def working(self) -> bool:
         """Whether a worker has something to do, and so needs the GIL."""
@@ -326,7 +329,7 @@ class Pool:
             if current is not None:
                 reading[current] = (
                     current.queued_at,
-                    partial("the statement {!r}".format, str(current.label or current.sql)),
+                    partial("the statement {!r}".format, text_of(current)),
                 )
         self._long_known.intersection_update(reading)
         next_check: float | None = self.long_read if self.reader_limiter.borrowed_tokens else None
@@ -346,7 +349,7 @@ class Pool:
         self._timer = None
         now = perf_counter()
         next_check: float | None = None
-        errors: list[BaseException] = []
+        errors: list[tuple[Request | None, BaseException]] = []
         refused: list[Request] = []
         for queue in (self._line, self.reads.queue, self.writes.queue):
             while True:
@@ -369,8 +372,9 @@ class Pool:
                     continue
                 self._timeouts += 1
                 error = self._exhausted(head, now)
-                errors.append(error)
-                refused.extend(self._refuse(head, partial(_again, error)))
+                answered = self._refuse(head, partial(again, error))
+                errors.append((next(iter(answered), None), error))
+                refused.extend(answered)
         if errors:
             aside(partial(self._report_and_wake, errors, refused))
         if next_check is None:
@@ -380,10 +384,10 @@ class Pool:
                 self._report_holders(now, self._patience)
             self._timer = self.waker.call_later(self._until_next_look(next_check), self._check_waiting)
 
-    def _report_and_wake(self, errors: list[BaseException], refused: list[Request]) -> None:
+    def _report_and_wake(self, errors: list[tuple[Request | None, BaseException]], refused: list[Request]) -> None:
         """Logs first and wakes second: who catches the error may count on its having been logged. Any thread."""
-        for error in errors:
-            self.observer.failure(error)
+        for request, error in errors:
+            self.writer.tell(request, self.observer.failure, error)
         self.waker.post(refused)
 
     def _report_holders(self, now: float, patience: float) -> None:
@@ -410,7 +414,7 @@ class Pool:
             self._seen = current, now
         elif now - seen[1] >= patience:
             self._seen = current, float("inf")
-            what = str(current.label or getattr(current.sql, "sql", None) or current.sql)
+            what = text_of(current)
             self._report(what[:200], None, False, now - seen[1], waiting)
 
     def _report(self, holder: str, number: int | None, readonly: bool, seconds: float, waiting: int) -> None:
@@ -430,32 +434,78 @@ class Pool:
             f" Held by: {holders}."
         )
 
+    def deadline_of(self, worker: Worker, request: Request | None, began: float, now: float) -> float:
+        """Until when a worker tries again, where readers and the writer exclude one another. Worker's thread.
+
+        `busy_timeout` is for other processes. This one's own connections are waited for like everything else here.
+
+        Raises:
+            TransactionError: The very task that waits holds what it waits for.
+            ConnectionPoolExhaustedError: They have kept their locks for longer than `pool_timeout`.
+        """
+        deadline = began + self.backend.busy_timeout
+        held = self._locked_by(worker)
+        if not held:
+            return deadline
+        task = None if request is None else self.waker.task_of(request)
+        for lease, holder in held:
+            if task is not None and lease is not None and lease.holder.is_of(task):
+                raise TransactionError(
+                    f"this could only wait for itself: without a WAL a write excludes reading, and this very task holds"
+                    f" {holder} open. End that first, or set journal_mode to WAL"
+                )
+        until = began + self.timeout
+        if now >= max(deadline, until):
+            holders = "; ".join(holder for _, holder in held)
+            raise ConnectionPoolExhaustedError(
+                f"database {self.name!r}: other connections of this process have kept their locks for {now - began:.3g} s"
+                f" (pool_timeout is {self.timeout:g} s); without a WAL reading and writing exclude one another. Held by:"
+                f" {holders}."
+            )
+        return max(deadline, until)
+
+    def _locked_by(self, worker: Worker) -> list[tuple[Lease | None, str]]:
+        """Which other connections of this process keep a lock on the file. Any thread."""
+        found: list[tuple[Lease | None, str]] = []
+        excludes = self.backend.excludes
+        assert excludes is not None
+        for pool in process.pools():
+            if pool.backend.description != self.backend.description:
+                continue
+            for other in (pool.writer, *pool.readers()):
+                session, current = other.session, other.current
+                if other is worker or session is None:
+                    continue
+                lease = next((each for each in tuple(pool.transactions) if each.worker is other and not each.ended), None)
+                if lease is not None and excludes(session):
+                    found.append((lease, lease.holder()))
+                elif current is not None:
+                    found.append((None, f"the statement {text_of(current)[:80]!r}"))
+        return found
+
     def holders(self, *, readonly: bool) -> list[str]:
-        """Who holds what since when."""
+        """Who holds what since when. Any thread."""
         now = perf_counter()
         shared = not self.single_writer
         leases = [
-            lease for lease in self.transactions if lease.worker is not None and (shared or lease.readonly is readonly)
+            lease for lease in tuple(self.transactions) if lease.worker is not None and (shared or lease.readonly is readonly)
         ]
         found = [f"{lease.holder()}, for {now - lease.granted_at:.3g} s" for lease in leases if not lease.ended]
         if isinstance(self.writes, SharedLane):
             workers = self.reads.serving | self.writes.serving
         else:
             workers = self.reads.serving if readonly else {self.writer}
-        for worker in workers:
+        for worker in tuple(workers):
             current = worker.current
             if current is not None and (readonly or not leases):
-                found.append(f"the statement {str(current.label or getattr(current.sql, 'sql', current.sql))[:80]!r}")
+                found.append(f"the statement {text_of(current)[:80]!r}")
         return found
 
     def _refuse(self, item: Lease | Request, error: Callable[[], BaseException]) -> list[Request]:
         """Answers what was taken out of a queue; gives the requests to be woken. Loop thread; no worker has it."""
         if isinstance(item, Lease):
             self.transactions.discard(item)
-            item.dropped = True
-            requests: list[Request] = []
-            while not item.mailbox.empty():
-                requests.append(item.mailbox.get_nowait())
+            requests = item.drop()
         else:
             requests = [item]
         for request in requests:
@@ -605,7 +655,7 @@ class Pool:
             return
         self.closed = True
         self._forget_timer()
-        registry.discard(self)
+        process.discard(self)
         self._dispose()
         self._wake_closers()
         self.waker.dispose()
@@ -637,7 +687,7 @@ class Pool:
             for worker in group:
                 ended &= worker.join(max(0.1, deadline - time.monotonic()))
         self._dispose()
-        registry.discard(self)
+        process.discard(self)
         if ended:  # else the straggler may still post: better a descriptor too many than one that is somebody else's
             self.waker.dispose()
         if forgotten:
@@ -670,15 +720,3 @@ class Pool:
             lease.doom = PoolClosedError("this transaction belongs to the process that this one was forked from")
             lease.ended = True
         return [worker.session for worker in (self.writer, *self._readers) if worker.session is not None]
-
-
-def _again(error: BaseException) -> BaseException:
-    """A fresh copy of an error that several tasks are to raise, for a raised error grows a traceback."""
-    if isinstance(error, ConnectionFailedError):
-        copy: DatabaseError = ConnectionFailedError(error.path, error.reason)
-    elif isinstance(error, DatabaseError):
-        copy = type(error)(*error.args)
-    else:
-        return error
-    copy.__cause__ = error.__cause__
-    return copy

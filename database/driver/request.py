@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextvars import Context, copy_context
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
 from database.engine.contract import Operation
+from database.engine.statement import Statement
 
 __all__ = [
     "ALONE",
@@ -21,6 +23,8 @@ __all__ = [
     "Home",
     "Kind",
     "Request",
+    "parameters_of",
+    "text_of",
 ]
 
 
@@ -82,6 +86,7 @@ class Request:
     __slots__ = (
         "answered",
         "cancelled",
+        "context",
         "controls",
         "error",
         "extra",
@@ -117,6 +122,8 @@ class Request:
         self.queued_at: float
         """Set where it is queued."""
         self.waiter: Any = None
+        self.context: Context | None = copy_context()
+        """A copy of the caller's, in which everything of the user's is called: functions, handlers. None once answered."""
 
         self.result: Any = None
         self.error: BaseException | None = None
@@ -125,3 +132,16 @@ class Request:
     def __await__(self) -> Generator[Any, Any, Any]:
         """Waits for the answer, once: gives the result or raises the error. Each event loop has its own way."""
         raise NotImplementedError
+
+
+def text_of(request: Request) -> str:
+    """What is to be run, for messages: a statement's text, or else the name of the work."""
+    statement = request.sql
+    return statement.sql if isinstance(statement, Statement) else str(request.label or statement)
+
+
+def parameters_of(request: Request) -> Any:
+    """The user's own parameters, also where they travel with the method that is to be called (`call_aiosql`)."""
+    if isinstance(request.sql, Statement) and getattr(request.operation, "__name__", "") == "call_aiosql":
+        return request.params[1]
+    return request.params

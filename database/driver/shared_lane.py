@@ -137,34 +137,38 @@ class SharedLane(ReadLane):
         worker.attend(on_slow)
         queue = self.queue
         since = perf_counter()
-        while True:
-            try:
-                request = queue.popleft()
-            except IndexError:
-                break
-            if request.kind != STATEMENT:
-                on_slow()
-                worker.perform(request, readonly=self.readonly)
-                worker.answers.append(request)
-            elif may_join is not None and may_join(request) and not self._is_alone(request):
-                self.slowly = False
-                if queue:
-                    self._together(worker, request)
+        request: Request | None = None
+        try:
+            while True:
+                try:
+                    request = queue.popleft()
+                except IndexError:
+                    break
+                if request.kind != STATEMENT:
+                    on_slow()
+                    worker.perform(request, readonly=self.readonly)
+                    worker.answers.append(request)
+                elif may_join is not None and may_join(request) and not self._is_alone(request):
+                    self.slowly = False
+                    if queue:
+                        self._together(worker, request)
+                    else:
+                        worker.execute(request)
+                        worker.answers.append(request)
                 else:
+                    self.slowly = True
+                    if queue:
+                        pool.waker.post([], self._call_for_help)
                     worker.execute(request)
                     worker.answers.append(request)
-            else:
-                self.slowly = True
-                if queue:
-                    pool.waker.post([], self._call_for_help)
-                worker.execute(request)
-                worker.answers.append(request)
-            now = perf_counter()
-            if len(worker.answers) >= BATCH_SIZE or now - since > BATCH_SECONDS:
-                worker.flush()
-                since = now
-            if (slow and not pool.closing) or not self._my_turn():
-                break  # whoever was called goes on
+                now = perf_counter()
+                if len(worker.answers) >= BATCH_SIZE or now - since > BATCH_SECONDS:
+                    worker.flush()
+                    since = now
+                if (slow and not pool.closing) or not self._my_turn():
+                    break  # whoever was called goes on
+        except BaseException as defect:
+            worker.fail(defect, [request])
         worker.finish(lambda: self._left(worker))
         return None
 
@@ -219,7 +223,7 @@ class SharedLane(ReadLane):
             if threshold is not None:
                 seconds = perf_counter() - began
                 if seconds >= threshold:
-                    worker.observer.statement(request, seconds, worker.name)
+                    worker.tell(request, worker.observer.statement, request, seconds, worker.name)
             answered.add(request)
             worker.answers.append(request)
 

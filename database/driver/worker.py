@@ -20,30 +20,54 @@ worker changes `current` first and looks at `cancelled` second. At the beginning
 end it waits for `_guard`, which the loop's thread holds while it looks and interrupts, before it goes on to the next.
 Commits are entered under the guard, for they may not be interrupted at all.
 
+The caller's context. What is the user's own (functions, record classes, generators, adapters, handlers of log records)
+is called in the copy of its caller's `contextvars` context that each request brings along.
+
+What brings a worker down. An operation may raise what it likes: that is its request's outcome. Observers may not, and a
+defect of the driver's own must not either; should it happen all the same, `fail` answers those whose requests the worker
+had taken and gives the connection up. The thread itself lives on, and opens another.
+
 After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
 hangs an exit, and `database.driver.process` stops them at exit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from queue import SimpleQueue
 from threading import Lock, Thread, local
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Home, Request
+from database.driver.request import (
+    ALONE,
+    COMMIT,
+    MANY,
+    STATEMENT,
+    UNIT,
+    Home,
+    Request,
+    parameters_of,
+    text_of,
+)
 from database.driver.wakeup import Notice
 from database.engine.contract import Alone, Interrupted, Role, Session
-from database.errors import ConnectionFailedError, DatabaseError, PoolClosedError, TransactionError
+from database.errors import (
+    ConnectionFailedError,
+    DatabaseError,
+    PoolClosedError,
+    QueryExecutionError,
+    TransactionError,
+)
 
 if TYPE_CHECKING:
     from database.driver.pool import Pool
 
-__all__ = ["STOP", "WAKE", "Servable", "Worker", "here"]
+__all__ = ["CLOSED", "STOP", "WAKE", "Servable", "Worker", "again", "here"]
 
 _logger = logging.getLogger("database.pool")
 
@@ -55,6 +79,7 @@ BATCH_SECONDS = 0.001
 
 BATCH_SIZE = 128
 
+CLOSED = "the pool was closed while this statement ran"
 ENDED_BY_ITSELF = "the database has rolled the transaction back by itself; nothing of it is kept"
 
 
@@ -220,6 +245,11 @@ class Worker:
             if current is not None and current.kind < COMMIT and self.session is not None:
                 self.session.interrupt()
 
+    @property
+    def hurried(self) -> bool:
+        """Whether it is to come to its end at once."""
+        return self._stopping
+
     def join(self, seconds: float) -> bool:
         """Waits for the thread's end; False if it did not come in time."""
         if self._thread is None:
@@ -240,9 +270,10 @@ class Worker:
             while item is not STOP:
                 try:
                     left = item.serve(self)
-                except BaseException:  # pragma: no cover  - a defect of the driver's, which must not pass unseen
-                    _logger.critical("worker %s has died of a defect in the driver", self.name, exc_info=True)
-                    raise
+                except BaseException as defect:  # what is served sees to its requests; this is for the rest
+                    left = None
+                    self.fail(defect, ())
+                    self.flush()
                 del item  # so that an idle worker keeps nothing alive
                 item = left or get()
             self._close()
@@ -256,7 +287,7 @@ class Worker:
                 failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
                 failed.__cause__ = error
                 error = failed
-            self.observer.failure(error)
+            self.tell(None, self.observer.failure, error)
             return error
         return None
 
@@ -266,8 +297,39 @@ class Worker:
         if session is not None:
             try:
                 session.close()
-            except Exception as error:
-                self.observer.failure(error)
+            except BaseException as error:
+                self.tell(None, self.observer.failure, error)
+
+    def tell(self, request: Request | None, hears: Callable[..., None], *arguments: Any) -> None:
+        """Has the observer hear of something, in the caller's context; whatever it raises ends here."""
+        try:
+            if request is None or request.context is None:
+                hears(*arguments)
+            else:
+                request.context.run(hears, *arguments)
+        except BaseException as error:
+            _report(f"what hears of {self.name} has raised", error)
+
+    def fail(self, defect: BaseException, requests: Iterable[Request | None]) -> None:
+        """Something has brought this worker down that is no statement's doing: answers those that it had taken.
+
+        Whether they took effect nobody knows any more. The connection is given up, and with it what is not committed.
+        """
+        _report(f"{self.name} has been brought down", defect)
+        self.left()
+        self.grouping = False
+        self.discard()
+        for request in requests:
+            if request is None or request.answered or request in self.answers:
+                continue
+            request.result = None
+            request.error = QueryExecutionError(
+                f"the database's thread was brought down by {type(defect).__name__}; whether this was executed is not known",
+                sql=text_of(request),
+                parameters=parameters_of(request),
+            )
+            request.error.__cause__ = defect
+            self.answers.append(request)
 
     def _progress(self) -> bool:
         """The session's progress handler: true stops the statement."""
@@ -287,8 +349,12 @@ class Worker:
 
     def attend(self, on_slow: Callable[[], None] | None = None) -> None:
         """Called when a lane or a lease begins to be served: settles what is looked up once a batch."""
-        self.threshold = self.observer.threshold()
         self._on_slow = on_slow
+        try:
+            self.threshold = self.observer.threshold()
+        except BaseException as error:
+            self.threshold = None
+            _report(f"what hears of {self.name} has raised", error)
 
     def flush(self) -> None:
         """Posts the answers collected so far."""
@@ -364,8 +430,12 @@ class Worker:
             request.error = Interrupted()
             return
         try:
-            request.result = request.operation(  # type: ignore[misc]
-                self.session or self.ready(), request.sql, request.params, request.extra
+            request.result = request.context.run(  # type: ignore[union-attr]
+                request.operation,  # type: ignore[arg-type]
+                self.session or self.ready(),
+                request.sql,
+                request.params,
+                request.extra,
             )
             self.current = None
             if request.cancelled or self._stopping:
@@ -377,13 +447,13 @@ class Worker:
         if threshold is not None:
             seconds = perf_counter() - started
             if seconds >= threshold:
-                self.observer.statement(request, seconds, self.name)
+                self.tell(request, self.observer.statement, request, seconds, self.name)
 
     def run_inline(self, request: Request) -> Any:
         """Runs a request from within another one: a statement of a function that was sent to this thread."""
         current = self.current
         if current is not None and current.cancelled:
-            raise self._called_off()
+            raise self.called_off()
         self.statements += 1
         threshold = self.threshold
         started = 0.0 if threshold is None else perf_counter()
@@ -395,13 +465,14 @@ class Worker:
         if threshold is not None:
             seconds = perf_counter() - started
             if seconds >= threshold:
-                self.observer.statement(request, seconds, self.name)
+                self.tell(None, self.observer.statement, request, seconds, self.name)  # within the caller's context
         if request.error is not None:
             raise request.error
         return result
 
     @staticmethod
-    def _called_off() -> BaseException:
+    def called_off() -> BaseException:
+        """What a function is told whose caller has gone."""
         return TransactionError("the caller of this function was cancelled; what it did is rolled back")
 
     def step(self, session: Any, method: str, argument: Any) -> None:
@@ -411,8 +482,8 @@ class Worker:
         except BaseException as error:
             raise self.translate(error, None) from error
 
-    def renew(self, session: Session, *, keep: bool, readonly: bool) -> None:
-        """Ends the open transaction, or within a group its savepoint, and opens the next.
+    def end_part(self, session: Session, *, keep: bool) -> None:
+        """Commits the open transaction of a function that runs here, or rolls it back.
 
         Raises:
             Alone: A member of a group wants to commit, which in a group nobody can do before all do.
@@ -420,16 +491,18 @@ class Worker:
         if self.grouping and keep:
             raise Alone
         try:
-            if self.grouping:
-                session.undo(0)
-                session.savepoint(0)
+            if keep:
+                self.commit(session)
             else:
-                if keep:
-                    self.commit(session)
-                else:
-                    session.rollback()
-                    self.rollbacks += 1
-                self.begin(self.current, readonly=readonly)
+                session.rollback()
+                self.rollbacks += 1
+        except BaseException as error:
+            raise self.translate(error, None) from error
+
+    def begin_again(self, session: Session, *, readonly: bool) -> None:
+        """Opens the next one."""
+        try:
+            self.begin(self.current, readonly=readonly)
         except BaseException as error:
             raise self.translate(error, None) from error
 
@@ -443,8 +516,9 @@ class Worker:
             if started:  # somebody observes: the first try was waiting, too
                 self.locked += perf_counter() - started
             try:
+                assert request.context is not None
                 request.result = self.patiently(
-                    request, request.operation, session, request.sql, request.params, request.extra
+                    request, request.context.run, request.operation, session, request.sql, request.params, request.extra
                 )
             except BaseException as still:
                 error = still
@@ -462,18 +536,21 @@ class Worker:
         session = self._last  # also if it has been given up meanwhile: it knows its errors
         translated = error
         if self._stopping:
-            translated = PoolClosedError("the pool was closed while this statement ran")
+            translated = error if isinstance(error, PoolClosedError) else PoolClosedError(CLOSED)
         elif session is not None:
-            if request is None:
-                translated = session.translate(error, None, None)
-            else:
-                translated = session.translate(error, request.sql, request.params)
+            try:
+                if request is None:
+                    translated = session.translate(error, None, None)
+                else:
+                    translated = session.translate(error, request.sql, parameters_of(request))
+            except BaseException as defect:  # somebody's error that cannot even be shown
+                _report(f"{self.name} cannot translate an error of {type(error)}", defect)
             if self.session is not None and self.backend.is_broken(error):
                 self.discard()
         if translated is not error and translated.__cause__ is None:
             translated.__cause__ = error
         if request is None or not request.cancelled:
-            self.observer.failure(translated)
+            self.tell(request, self.observer.failure, translated)
         return translated
 
     def discard(self) -> None:
@@ -492,7 +569,8 @@ class Worker:
         at once (SQLite's own busy handler cannot be interrupted) and that no process starves behind another.
 
         Raises:
-            Interrupted: The request was cancelled meanwhile.
+            Interrupted: The request was cancelled meanwhile, or its transaction ended from outside.
+            PoolClosedError: The pool closes, and has no time left.
         """
         began = until = perf_counter()
         deadline = began + self.backend.busy_timeout
@@ -505,10 +583,16 @@ class Worker:
                     return step(*arguments)
                 except BaseException as error:
                     until = perf_counter()
-                    if not self.backend.is_busy(error) or until >= deadline:
+                    if not self.backend.is_busy(error):
+                        raise
+                    if self.backend.excludes is not None:
+                        deadline = self.pool.deadline_of(self, request, began, until)
+                    if until >= deadline:
                         raise
                 self.flush()
-                if self._stopping or (request is not None and request.cancelled):
+                if self._stopping:
+                    raise PoolClosedError(CLOSED)
+                if request is not None and (request.cancelled or getattr(request.home, "doom", None) is not None):
                     raise Interrupted
                 time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
         finally:
@@ -540,7 +624,7 @@ class Worker:
             self.patiently(None, session.commit)
         self.commits += 1
         if self.threshold is not None:
-            self.observer.committed(size)
+            self.tell(None, self.observer.committed, size)
 
     def rollback(self) -> None:
         """Rolls back what is open, if anything is; gives the connection up if even that fails."""
@@ -551,7 +635,7 @@ class Worker:
             self.rollbacks += session.in_transaction
             session.rollback()
         except BaseException as error:
-            self.observer.failure(error)
+            self.tell(None, self.observer.failure, error)
             self.discard()
 
     def atomically(self, request: Request) -> None:
@@ -618,3 +702,21 @@ class Worker:
 
 def _begin(session: Session, readonly: bool) -> None:
     session.begin(readonly=readonly)
+
+
+def _report(what: str, error: BaseException) -> None:
+    """Tells of what must never happen; where even that raises, there is nobody left to tell."""
+    with contextlib.suppress(BaseException):
+        _logger.critical("%s", what, exc_info=error)
+
+
+def again(error: BaseException) -> BaseException:
+    """A fresh copy of an error that several tasks are to raise, for a raised error grows a traceback."""
+    if isinstance(error, ConnectionFailedError):
+        copy: DatabaseError = ConnectionFailedError(error.path, error.reason)
+    elif isinstance(error, DatabaseError):
+        copy = type(error)(*error.args)
+    else:
+        return error
+    copy.__cause__ = error.__cause__
+    return copy

@@ -87,6 +87,14 @@ class Session(Protocol):
         """Refuses writes from now on, or admits them again."""
         ...
 
+    def share(self, shared: bool) -> None:
+        """From now on several callers' statements share the open transaction, each with its own verdict; or no longer."""
+        ...
+
+    def may_group(self) -> bool:
+        """Whether statements of several callers may share a transaction now. Asked of a single writer before it is begun."""
+        ...
+
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """Maps the driver's error to the package's; gives other exceptions back as they are.
 
@@ -122,6 +130,8 @@ class Backend:
         busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
+        excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a session keeps a lock
+            just now. None where they do not.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
@@ -138,6 +148,7 @@ class Backend:
     busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
+    excludes: Callable[[Any], bool] | None = None
     single_writer: bool = True
     may_join: Callable[[Any], bool] | None = None
     run_together: (
@@ -156,7 +167,6 @@ class Engine:
         operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
         backend: Makes the driver's backend from a database's settings.
         adapter: aiosql's synchronous adapter for this engine.
-        single_writer: Whether two write transactions on one database can only wait for each other.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
@@ -166,7 +176,6 @@ class Engine:
     operations: Any
     backend: Callable[[Any], Backend]
     adapter: Any
-    single_writer: bool
     replica_backend: Callable[[Any], Backend | None] | None = None
 
 

@@ -1147,9 +1147,9 @@ class PostgresqlSession:
         self._succeeded()
         return result
 
-    def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
+    def call_aiosql(self, statement: Statement, params: Any, extra: Any) -> Any:
         """Runs a method of aiosql's synchronous adapter on the raw connection."""
-        method, params, record = arguments
+        method, record = extra
         try:
             return self._call_aiosql(statement, method, params, record)
         except Exception:
@@ -1201,6 +1201,13 @@ class PostgresqlSession:
     def disown(self) -> None:
         """See `Session`. An extra reference, never given back: libpq must not say goodbye in the parent's name."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
+
+    def share(self, shared: bool) -> None:
+        """See `Session`. Here transactions are not shared."""
+
+    def may_group(self) -> bool:
+        """See `Session`."""
+        return False
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""

@@ -112,6 +112,5 @@ ENGINE = Engine(
     operations=PostgresqlSession,
     backend=cast("Any", _backend),
     adapter=_adapter,
-    single_writer=False,
     replica_backend=cast("Any", _replica_backend),
 )

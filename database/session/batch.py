@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from database.engine.statement import Statement
 from database.errors import TransactionError
+from database.session.statements import still
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -41,7 +42,7 @@ class Batch:
         """
         if self._closed:
             raise TransactionError("the batch is over: use it inside its `async with` block")
-        self._items.append((self._database.batch_statement(query), params))
+        self._items.append((self._database.batch_statement(query), still(params)))
         if len(self._items) >= self._size:
             await self.flush()
 

@@ -18,14 +18,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from database import logs, settings
 from database.driver.lease import Lease
 from database.driver.observer import aside
 from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats
-from database.driver.request import ALONE, MANY, ROLLBACK, SCRIPT, STATEMENT, UNIT, Request
-from database.driver.wakeup import create_waker, current_loop, current_task
+from database.driver.request import ALONE, MANY, SCRIPT, STATEMENT, UNIT, Request
+from database.driver.wakeup import create_waker, current_loop
 from database.driver.worker import here
 from database.engine import contract
 from database.engine.contract import Engine
@@ -39,25 +39,29 @@ from database.errors import (
 from database.session.batch import Batch
 from database.session.origin import Origin
 from database.session.propagation import (
-    Detached,
     Isolation,
     Options,
     Propagation,
     TransactionContext,
-    after_all,
     detached,
     enter,
     options_of,
     refuse_isolation,
+    refuse_waiting_for_itself,
+    refuse_writing_in_readonly,
+    run_behind,
 )
-from database.session.statements import TypedQuery
+from database.session.retry import attempts, leave_behind, note
+from database.session.statements import CHANGING, TypedQuery, still
 from database.session.stream import Stream
-from database.session.transaction import Transaction, run_callbacks
+from database.session.transaction import Detached, Transaction, give_back, step_back
 
 if TYPE_CHECKING:
     from database.driver.observer import Observer
     from database.engine.contract import Backend
     from database.engine.migrations import Migration, MigrationReport, MigrationStatus
+    from database.session.offload import Job
+    from database.session.timelimit import TimeLimit
 
 __all__ = ["Database"]
 
@@ -67,15 +71,8 @@ Parameters = Mapping[str, Any] | Sequence[Any] | object | None
 
 _CACHE_LIMIT = 5000
 """Statements whose analysis is remembered; whoever sends more different texts starts anew."""
-
-
-class AiosqlQuery(Protocol):
-    """A query function as aiosql makes it."""
-
-    sql: str
-    operation: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+_CACHE_CHARACTERS = 4_000_000
+"""The same for what they hold: some programs put their data into the text."""
 
 
 Parked = tuple[dict[int, Pool], dict[int, Pool], ContextVar[Transaction | Detached | None]]
@@ -98,6 +95,8 @@ class Database:
         self._settings: settings.Settings | None = None
         self._observer: logs.LogObserver | None = None
         self._statements: dict[Any, Statement] = {}
+        self._characters = 0
+        """Of the texts in it."""
         self._pools: dict[int, Pool] = {}
         self._replica_pools: dict[int, Pool] = {}
         """By the identity of their event loop."""
@@ -170,12 +169,12 @@ class Database:
         return self.pool() if backend is None else self._make_pool(loop, backend, self._replica_pools, "-replica")
 
     def _open_pool(self, loop: object | None) -> Pool:
+        if here.worker is not None:  # also where a function has started a loop there
+            raise TransactionError(
+                f"database {self.name!r} cannot be used from here: this code runs on a database's own thread"
+                " (offload=True, or db.run), where only the database that runs it may be called"
+            )
         if loop is None:
-            if here.worker is not None:
-                raise TransactionError(
-                    f"database {self.name!r} cannot be used from here: this code runs on a database's own thread"
-                    " (offload=True, or db.run), where only the database that runs it may be called"
-                )
             raise TransactionError(
                 f"database {self.name!r} can only be used inside asyncio or trio, and none is running"
             )
@@ -242,8 +241,10 @@ class Database:
         statement = self.engine.analyse(sql)
         if not statement.verb:
             raise QueryExecutionError("the statement is empty", sql=sql)
-        if len(self._statements) >= _CACHE_LIMIT:
+        self._characters += len(sql)
+        if len(self._statements) >= _CACHE_LIMIT or self._characters > _CACHE_CHARACTERS:
             self._statements.clear()
+            self._characters = len(sql)
         self._statements[query] = statement
         return statement
 
@@ -269,15 +270,36 @@ class Database:
 
     # Statements
 
+    def level(self) -> Transaction | Detached | None:
+        """The level that the caller is in."""
+        level = self.current.get()
+        if level is not None and level.ended:
+            level = step_back(self.current, level)
+        return level
+
     def _send(
         self, level: Transaction | Detached | None, operation: Any, statement: Statement, params: Any, extra: Any
     ) -> Awaitable[Any]:
         """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
-        if level is not None and type(level) is not Detached:
-            transaction: Transaction = level  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
-            if transaction.readonly and statement.kind != READ:
-                transaction.refuse_write(statement)
-            return transaction.send(transaction.pool.request(STATEMENT, operation, statement, params, extra))
+        if type(params) is tuple:  # mostly; the rest of `still` for it is this loop
+            for value in params:
+                if type(value) in CHANGING:
+                    params = still(params)
+                    break
+        elif params is not None:
+            params = still(params)
+        if level is not None:
+            if level.ended:
+                level = step_back(self.current, level)
+            if level is not None and type(level) is not Detached:
+                transaction: Transaction = level  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+                request = transaction.pool.request(STATEMENT, operation, statement, params, extra)
+                if statement.kind != READ:
+                    if transaction.readonly:
+                        transaction.refuse_write(statement)
+                    if attempts:
+                        note(request, transaction.root.attempt)
+                return transaction.send(request)
         pool = self._recent
         if pool is None or pool.loop() is not current_loop():
             pool = self.pool()
@@ -285,24 +307,19 @@ class Database:
             request = pool.request(STATEMENT, operation, statement, params, extra)
             pool.reads.submit(request)
         else:
-            if level is not None:
-                self._refuse_waiting_for_itself(level)
             kind = STATEMENT if statement.kind == WRITE else ALONE
             request = pool.request(kind, operation, statement, params, extra)
-            pool.writes.submit(request)
+            self._submit_write(level, pool, request)
         return request
 
-    def _refuse_waiting_for_itself(self, level: Detached) -> None:
-        if not self.engine.single_writer:
-            return
-        outer = level.outer
-        if outer is None or outer.ended or outer.root.readonly or outer.root.lease is None:
-            return
-        if outer.origin.is_of(current_task()):
-            raise TransactionError(
-                "a write outside the transaction could only wait for the transaction, which this very task holds open"
-                f" (begun by {outer.origin()}): there is one writer at a time"
-            )
+    @staticmethod
+    def _submit_write(level: Detached | None, pool: Pool, request: Request) -> None:
+        """Hands over a write outside of any transaction."""
+        if level is not None:
+            refuse_waiting_for_itself(level, pool)
+        if attempts:
+            note(request)
+        pool.writes.submit(request)
 
     async def execute(self, query: Query, params: Parameters = None) -> Result:
         """Executes a statement for what it does.
@@ -434,7 +451,7 @@ class Database:
         readonly: bool = False, options: Options | None = None,
     ) -> Awaitable[Any]:  # fmt: skip
         """Hands several statements over as one; gives what their answer is to be awaited from."""
-        level = self.current.get()
+        level = self.level()
         if isinstance(level, Transaction):
             if level.readonly and kind == MANY:
                 level.refuse_write(cast("Statement", what[0][0] if isinstance(what, list) else what))
@@ -448,13 +465,13 @@ class Database:
         self, level: Transaction | Detached | None, pool: Pool, request: Request, *, readonly: bool
     ) -> Awaitable[Any]:
         if isinstance(level, Transaction):
+            if attempts and not (readonly or level.readonly):
+                note(request, level.root.attempt)
             return level.send(request)
         if readonly:
             pool.reads.submit(request)
         else:
-            if level is not None:
-                self._refuse_waiting_for_itself(level)
-            pool.writes.submit(request)
+            self._submit_write(level, pool, request)
         return request
 
     async def execute_script(self, sql: str | Callable[..., Any]) -> None:
@@ -527,7 +544,7 @@ class Database:
         if self._engine is None:
             self._resolve()
         name = getattr(function, "__qualname__", repr(function))
-        level = self.current.get()
+        level = self.level()
         operation = self._operations.call
         if readonly and isinstance(level, Transaction) and not level.readonly:
             async with self.transaction(readonly=True):
@@ -542,32 +559,35 @@ class Database:
         level = self.current.get()
         return level is not None and level.session is not None
 
-    async def offload(self, job: Any, *, readonly: bool, options: Options | None = None) -> Any:
+    async def offload(
+        self, job: Job, *, readonly: bool, options: Options | None = None, limit: TimeLimit | None = None
+    ) -> Any:
         """Sends a call of a coroutine function to the database's thread; see `database.session.offload`."""
-        level = self.current.get()
-        alone = not isinstance(level, Transaction)
+        level = self.level()
         if isinstance(level, Transaction):
-            pool = level.pool
+            level.check()
+            refuse_writing_in_readonly(level, readonly)
             if options is not None:
                 refuse_isolation(level, options)
+            pool = level.pool
+            job.parent = level
+            callbacks = level.callbacks
         else:
             pool = self.reading_pool(options) if readonly else self.pool()
             if options is not None:
                 job.isolation = options.isolation
+            callbacks = [] if limit is None else limit.callbacks
         request = pool.request(UNIT, job.drive, job, None, None, job)
         try:
-            result, callbacks = await self._send_request(level, pool, request, readonly=readonly)
-        except Exception:
+            callbacks += job.answered(await self._send_request(level, pool, request, readonly=readonly))
+        except BaseException as error:
+            callbacks += job.failed(request, error)
+            if callbacks and limit is None and job.parent is None:
+                await run_behind(self, callbacks, shield=not isinstance(error, Exception))
             raise
-        except BaseException:
-            await job.called_off(request, alone=alone)
-            raise
-        if callbacks:
-            if isinstance(level, Transaction):
-                level.callbacks.extend(callbacks)
-            else:
-                await run_callbacks(callbacks)
-        return result
+        if callbacks and limit is None and job.parent is None:
+            await run_behind(self, callbacks)
+        return job.result
 
     async def call_aiosql(
         self, method: Any, sql: str, params: Any, record_class: Any = None, *, record: bool = False
@@ -576,11 +596,11 @@ class Database:
         statement = self._statements.get(sql) or self._analyse(sql)
         if statement.kind == CONTROL:
             raise self._unfit("this query", statement)
-        arguments = (method, params, (record_class,) if record else None)
+        how = (method, (record_class,) if record else None)
         level = self.current.get()
         if level is not None and level.session is not None:
-            return level.execute_here(self._operations.call_aiosql, statement, arguments, None)
-        return await self._send(level, self._operations.call_aiosql, statement, arguments, None)
+            return level.execute_here(self._operations.call_aiosql, statement, params, how)
+        return await self._send(level, self._operations.call_aiosql, statement, params, how)
 
     # Transactions
 
@@ -613,7 +633,6 @@ class Database:
         warning.
         """
         origin = _origin("db.begin()", 1)
-        origin.set_task()
         entered, _ = await enter(self, origin, readonly=readonly, propagation="nested", manual=True)
         level = cast("Transaction", entered)
         if level.session is None:
@@ -626,7 +645,7 @@ class Database:
         Raises:
             TransactionError: No transaction is open, or it can only be rolled back.
         """
-        level = self._open_level("commit")
+        level = self._open_level()
         if level is None:
             raise TransactionError("commit(): no transaction is open; call begin() first")
         if not level.manual:
@@ -634,16 +653,16 @@ class Database:
             return
         try:
             await level.finish()
-        except BaseException as failure:
+        except BaseException:
             self._step_out(level)
-            await after_all(level, failure)
+            await run_behind(self, level.take_callbacks(), shield=True)
             raise
         self._step_out(level)
-        await level.run_callbacks()
+        await run_behind(self, level.take_callbacks())
 
     async def rollback(self) -> None:
         """Rolls back what `begin()` began; inside a decorated function, what was done so far. Else does nothing."""
-        level = self._open_level("rollback")
+        level = self._open_level()
         if level is None:
             return
         if not level.manual:
@@ -656,7 +675,7 @@ class Database:
 
     async def flush(self) -> None:
         """Returns once everything that was handed over so far has been executed. It does not commit."""
-        level = self._open_level("flush")
+        level = self._open_level()
         if level is not None:
             if level.root.lease is not None or level.session is not None:
                 await level.run(level.pool.request(STATEMENT, _nothing, None, None, None, "flush"), in_turn=False)
@@ -665,21 +684,21 @@ class Database:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether this task is inside an open transaction on this database."""
-        level = self.current.get()
-        return isinstance(level, Transaction) and not level.ended
+        """Whether this task is inside an open transaction on this database, and on its event loop."""
+        level = self.level()
+        return isinstance(level, Transaction) and not level.ended and not level.is_elsewhere
 
-    def _open_level(self, _method: str) -> Transaction | None:
-        level = self.current.get()
+    def _open_level(self) -> Transaction | None:
+        level = self.level()
         if not isinstance(level, Transaction):
             return None
-        if level.ended:
+        if level.ended or level.is_elsewhere:
             raise level.refusal()
         return level
 
     def _step_out(self, level: Transaction) -> None:
         if self.current.get() is level:
-            self.current.set(level.parent or (None if level.outer is None else Detached(level.outer)))
+            self.current.set(level.around)
 
     def on_commit(self, function: Callable[[], Any]) -> None:
         """Runs a function after the outermost commit, never after a rollback; at once where no transaction is open.
@@ -688,10 +707,12 @@ class Database:
             function: An ordinary function, or a coroutine function: awaited behind the commit; in a task of its own
                 where no transaction is open, for this method does not wait.
         """
-        level = self._open_level("on_commit")
+        level = self._open_level()
         if level is not None:
             level.on_commit(function)
             return
+        if attempts:
+            leave_behind()
         result = function()
         if inspect.isawaitable(result):
             self.pool().waker.spawn(partial(self._await_callback, result))
@@ -732,7 +753,7 @@ class Database:
                     sql=statement.sql,
                 )
             )
-        level = self.current.get()
+        level = self.level()
         if isinstance(level, Transaction) and level.readonly:
             level.refuse_write(statement)
         return statement
@@ -758,7 +779,7 @@ class Database:
             lease.submit(request)
             await request
         finally:
-            await self.give_back(lease)
+            await give_back(lease, "the end of a backup")
 
     async def migrate(
         self,
@@ -830,15 +851,6 @@ class Database:
             )
         return str(chosen)
 
-    async def give_back(self, lease: Lease) -> None:
-        """Ends a lease without a transaction, and waits until its connection is free."""
-        if lease.over():
-            return
-        request = lease.pool.request(ROLLBACK, None, label="the end of a stream")
-        lease.submit(request)
-        if lease.pool.waker.is_current():  # else a coroutine is thrown away, and cannot wait for anything
-            await request
-
     def prepare_stream(self, query: Query) -> tuple[Statement, Callable[..., Any] | None, Any]:
         """What a stream needs: the statement, the query's record class, the engine's operations."""
         statement = self._rows_from("stream", query)
@@ -855,7 +867,10 @@ class Database:
 
     async def open(self) -> None:
         """Opens the pool now instead of at its first use: an application that cannot reach its data need not start."""
+        level = self.level()
         pool = self.pool()
+        if level is not None and type(level) is Detached:
+            refuse_waiting_for_itself(level, pool)
         request = pool.request(SCRIPT, _nothing, None, None, None, "open")
         pool.writes.submit(request)
         await request
@@ -871,7 +886,7 @@ class Database:
         Raises:
             TransactionError: Called inside a transaction on this database.
         """
-        level = self.current.get()
+        level = self.level()
         if isinstance(level, Transaction) and not level.ended and level.pool is self._pools.get(id(current_loop())):
             raise TransactionError(f"close() was called inside a transaction, begun by {level.origin()}; end it first")
         loop = current_loop()

@@ -9,11 +9,22 @@ from typing import Any, Protocol, TypeVar, overload
 
 import anyio
 
-from database.errors import DatabaseBusyError, TransactionError
+from database.errors import DatabaseError, TransactionError
 from database.session.database import Database
 from database.session.offload import Job, Offloaded
 from database.session.origin import Origin
-from database.session.propagation import PROPAGATIONS, Isolation, Options, Propagation, enter, leave, options_of
+from database.session.propagation import (
+    PROPAGATIONS,
+    Isolation,
+    Options,
+    Propagation,
+    enter,
+    leave,
+    options_of,
+    run_behind,
+    stop,
+)
+from database.session.retry import Attempt, is_busy
 from database.session.timelimit import TimeLimit
 from database.session.transaction import Transaction
 
@@ -70,9 +81,10 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
         Args:
             function: The coroutine function, where the decorator is used without arguments.
             db: The database's name; or several, committed in the order named.
-            timeout: Seconds for all of it, waiting included; then `TransactionTimeoutError`.
+            timeout: Seconds for all of it, waiting and `retries` included; then `TransactionTimeoutError`. What is handed to
+                `on_commit` runs outside of it.
             retries: How often to run it again after `DatabaseBusyError` (somebody's lock, a deadlock, a serialization
-                failure), as long as nothing of it is committed.
+                failure), as long as it has certainly left nothing behind, on this database or another.
             propagation: What to do when a transaction is open already; see `db.transaction()`.
             offload: Runs the whole function on the database's own thread: one hop however many statements. It may await
                 nothing but this database's calls.
@@ -97,8 +109,8 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
                 )
             databases = [get_db(each) for each in names]
             origin = _make_origin(name, function)
-            run = _make_runner(databases, function, origin, timeout, propagation, offload, readonly, options)
-            return _wrap(function, run, retries)
+            run = _make_runner(databases, function, origin, propagation, offload, readonly, options)
+            return _wrap(databases[0], function, run, origin, timeout, retries)
 
         return decorate if function is None else decorate(function)
 
@@ -137,11 +149,10 @@ def _describe(function: Any) -> str:
     return f"a {type(function).__name__}"
 
 
-Levels = list[Transaction | Job] | None
-"""Where a run notes what it has begun, if somebody wants to know whether it may be run again."""
-
-Runner = Callable[[tuple[Any, ...], dict[str, Any], Levels, TimeLimit | None], Coroutine[Any, Any, Any]]
-"""Runs the function in whatever way was asked for, and wherever it is called."""
+Runner = Callable[[tuple[Any, ...], dict[str, Any], Attempt | None, TimeLimit | None], Coroutine[Any, Any, Any]]
+"""Runs the function in whatever way was asked for, and wherever it is called. An attempt wants to know what was begun,
+a time limit what it bounds.
+"""
 
 
 def _make_origin(name: str, function: Any) -> Callable[[], Origin]:
@@ -150,36 +161,57 @@ def _make_origin(name: str, function: Any) -> Callable[[], Origin]:
     return functools.partial(Origin, what, code, 0 if code is None else code.co_firstlineno)
 
 
-def _wrap(function: Any, run: Runner, retries: int) -> Any:
-    if retries == 0:
+def _wrap(
+    database: Database, function: Any, run: Runner, origin: Callable[[], Origin], timeout: float | None, retries: int
+) -> Any:
+    if timeout is None and retries == 0:
 
         @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             return await run(args, kwargs, None, None)
 
+    elif timeout is None:
+
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await _run_again(run, retries, args, kwargs, None)
+
     else:
 
         @functools.wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for left in range(retries, -1, -1):
-                levels: list[Transaction | Job] = []
-                try:
-                    return await run(args, kwargs, levels, None)
-                except DatabaseBusyError:
-                    # Within an outer transaction only the whole of that could be run again.
-                    again = all(level.parent is None and not level.committed for level in levels)
-                    if not left or not again:
-                        raise
-            raise AssertionError
+            limit = TimeLimit(timeout, origin())
+            limit.start()
+            try:
+                if retries:
+                    result = await _run_again(run, retries, args, kwargs, limit)
+                else:
+                    result = await run(args, kwargs, None, limit)
+            except BaseException as error:
+                if not await stop(database, limit, error):
+                    raise
+                return limit.result
+            await stop(database, limit, None)
+            return result
 
     return wrapper
+
+
+async def _run_again(run: Runner, retries: int, args: Any, kwargs: Any, limit: TimeLimit | None) -> Any:
+    for left in range(retries, -1, -1):
+        with Attempt() as attempt:
+            try:
+                return await run(args, kwargs, attempt, limit)
+            except DatabaseError as error:
+                if not left or not is_busy(error) or not attempt.may_be_repeated():
+                    raise
+    raise AssertionError
 
 
 def _make_runner(
     databases: list[Database],
     function: Any,
     origin: Callable[[], Origin],
-    timeout: float | None,
     propagation: str,
     offload: bool,
     readonly: bool,
@@ -187,54 +219,43 @@ def _make_runner(
 ) -> Runner:
     if len(databases) > 1:
 
-        async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
+        async def run_on_several(args: Any, kwargs: Any, attempt: Attempt | None, limit: TimeLimit | None) -> Any:
             return await _run_on_several(
-                databases, function, args, kwargs, origin, readonly, propagation, levels, limit, options
+                databases, function, args, kwargs, origin, readonly, propagation, attempt, limit, options
             )
 
-    else:
-        database = databases[0]
-        offloaded = Offloaded(database, function, origin(), readonly=readonly)
+        return run_on_several
 
-        async def run(args: Any, kwargs: Any, levels: Levels, limit: TimeLimit | None) -> Any:
-            if offload and not database.is_here():
-                job = Job(offloaded, args, kwargs)
-                if levels is not None:
-                    levels.append(job)
-                if limit is not None:
-                    limit.offloading(job)
-                return await database.offload(job, readonly=readonly, options=options)
-            entered, token = await enter(
-                database, origin(), readonly=readonly, propagation=propagation, options=options
-            )
-            if levels is not None and isinstance(entered, Transaction):
-                levels.append(entered)
-            try:
-                result = await function(*args, **kwargs)
-            except BaseException as error:
-                await leave(entered, token, error)
-                raise
+    database = databases[0]
+    offloaded = Offloaded(database, function, origin(), readonly=readonly)
+    dooms = propagation == "required"
+
+    async def run(args: Any, kwargs: Any, attempt: Attempt | None, limit: TimeLimit | None) -> Any:
+        if offload and not database.is_here():
+            job = Job(offloaded, args, kwargs, dooms=dooms)
+            if attempt is not None:
+                attempt.begun(job)
             if limit is not None:
-                limit.finishing([entered], result)
-            await leave(entered, token, None)
-            return result
-
-    if timeout is None:
-        return run
-
-    async def run_in_time(args: Any, kwargs: Any, levels: Levels, _: TimeLimit | None) -> Any:
-        limit = TimeLimit(timeout, origin())
-        limit.start()
+                limit.bound(job)
+            return await database.offload(job, readonly=readonly, options=options, limit=limit)
+        entered, token = await enter(database, origin(), readonly=readonly, propagation=propagation, options=options)
+        if attempt is not None:
+            attempt.begun(entered)
+        if limit is not None:
+            limit.bound(entered)
+            if isinstance(entered, Transaction):
+                entered.limit = limit
         try:
-            result = await run(args, kwargs, levels, limit)
+            result = await function(*args, **kwargs)
+            if limit is not None:
+                limit.finishing(result)
         except BaseException as error:
-            if limit.stop(error):
-                return limit.result
+            await leave(entered, token, error, limit)
             raise
-        limit.stop(None)
+        await leave(entered, token, None, limit)
         return result
 
-    return run_in_time
+    return run
 
 
 async def _run_on_several(
@@ -245,23 +266,44 @@ async def _run_on_several(
     origin: Callable[[], Origin],
     readonly: bool,
     propagation: str,
-    levels: Levels,
+    attempt: Attempt | None,
     limit: TimeLimit | None,
     options: Options | None,
 ) -> Any:
     entered: list[tuple[Database, Any, Any]] = []
+    behind = limit or TimeLimit(0, origin())  # which collects what is to run behind all of the commits
     try:
         for database in databases:
             level, token = await enter(database, origin(), readonly=readonly, propagation=propagation, options=options)
             entered.append((database, level, token))
-            if levels is not None and isinstance(level, Transaction):
-                levels.append(level)
+            if attempt is not None:
+                attempt.begun(level)
+            if limit is not None and isinstance(level, Transaction):
+                level.limit = limit
+        if limit is not None:
+            limit.bound(*(level for _, level, _ in entered))
         result = await function(*args, **kwargs)
+        if limit is not None:
+            limit.finishing(result)
     except BaseException as error:
         await _leave_all(entered, error)
         raise
-    if limit is not None:
-        limit.finishing([level for _, level, _ in entered], result)
+    cancelled = True
+    try:
+        await _commit_all(entered, behind)
+        cancelled = False
+    finally:
+        if limit is None:
+            await run_behind(databases[0], behind.callbacks, shield=cancelled)
+    return result
+
+
+async def _commit_all(entered: list[tuple[Database, Any, Any]], behind: TimeLimit) -> None:
+    """Commits in the order named.
+
+    Raises:
+        TransactionError: One failed after another had succeeded; it says which.
+    """
     committed: list[str] = []
     late: BaseException | None = None
     for position, (database, level, token) in enumerate(entered):
@@ -270,10 +312,10 @@ async def _run_on_several(
             if committed and isinstance(level, Transaction):
                 level.firm = True
             with anyio.CancelScope(shield=bool(committed)):
-                await leave(level, token, None)
+                await leave(level, token, None, behind)
         except BaseException as error:
             if isinstance(level, Transaction) and level.whole:
-                late = late or error  # a cancellation during the commit, or a failing on_commit() function behind it
+                late = late or error  # a cancellation during the commit
                 committed.append(database.name)
                 continue
             rest = entered[position + 1 :]
@@ -292,7 +334,6 @@ async def _run_on_several(
         committed.append(database.name)
     if late is not None:
         raise late
-    return result
 
 
 async def _leave_all(entered: list[tuple[Database, Any, Any]], error: BaseException) -> None:

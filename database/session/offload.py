@@ -12,12 +12,10 @@ from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
 from database.driver.worker import here
 from database.errors import TransactionError
 from database.session.origin import Origin
-from database.session.transaction import Transaction, run_callbacks
+from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
     from database.driver.request import Request
@@ -51,45 +49,61 @@ class Job:
     What is seldom set has its value in the class: one of these is made for every call.
     """
 
-    parent = None
+    parent: Transaction | None = None
+    """The level of its caller's transaction that it is part of, if one is open."""
     committed = False
-    """Whether it has committed a part of its work by itself, so that it may not be run again."""
+    """Whether anything of it has been committed: all, or a part by itself; so that it may not be run again."""
     whole = False
-    """Whether it has been committed although its caller was cancelled; then `result` is what it returned."""
+    """Whether all of it has been, although its caller was cancelled; then `result` is what it returned."""
     result: Any = None
+    kept: list[Callable[[], Any]] | None = None
+    """Handed to `on_commit` in parts that it has committed by itself."""
     running = False
     """Whether it was still running when its cancelled caller went on."""
     isolation: str | None = None
     """Of the transaction that is begun for it, if one is."""
+    outside = False
+    """See `TimeLimit`."""
 
-    def __init__(self, offloaded: Offloaded, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, offloaded: Offloaded, args: tuple[Any, ...], kwargs: dict[str, Any], *, dooms: bool = False
+    ) -> None:
         self.offloaded = offloaded
         self.args = args
         self.kwargs = kwargs
+        self.dooms = dooms
+        """Whether its failure is one of its caller's transaction (`required`)."""
         self.context = copy_context()
 
     def __str__(self) -> str:
         return f"offloaded {self.offloaded.origin()}"
 
     @property
+    def joins(self) -> bool:
+        """See `TimeLimit`."""
+        return self.dooms and self.parent is not None
+
+    @property
     def function(self) -> Callable[..., Coroutine[Any, Any, Any]]:
         """What is called."""
         return self.offloaded.function
 
-    async def called_off(self, request: Request, *, alone: bool) -> None:
-        """Its caller has been cancelled.
+    def answered(self, answer: tuple[Any, list[Callable[[], Any]]]) -> list[Callable[[], Any]]:
+        """It has succeeded; gives what is to run behind its commit. Loop thread."""
+        self.result, callbacks = answer
+        if self.parent is None:
+            self.committed = True
+        return callbacks
 
-        Args:
-            request: What it travelled in.
-            alone: Whether it was a transaction of its own, not a part of its caller's.
-        """
+    def failed(self, request: Request, error: BaseException) -> list[Callable[[], Any]]:
+        """It has failed, or its caller has been cancelled; gives what is to run all the same. Loop thread."""
         self.running = request.cancelled and not request.answered
-        if alone and request.answered and request.error is None:
-            # Committed already: those who wait for the commit are told.
-            self.whole = True
-            self.result, callbacks = request.result
-            with anyio.CancelScope(shield=True):
-                await run_callbacks(callbacks)
+        if self.parent is None and request.answered and request.error is None:
+            self.whole = True  # committed already when its caller was cancelled
+            return self.answered(request.result)
+        if self.parent is not None and self.dooms and not self.parent.ended:
+            self.parent.dooms_the_whole(error)
+        return self.kept or []
 
     @staticmethod
     def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
@@ -102,18 +116,28 @@ class Job:
         assert worker is not None
         offloaded = job.offloaded
         database = offloaded.database
+        parent = job.parent
         root = Transaction(database, worker.pool, offloaded.origin, readonly=offloaded.readonly)
-        root.session, root.worker = session, worker
+        root.session, root.worker, root.job = session, worker, job
+        job.kept = None
         if job.isolation is not None:
             root.isolation = job.isolation
             worker.step(session, "isolation", job.isolation)
+        restricted = False
+        if parent is not None:
+            root.joined = True
+            restricted = offloaded.readonly and not parent.readonly
+            if restricted:
+                worker.step(session, "restrict", True)
         context = job.context.copy()
         context.run(database.current.set, root)
         coroutine = offloaded.function(*job.args, **job.kwargs)
+        returned = False
         try:
             context.run(coroutine.send, None)
         except StopIteration as stop:
             result = stop.value
+            returned = True
         except Exception as error:
             if _wants_a_loop(error):
                 raise _foreign(job) from error
@@ -127,15 +151,18 @@ class Job:
             raise foreign
         finally:
             root.ended = True
-            if root.committed:
-                job.committed = True
+            if restricted and not returned and worker.session is session:
+                worker.step(session, "restrict", False)
+        if restricted and worker.session is session:
+            if root.doom is None and root.top is root:
+                root.settle_inline()
+            worker.step(session, "restrict", False)
         if root.doom is not None:
-            raise TransactionError(root.doom)
+            raise root.refusal()
         if root.top is not root:
             raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
-        for method, argument in root.controls:
-            worker.step(session, method, argument)
-        return result, root.callbacks
+        root.settle_inline()
+        return result, root.callbacks if job.kept is None else [*job.kept, *root.callbacks]
 
 
 def _foreign(job: Job) -> TransactionError:
@@ -149,16 +176,31 @@ def _foreign(job: Job) -> TransactionError:
 
 _LOOPS = frozenset({"anyio", "asyncio", "sniffio", "trio", "uvloop"})
 
+_COMPLAINTS = (
+    "running event loop",
+    "asynchronous event loop",
+    "async context",
+    "async library",
+    "inside a task",
+    "parent task",
+)
+"""What asyncio, trio, AnyIO and sniffio say where there is no event loop."""
+
 
 def _wants_a_loop(error: Exception) -> bool:
     """Whether asyncio, trio or AnyIO complains that there is no event loop here.
 
-    They do so in many ways, by no means all of them meant as a message; but the error is always raised in their code.
+    They do so in several ways, not all of them meant as a message: by a RuntimeError that says so, or by stumbling over
+    the loop that is None. Everything else that comes out of their code (a full queue, say) is the function's own business.
     """
-    if isinstance(error, RuntimeError) and "event loop" in str(error):
+    if isinstance(error, RuntimeError) and str(error) == "no running event loop":
         return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
-    return module.partition(".")[0] in _LOOPS
+    if module.partition(".")[0] not in _LOOPS:
+        return False
+    if isinstance(error, RuntimeError):
+        return any(complaint in str(error) for complaint in _COMPLAINTS)
+    return isinstance(error, AttributeError) and error.obj is None

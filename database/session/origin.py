@@ -23,13 +23,13 @@ class Origin:
         self._task: Callable[[], object | None] | None = None
 
     def set_task(self) -> None:
-        """Remembers the running task, once; called when the transaction first asks for a connection."""
+        """Remembers the running task, once; called when the transaction or the stream begins."""
         if self._task is None:
             task = current_task()
             self._task = _no_task if task is None else weakref.ref(task)
 
     def is_of(self, task: object | None) -> bool:
-        """Whether that task asked for the connection."""
+        """Whether it was begun by that task."""
         return self._task is not None and task is not None and self._task() is task
 
     def __call__(self) -> str:

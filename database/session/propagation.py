@@ -8,20 +8,24 @@ Loop thread, but inside an `offload=True` function, which enters and leaves on t
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 import anyio
 
-from database.errors import ReadOnlyTransactionError, TransactionError
+from database.driver.wakeup import current_task
+from database.errors import ReadOnlyTransactionError, TransactionError, TransactionTimeoutError
+from database.session import retry
 from database.session.origin import Origin
 from database.session.timelimit import TimeLimit
-from database.session.transaction import Transaction
+from database.session.transaction import Detached, Transaction, run_callbacks, step_back
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from database.driver.pool import Pool
     from database.session.database import Database
 
 __all__ = [
@@ -33,13 +37,18 @@ __all__ = [
     "Options",
     "Propagation",
     "TransactionContext",
-    "after_all",
     "detached",
     "enter",
     "leave",
     "options_of",
     "refuse_isolation",
+    "refuse_waiting_for_itself",
+    "refuse_writing_in_readonly",
+    "run_behind",
+    "stop",
 ]
+
+Callback = Callable[[], Any]
 
 PROPAGATIONS: Final = frozenset(
     {"nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"}
@@ -72,24 +81,34 @@ def options_of(isolation: str | None, replica: bool) -> Options | None:
     return Options(None if isolation is None else isolation.upper(), replica)
 
 
-class Detached:
-    """Stands in the context variable for "no transaction", and remembers the one that was stepped out of."""
-
-    __slots__ = ("outer",)
-
-    session: None = None
-
-    def __init__(self, outer: Transaction | None) -> None:
-        self.outer = outer
-
-
 class _Joined:
-    """What `enter` gives where nothing new was opened: the level that counts, and whether a failure dooms it."""
+    """What `enter` gives where nothing new was opened: the level that counts, and whether a failure dooms it.
 
-    __slots__ = ("level",)
+    Without a level: there is no transaction, or the task has stepped out of one.
+    """
 
-    def __init__(self, level: Transaction | None) -> None:
+    __slots__ = ("level", "stepped_out")
+
+    whole = committed = False
+
+    def __init__(self, level: Transaction | None, stepped_out: Detached | None = None) -> None:
         self.level = level
+        self.stepped_out = stepped_out
+
+    @property
+    def parent(self) -> Transaction | None:
+        """What it takes part in."""
+        return self.level
+
+    @property
+    def outside(self) -> bool:
+        """Whether there is no transaction."""
+        return self.level is None
+
+    @property
+    def joins(self) -> bool:
+        """Whether there is one, of the caller's."""
+        return self.level is not None
 
 
 Entered: TypeAlias = Transaction | _Joined
@@ -111,27 +130,25 @@ async def enter(
     """
     variable = database.current
     found = variable.get()
-    level: Transaction | None = None
-    if found is not None:
-        if isinstance(found, Detached):
-            level = None
-        elif found.ended and propagation not in ("not_supported", "requires_new"):
-            raise found.refusal()
-        else:
-            level = None if found.ended else found
+    if found is not None and found.ended:
+        found = step_back(variable, found)
+    level = None if found is None or type(found) is Detached else cast("Transaction", found)
+    if level is not None and propagation not in ("not_supported", "requires_new"):
+        level.check()
     if propagation == "nested" or propagation == "required":
         if level is None:
-            outer = found.outer if isinstance(found, Detached) else None
-            return _open(database, origin, variable, readonly=readonly, outer=outer, manual=manual, options=options)
+            return _open(database, origin, variable, found, readonly=readonly, manual=manual, options=options)
         if options is not None:
             refuse_isolation(level, options)
-        _refuse_writing_in_readonly(level, readonly)
+        refuse_writing_in_readonly(level, readonly)
         if propagation == "required" and readonly == level.readonly:
             return _Joined(level), None
         if level.root.top is not level:
             await level.take_turn()
         if level.ended or level.root.doom is not None:
             raise level.refusal()
+        if level.session is None:
+            origin.set_task()
         nested = Transaction(database, level.pool, origin, readonly=readonly, parent=level, manual=manual)
         nested.dooms = propagation == "required"
         return nested, variable.set(nested)
@@ -162,12 +179,14 @@ async def _enter_rarely(
     if propagation == "requires_new":
         if level is not None and level.session is not None:
             raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
-        _refuse_write_within_write(database, level, found, readonly)
-        return _open(database, origin, variable, readonly=readonly, outer=level, manual=False, options=options)
+        if not readonly:
+            _refuse_write_within_write(database, found)
+        return _open(database, origin, variable, found, readonly=readonly, manual=False, options=options)
     if propagation == "not_supported":
         if level is not None and level.session is not None:
             raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
-        return _Joined(None), variable.set(Detached(level))
+        stepped_out = Detached(found)
+        return _Joined(None, stepped_out), variable.set(stepped_out)
     return _Joined(None), None  # supports or never, with no transaction open
 
 
@@ -175,57 +194,101 @@ def _open(
     database: Database,
     origin: Origin,
     variable: Any,
+    found: Transaction | Detached | None,
     *,
     readonly: bool,
-    outer: Transaction | None,
     manual: bool,
     options: Options | None,
 ) -> tuple[Transaction, Any]:
     pool = database.reading_pool(options) if readonly else database.pool()
-    root = Transaction(database, pool, origin, readonly=readonly, outer=outer, manual=manual)
+    if not readonly and found is not None:
+        refuse_waiting_for_itself(found, pool)
+    origin.set_task()
+    root = Transaction(database, pool, origin, readonly=readonly, around=found, manual=manual)
     if options is not None:
         root.isolation = options.isolation
+    if retry.attempts:
+        root.attempt = retry.current()
     return root, variable.set(root)
 
 
 def refuse_isolation(level: Transaction, options: Options) -> None:
     """A transaction has one isolation, from its beginning. Where there is but one anyway, all are content."""
     wanted, root = options.isolation, level.root
-    if wanted is not None and wanted != root.isolation and not level.database.engine.single_writer:
+    if wanted is not None and wanted != root.isolation and not level.pool.single_writer:
         raise TransactionError(
             f"isolation {wanted.lower()!r} can only be chosen where the transaction begins; this one was begun by"
             f" {root.origin()} with {'the configured isolation' if root.isolation is None else root.isolation.lower()}"
         )
 
 
-def _refuse_writing_in_readonly(level: Transaction, readonly: bool) -> None:
+def refuse_writing_in_readonly(level: Transaction, readonly: bool) -> None:
+    """A transaction that may write cannot be part of one that may not.
+
+    Raises:
+        ReadOnlyTransactionError: It is asked for all the same.
+    """
     if level.readonly and not readonly:
         raise ReadOnlyTransactionError(
             f"a read-write transaction cannot be opened within a read-only one (begun by {level.origin()})"
         )
 
 
-def _refuse_write_within_write(database: Database, level: Transaction | None, found: Any, readonly: bool) -> None:
-    if readonly or not database.engine.single_writer:
-        return
-    outer = found.outer if isinstance(found, Detached) else level
-    while outer is not None:
-        if not outer.ended and not outer.root.readonly:
+def _around(found: Transaction | Detached | None) -> Iterator[Transaction]:
+    """The open levels that may write, from the innermost outwards, also those that were stepped out of."""
+    while found is not None:
+        if type(found) is not Detached and not found.ended:
+            level = cast("Transaction", found)
+            if not level.root.readonly:
+                yield level
+        found = found.around
+
+
+def _refuse_write_within_write(database: Database, found: Transaction | Detached | None) -> None:
+    for outer in _around(found):
+        if outer.pool.single_writer:
             raise TransactionError(
                 "propagation 'requires_new': a write transaction within a write transaction on the same database could"
                 f" only wait for itself, for there is one writer at a time; the outer one was begun by {outer.origin()}"
             )
-        outer = outer.root.outer
 
 
-async def leave(entered: Entered, token: Any, error: BaseException | None) -> None:
-    """Ends what `enter` has begun: kept if there was no error."""
+def refuse_waiting_for_itself(found: Transaction | Detached, pool: Pool) -> None:
+    """A write that does not belong to the transaction which this task holds open could only wait for that.
+
+    Raises:
+        TransactionError: So it is.
+    """
+    if not pool.single_writer:
+        return
+    task = None
+    for level in _around(found):
+        lease = level.root.lease
+        if lease is not None and not lease.ended:
+            task = task or current_task()
+            if level.origin.is_of(task):
+                raise TransactionError(
+                    "a write outside the transaction could only wait for the transaction, which this very task holds open"
+                    f" (begun by {level.origin()}): there is one writer at a time"
+                )
+
+
+async def leave(entered: Entered, token: Any, error: BaseException | None, limit: TimeLimit | None = None) -> None:
+    """Ends what `enter` has begun: kept if there was no error.
+
+    What was handed to `on_commit` runs behind it. Where there is a time limit, it is handed on to that, for it is to be
+    run when the clock has been stopped.
+    """
     if isinstance(entered, _Joined):
         if token is not None:
-            _reset(token)
+            assert entered.stepped_out is not None
+            entered.stepped_out.ended = True
+            _step_out(entered.stepped_out, token)
         if error is not None and entered.level is not None:
             entered.level.dooms_the_whole(error)
         return
+    if error is None and entered.is_elsewhere:
+        raise entered.refusal()
     try:
         if error is None:
             await entered.finish()
@@ -233,45 +296,64 @@ async def leave(entered: Entered, token: Any, error: BaseException | None) -> No
             await entered.abandon()
             if entered.dooms:
                 entered.dooms_the_whole(error)
-    except BaseException as failure:
-        _reset(token)
-        await after_all(entered, failure)
+    except BaseException:
+        _step_out(entered, token)
+        if entered.callbacks:  # the commit went through, and then a cancellation struck
+            callbacks = entered.take_callbacks()
+            if limit is not None:
+                limit.callbacks += callbacks
+            else:
+                await run_behind(entered.database, callbacks, shield=True)
         raise
-    _reset(token)
+    _step_out(entered, token)
     if error is None and entered.callbacks:
-        await entered.run_callbacks()
+        callbacks = entered.take_callbacks()
+        if limit is not None:
+            limit.callbacks += callbacks
+        else:
+            await run_behind(entered.database, callbacks)
 
 
-async def after_all(level: Transaction, failure: BaseException) -> None:
-    """A cancellation struck while the commit was under way, but it went through: those who wait for it are told."""
-    if level.callbacks and level.committed and not isinstance(failure, Exception):
-        with anyio.CancelScope(shield=True):
-            await level.run_callbacks()
+async def run_behind(database: Database, callbacks: list[Callback], *, shield: bool = False) -> None:
+    """Runs what was handed to `on_commit`, outside of any transaction on its database."""
+    if not callbacks:
+        return
+    with anyio.CancelScope(shield=shield):
+        if database.in_transaction:  # the one that was suspended (`requires_new`)
+            with detached(database.current):
+                await run_callbacks(callbacks)
+        else:
+            await run_callbacks(callbacks)
 
 
-def _reset(token: Any) -> None:
-    try:
-        token.var.reset(token)
-    except ValueError:  # ended in another context than it was begun in (a fixture, a generator): nothing to restore
-        pass
+def _step_out(level: Transaction | Detached, token: Any) -> None:
+    """Puts the task back to where it was, unless it is somewhere else by now: `step_back` sees to the rest."""
+    if token.var.get() is level:
+        try:
+            token.var.reset(token)
+        except ValueError:  # ended in another context than it was begun in (a fixture, a generator)
+            pass
 
 
 @contextmanager
-def detached(variable: Any) -> Generator[None, None, None]:
+def detached(variable: ContextVar[Any]) -> Generator[None, None, None]:
     """Steps outside the current transaction."""
     found = variable.get()
-    outer = found if isinstance(found, Transaction) and not found.ended else None
-    token = variable.set(Detached(outer))
+    if found is not None and found.ended:
+        found = step_back(variable, found)
+    outside = Detached(found)
+    token = variable.set(outside)
     try:
         yield
     finally:
-        _reset(token)
+        outside.ended = True
+        _step_out(outside, token)
 
 
 class TransactionContext:
     """What `db.transaction()` gives: `async with` it. A class, for it costs a fifth of `@asynccontextmanager`."""
 
-    __slots__ = ("_arguments", "_database", "_entered", "_scope", "_timeout", "_token")
+    __slots__ = ("_arguments", "_database", "_entered", "_limit", "_timeout", "_token")
 
     def __init__(
         self,
@@ -285,24 +367,28 @@ class TransactionContext:
         self._database = database
         self._arguments = (origin, readonly, propagation, options)
         self._timeout = timeout
-        self._scope: TimeLimit | None = None
+        self._limit: TimeLimit | None = None
         self._entered: Entered | None = None
         self._token: Any = None
 
     async def __aenter__(self) -> Transaction:
         origin, readonly, propagation, options = self._arguments
+        limit: TimeLimit | None = None
         if self._timeout is not None:
-            self._scope = TimeLimit(self._timeout, origin)
-            self._scope.start()
+            limit = self._limit = TimeLimit(self._timeout, origin)
+            limit.start()
         try:
             self._entered, self._token = await enter(
                 self._database, origin, readonly=readonly, propagation=propagation, options=options
             )
         except BaseException as error:
-            if self._scope is not None:
-                self._scope.stop(error)
+            if limit is not None:
+                limit.stop(error)
             raise
+        if limit is not None:
+            limit.bound(self._entered)
         if isinstance(self._entered, Transaction):
+            self._entered.limit = limit
             return self._entered
         return cast("Transaction", self._entered.level)  # None where the propagation means "no transaction"
 
@@ -310,17 +396,50 @@ class TransactionContext:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         assert self._entered is not None
-        scope = self._scope
-        if scope is not None and error is None:
-            scope.finishing([self._entered])
-        try:
-            await leave(self._entered, self._token, error)
-        except BaseException as failure:
-            if failure.__context__ is None and failure is not error:
-                failure.__context__ = error  # a cancelled rollback knows nothing of what was cancelled first
-            if scope is None or not scope.stop(failure):
+        limit = self._limit
+        if limit is None:
+            try:
+                await leave(self._entered, self._token, error)
+            except BaseException as failure:
+                _add_context(failure, error)
                 raise
             return False
-        if scope is not None:
-            scope.stop(error)
+        late: BaseException | None = None
+        try:
+            if error is None:
+                try:
+                    limit.finishing()
+                except TransactionTimeoutError as exceeded:
+                    late = exceeded
+            await leave(self._entered, self._token, error or late, limit)
+        except BaseException as failure:
+            _add_context(failure, error)
+            if not await stop(self._database, limit, failure):
+                raise
+            return False
+        await stop(self._database, limit, error)
+        if late is not None:
+            raise late
         return False
+
+
+def _add_context(failure: BaseException, error: BaseException | None) -> None:
+    """A cancelled rollback knows nothing of what was cancelled first."""
+    if failure.__context__ is None and failure is not error:
+        failure.__context__ = error
+
+
+async def stop(database: Database, limit: TimeLimit, error: BaseException | None) -> bool:
+    """Stops the clock, then runs what is to run behind the commit.
+
+    Returns:
+        Whether the error was only that time ran out during the commit, and that went through.
+    """
+    cancelled = error is not None
+    try:
+        settled = limit.stop(error)
+        cancelled = cancelled and not settled
+        return settled
+    finally:
+        if limit.callbacks:
+            await run_behind(database, limit.callbacks, shield=cancelled)

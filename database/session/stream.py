@@ -11,10 +11,12 @@ from database.driver.lease import Lease
 from database.driver.observer import aside
 from database.driver.pool import Pool
 from database.driver.request import STATEMENT, Request
+from database.driver.wakeup import current_loop
 from database.engine.statement import READ, WRITE, Statement
 from database.errors import PoolClosedError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
 from database.session.origin import Origin
-from database.session.transaction import Transaction
+from database.session.statements import still
+from database.session.transaction import Transaction, give_back
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,6 +41,7 @@ class Stream(Generic[T]):
         "_chunk_size",
         "_database",
         "_done",
+        "_failure",
         "_generator",
         "_key",
         "_lease",
@@ -68,7 +71,7 @@ class Stream(Generic[T]):
     ) -> None:
         self._database = database
         self._query = query
-        self._params = params
+        self._params = still(params)
         self._chunk_size = chunk_size
         self._record_class = record_class
         self._origin = origin
@@ -81,6 +84,7 @@ class Stream(Generic[T]):
         self._rows: Any = iter(())
         self._generator: Any = None
         self._done = False
+        self._failure: BaseException | None = None
         self._state = "new"
 
     async def __aenter__(self) -> Stream[T]:
@@ -90,7 +94,7 @@ class Stream(Generic[T]):
         database = self._database
         statement, record_class, self._operations = database.prepare_stream(self._query)
         self._record_class = self._record_class or record_class
-        level = database.current.get()
+        level = database.level()
         if isinstance(level, Transaction):
             if level.readonly and statement.kind == WRITE and not level.ended:
                 raise ReadOnlyTransactionError(f"a read-only transaction refuses this {statement.verb}")
@@ -134,6 +138,7 @@ class Stream(Generic[T]):
     async def _send(self, request: Request) -> Any:
         lease = self._lease
         assert lease is not None
+        self._check()
         if lease.doom is not None:
             raise lease.refusal()
         lease.submit(request)
@@ -161,31 +166,54 @@ class Stream(Generic[T]):
             await self._fetch()
 
     async def _fetch(self) -> None:
-        """Makes the next chunk current and, outside a transaction, asks for the one behind it."""
+        """Makes the next chunk current and, outside a transaction, asks for the one behind it.
+
+        A chunk that failed, or whose reading was called off, is gone: the cursor has moved on, nobody knows how far. Then
+        the stream is over. One that was answered in the moment of a cancellation is kept for whoever goes on.
+        """
         if self._state != "open":
             raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
-        if self._level is not None:
-            size = self._grow()
-            request = self._request(size)
-            rows = await self._level.run(request, in_turn=False)
-        else:
-            if self._pending is None:
-                self._ask()
-            request, size = cast("tuple[Request, int]", self._pending)
-            if not request.answered:
-                try:
-                    await request
-                finally:
-                    self._pending = None
-            self._pending = None
-            if request.error is not None:
-                raise request.error
-            rows = request.result
-            if len(rows) == size:
-                self._ask()
+        if self._failure is not None:
+            error = TransactionError(
+                f"the stream cannot go on: rows were lost when its reading ended with {type(self._failure).__name__}."
+                " Open another one"
+            )
+            error.__cause__ = self._failure
+            raise error
+        self._check()
+        if self._pending is None:
+            self._ask()
+        request, size = cast("tuple[Request, int]", self._pending)
+        try:
+            rows = await self._answer(request)
+        except BaseException as error:
+            if not request.answered or request.error is not None:
+                self._failure = error
+                self._pending = None
+            raise
+        self._pending = None
         if len(rows) < size:
             self._done = True
+        elif self._level is None:
+            self._ask()
         self._rows = iter(rows)
+
+    async def _answer(self, request: Request) -> Any:
+        if request.answered:  # while the last chunk was consumed, or just when the one who waited was cancelled
+            if request.error is not None:
+                raise request.error
+            return request.result
+        if self._level is not None:
+            return await self._level.run(request, in_turn=False)
+        return await request
+
+    def _check(self) -> None:
+        """Makes sure that the stream is read on its own event loop; within a transaction that sees to it."""
+        pool = self._pool
+        if pool is not None and pool.loop() is not current_loop():
+            raise TransactionError(
+                f"the stream begun by {self._origin()} belongs to another event loop and can be read there alone"
+            )
 
     def _request(self, size: int) -> Request:
         return self._make(STATEMENT, self._operations.read_stream, self._key, size, self._record_class, "stream")
@@ -197,12 +225,12 @@ class Stream(Generic[T]):
 
     def _ask(self) -> None:
         lease = self._lease
-        assert lease is not None
-        if lease.doom is not None:
+        if lease is not None and lease.doom is not None:
             raise lease.refusal()
         size = self._grow()
         request = self._request(size)
-        lease.submit(request)
+        if lease is not None:
+            lease.submit(request)
         self._pending = request, size
 
     async def __aexit__(
@@ -232,7 +260,7 @@ class Stream(Generic[T]):
         if lease is None:
             return
         pending = self._pending
-        if pending is not None and not pending[0].answered:
+        if pending is not None and not pending[0].answered and lease.pool.waker.is_current():
             lease.stop(pending[0])
         self._lease = None
-        await self._database.give_back(lease)
+        await give_back(lease, "the end of a stream")

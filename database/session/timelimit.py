@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any, Protocol
 
 import anyio
 
 from database.driver.lease import Lease
 from database.driver.request import ROLLBACK, Request
+from database.driver.wakeup import current_loop
 from database.errors import TransactionTimeoutError
 from database.session.origin import Origin
-from database.session.transaction import Transaction
 
 __all__ = ["Bounded", "TimeLimit"]
 
 
 class TimeLimit:
-    """Bounds a whole transaction; a commit that has begun is not interrupted.
+    """Bounds a whole transaction, however often it is run; a commit that has begun is not interrupted.
 
-    Raises `TransactionTimeoutError` in `stop`, saying what the time was spent on.
+    Raises `TransactionTimeoutError` in `stop`, saying what the time was spent on. On a worker's thread, inside an
+    `offload=True` function, nothing can be cut short: there the time is looked at when the function has returned.
     """
 
-    __slots__ = ("_bounded", "_origin", "_scope", "_seconds", "result")
+    __slots__ = ("_bounded", "_deadline", "_origin", "_paused_at", "_scope", "_seconds", "callbacks", "result")
 
     def __init__(self, seconds: float, origin: Origin) -> None:
         self._seconds = seconds
         self._origin = origin
-        self._scope = anyio.move_on_after(seconds)
+        self._scope: anyio.CancelScope | None = None
+        self._deadline = 0.0
+        self._paused_at = 0.0
         self._bounded: list[Bounded] = []
         self.result: Any = None
         """What the function has returned."""
+        self.callbacks: list[Callable[[], Any]] = []
+        """What is to run behind the commit, when the clock has been stopped."""
 
     def start(self) -> None:
         """The clock runs from here."""
-        self._scope.__enter__()
+        if current_loop() is None:
+            self._deadline = perf_counter() + self._seconds
+        else:
+            self._scope = anyio.move_on_after(self._seconds)
+            self._scope.__enter__()
 
-    def finishing(self, levels: Iterable[object], result: Any = None) -> None:
-        """The function has returned; what is left to be done is to commit these."""
-        self._bounded = [level for level in levels if isinstance(level, Transaction) and level.parent is None]
+    def bound(self, *bounded: Bounded) -> None:
+        """What it bounds from now on: what the function runs in, or the call that is on its way to the worker."""
+        self._bounded = list(bounded)
+
+    def finishing(self, result: Any = None) -> None:
+        """The function has returned; what is left to be done is to commit.
+
+        Raises:
+            TransactionTimeoutError: On a worker's thread: it took too long.
+        """
         self.result = result
+        if self._scope is None and perf_counter() > self._deadline:
+            raise self._exceeded("in the function itself")
 
-    def offloading(self, job: Bounded) -> None:
-        """The function is on its way to the database's thread."""
-        self._bounded = [job]
+    def pause(self) -> None:
+        """The clock stands still."""
+        scope = self._scope
+        assert scope is not None  # only the loop pauses
+        self._deadline, self._paused_at = scope.deadline, anyio.current_time()
+        scope.deadline = math.inf
+
+    def go_on(self) -> None:
+        """It runs again."""
+        assert self._scope is not None
+        self._scope.deadline = self._deadline + anyio.current_time() - self._paused_at
 
     def stop(self, error: BaseException | None) -> bool:
         """The transaction is over, with or without an error.
@@ -51,19 +79,33 @@ class TimeLimit:
         Returns:
             Whether the error was only that time ran out during the commit, and that went through.
         """
+        if self._scope is None:
+            return False
         swallowed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         if swallowed and error is not None:  # trio's scope says so without an error as well
-            committed = [each for each in self._bounded if each.whole]
-            if committed and len(committed) == len(self._bounded):
-                self.result = getattr(committed[0], "result", self.result)
+            if self._bounded and all(each.whole for each in self._bounded):
+                self.result = getattr(self._bounded[0], "result", self.result)
                 return True
-            running = any(getattr(each, "running", False) for each in self._bounded)
-            outcome = "is being rolled back, unless its commit had begun" if running else "has been rolled back"
-            raise TransactionTimeoutError(
-                f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and"
-                f" {outcome}; it was {_doing(error)}"
-            ) from error
+            raise self._exceeded(_doing(error)) from error
         return False
+
+    def _exceeded(self, doing: str) -> TransactionTimeoutError:
+        return TransactionTimeoutError(
+            f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and"
+            f" {self._outcome()}; it was {doing}"
+        )
+
+    def _outcome(self) -> str:
+        bounded = self._bounded
+        if any(getattr(each, "running", False) for each in bounded):
+            return "is being rolled back, unless its commit had begun"
+        if any(each.committed for each in bounded):
+            return "what it had not yet made permanent by commit() has been rolled back"
+        if any(each.outside for each in bounded):
+            return "was stopped; no transaction was open around it, so what its statements had done is kept"
+        if any(each.joins for each in bounded):
+            return "was stopped; the transaction that it takes part in can only be rolled back"
+        return "has been rolled back"
 
 
 class Bounded(Protocol):
@@ -72,6 +114,21 @@ class Bounded(Protocol):
     @property
     def whole(self) -> bool:
         """Whether all of it has been committed."""
+        ...
+
+    @property
+    def committed(self) -> bool:
+        """Whether anything of it has been."""
+        ...
+
+    @property
+    def outside(self) -> bool:
+        """Whether it stands for "no transaction"."""
+        ...
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is part of a transaction of its caller's, and can be undone only with that."""
         ...
 
 

@@ -6,6 +6,14 @@ that set something) the authorizer refuses: SQLite asks it about every statement
 COMMIT, SAVEPOINT and the like to this module, so that nothing sent as SQL text, nor a function given the raw
 connection, can end a transaction that the package manages.
 
+A statement is over before it is answered (`fetch_one`, `_end`): in autocommit SQLite commits with the last step of a
+write, so a write is always stepped to its end, whoever wants how many of its rows, and the error of that step is the
+statement's. Only then are rows converted, by the user's classes: their errors are the user's own. A SELECT may stop early.
+
+What changes the connection instead of the database (a PRAGMA, ATTACH, a temporary table) the authorizer sees, whatever
+it is spelled like. Outside a transaction it is refused; in a transaction that others share, put off until it has one of
+its own (`Alone`); in one of its own it holds until the end, and then the connection is exchanged for a new one.
+
 The statements of this module carry a trailing comment that nobody can guess. `sqlite3`'s statement cache goes by the
 text, and what comes out of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
 
@@ -22,17 +30,26 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from database import errors
-from database.engine.statement import CONTROL, Result, Statement
+from database.engine.contract import Alone
+from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
-from database.sqlite3.failures import BUSY_CODES, Patience, control_error, is_busy, read_only
-from database.sqlite3.values import Row, Rows, bind, bind_many
+from database.sqlite3.failures import (
+    Patience,
+    control_error,
+    explain,
+    is_busy,
+    is_undecodable,
+    of_one_connection,
+    read_only,
+)
+from database.sqlite3.raw import Lent
+from database.sqlite3.values import Chunk, Feed, Row, bind
 
 if TYPE_CHECKING:
     from database.engine.migrations import Applied, MigrationReport, Order
@@ -42,8 +59,8 @@ __all__ = ["SqliteSession"]
 PROGRESS_STEPS = 10_000
 """Steps of SQLite's machine between two calls of the progress handler: some 80 µs of the CPU's time."""
 
-FEW = 64
-"""Fewer rows than this are made at once; more, when they are looked at."""
+REMEMBERED = 500
+"""Texts of INSERTs of which it is known whether their table has row ids; and no long ones."""
 
 _MARK = f"--{os.urandom(8).hex()}"
 _BEGIN = f"BEGIN IMMEDIATE {_MARK}"
@@ -54,6 +71,30 @@ _READ_ACTIONS = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 )
 _WRITE_ACTIONS = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
+_CHANGES: Final = frozenset(
+    {
+        sqlite3.SQLITE_ATTACH,
+        sqlite3.SQLITE_DETACH,
+        sqlite3.SQLITE_CREATE_TEMP_INDEX,
+        sqlite3.SQLITE_CREATE_TEMP_TABLE,
+        sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+        sqlite3.SQLITE_CREATE_TEMP_VIEW,
+    }
+)
+"""What belongs to one connection; and PRAGMAs, of which it is looked which."""
+_OF_TABLES: Final = frozenset(
+    {
+        sqlite3.SQLITE_CREATE_TABLE,
+        sqlite3.SQLITE_DROP_TABLE,
+        sqlite3.SQLITE_ALTER_TABLE,
+        sqlite3.SQLITE_CREATE_VIEW,
+        sqlite3.SQLITE_DROP_VIEW,
+        sqlite3.SQLITE_CREATE_VTABLE,
+        sqlite3.SQLITE_DROP_VTABLE,
+        sqlite3.SQLITE_CREATE_TEMP_TABLE,
+        sqlite3.SQLITE_CREATE_TEMP_VIEW,
+    }
+)
 _SCHEMA_TABLES = frozenset({"sqlite_master", "sqlite_schema"})
 _CONTROL_ACTIONS = frozenset({sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT})
 
@@ -70,35 +111,47 @@ class SqliteSession:
 
     __slots__ = (
         "_admitting",
+        "_alone",
+        "_changed",
         "_cursor",
+        "_deferring",
         "_failing",
         "_identity",
         "_lock",
         "_locked",
         "_patience",
         "_progress",
+        "_refused",
+        "_reopen",
         "_restricted",
+        "_rowids",
         "_schema_writable",
+        "_shared",
         "_streams",
+        "_users",
         "raw",
         "readonly",
     )
 
     def __init__(
         self,
-        raw: sqlite3.Connection,
+        raw: Lent,
         lock: Lock,
         progress: Callable[[], bool],
         *,
         readonly: bool,
         patience: float = 0.0,
         identity: tuple[int, int] = (0, 0),
+        reopen: Callable[[], Lent] | None = None,
     ) -> None:
-        self.raw = raw
         self.readonly = readonly
+        self._shared = False
+        """Whether others share the open transaction."""
         self._patience = patience
         """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
         self._identity = identity
+        self._reopen = reopen
+        """Opens a new connection, just as this one was opened."""
         self._lock = lock
         self._locked = False
         self._progress = progress
@@ -108,12 +161,47 @@ class SqliteSession:
         self._schema_writable = False
         """Whether somebody may have switched on `writable_schema`."""
         self._streams: dict[int, sqlite3.Cursor] = {}
-        self._failing: tuple[Statement, Any] | None = None
-        """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
+        self._failing: tuple[Any, Any, str] | None = None
+        """What has just failed, and which of many it was, where the request does not say it."""
+        self._users: BaseException | None = None
+        """What the user's own code has just raised."""
+        self._refused: str | None = None
+        """What the authorizer has just refused because it changes one connection."""
+        self._alone = False
+        """Whether it has just refused something because others share the transaction."""
+        self._changed = False
+        """Whether the connection is to be exchanged when its transaction has ended."""
+        self._rowids: dict[str, bool] = {}
+        """Of INSERTs, by their text: whether the table has row ids."""
+        self._deferring: tuple[int, bool] = (-1, False)
+        """The schema's version, and whether it has foreign keys that are checked with the commit."""
+        files.opened[identity] += 1
+        self._take(raw)
+
+    def _take(self, raw: Lent) -> None:
+        self.raw = raw
         raw.row_factory = Row
-        raw.set_authorizer(self._authorize)
-        raw.set_progress_handler(progress, PROGRESS_STEPS)
-        self._cursor = raw.cursor()
+        raw.prepared(self, self._authorize, self._progress, PROGRESS_STEPS)
+        self._cursor = raw.plain_cursor()
+
+    def _exchange(self) -> None:
+        """Replaces the connection by a new one, which is as the configuration says."""
+        self._changed = self._schema_writable = False
+        self._rowids.clear()
+        if self._reopen is None:
+            return
+        old = self.raw
+        self._cursor.close()
+        with contextlib.suppress(sqlite3.Error):
+            if old.plain_cursor().execute("PRAGMA locking_mode").fetchone()[0] == "exclusive":
+                old.close()  # nobody else could open the file
+        try:
+            self._take(self._reopen())
+        except Exception:
+            # What was to be done is done. The next statement fails for a closed connection, and the driver opens another.
+            self._changed = False
+        finally:
+            old.close()
 
     # Transactions
 
@@ -124,6 +212,11 @@ class SqliteSession:
             return self.raw.in_transaction
         except sqlite3.ProgrammingError:
             return False
+
+    @property
+    def excludes(self) -> bool:
+        """Whether it keeps a lock on the file while nothing runs: for a transaction, or for a stream. Any thread."""
+        return bool(self._streams) or self.in_transaction
 
     def try_lock(self, seconds: float) -> bool:
         """See `Session`."""
@@ -145,6 +238,53 @@ class SqliteSession:
         finally:
             self._admitting = False
 
+    def share(self, shared: bool) -> None:
+        """See `Session`."""
+        self._shared = shared
+
+    def may_group(self) -> bool:
+        """See `Session`. Not where foreign keys are checked with the commit: one member could make up for another."""
+        cursor = self._cursor
+        try:
+            version = cursor.execute("PRAGMA schema_version").fetchall()[0][0]
+            if version != self._deferring[0]:
+                found = cursor.execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%DEFERRED%' LIMIT 1").fetchall()
+                self._deferring = version, bool(found)
+        except sqlite3.Error:
+            return False  # somebody holds the file: each will find out for itself
+        return not self._deferring[1]
+
+    # For the connection, while it is lent: see `Keeper`
+
+    def control(self, sql: str, cursor: Any = None) -> None:
+        """See `Keeper`. Under a text that is nobody else's: what is cached is not shown to the authorizer again."""
+        self._admitting = True
+        try:
+            sqlite3.Cursor.execute(self._cursor if cursor is None else cursor, f"{sql} {_MARK}")
+        finally:
+            self._admitting = False
+
+    def alter(self) -> None:
+        """See `Keeper`."""
+        if self._shared:
+            raise Alone
+        self._changed = True
+
+    def denied(self) -> bool:
+        """See `Keeper`."""
+        alone, self._alone = self._alone, False
+        return alone
+
+    def writes(self) -> bool:
+        """See `Keeper`."""
+        return not self._restricted
+
+    def owns(self, cursor: Any) -> bool:
+        """See `Keeper`."""
+        return cursor is self._cursor or any(cursor is each for each in self._streams.values())
+
+    # Within a transaction
+
     def begin(self, *, readonly: bool) -> None:
         """See `Session`."""
         self._control(_BEGIN)
@@ -157,6 +297,8 @@ class SqliteSession:
         self._control(_COMMIT)
         if self._restricted and not self.readonly:
             self.restrict(False)
+        if self._changed:
+            self._exchange()
 
     def rollback(self) -> None:
         """See `Session`."""
@@ -165,6 +307,8 @@ class SqliteSession:
             self._control(_ROLLBACK)
         if self._restricted and not self.readonly:
             self.restrict(False)
+        if self._changed:
+            self._exchange()
 
     def savepoint(self, number: int) -> None:
         """See `Session`."""
@@ -185,16 +329,24 @@ class SqliteSession:
     def restrict(self, readonly: bool) -> None:
         """See `Session`. Setting the authorizer anew has every cached statement checked again."""
         self._restricted = readonly
-        self.raw.set_authorizer(self._authorize)
+        self.raw.install()
 
     def _authorize(
         self, action: int, first: str | None, second: str | None, schema: str | None, _by: str | None
     ) -> int:
+        if action in _READ_ACTIONS:
+            return sqlite3.SQLITE_OK
         if action in _CONTROL_ACTIONS:
             return sqlite3.SQLITE_OK if self._admitting else sqlite3.SQLITE_DENY
-        if not self._restricted or action in _READ_ACTIONS:
+        if self._admitting:
+            return sqlite3.SQLITE_OK
+        if not self._restricted:
+            if action in _OF_TABLES:
+                self._rowids.clear()
             if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
                 self._schema_writable = True
+            if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES:
+                return self._judge(action, str(first).lower(), second)
             return sqlite3.SQLITE_OK
         # Virtual tables and table-valued functions (FTS5, json_each, pragma_table_info) ask for writes that they never
         # do when they are first used: all of them to update the schema table, where they declare their columns, R*Tree
@@ -210,6 +362,22 @@ class SqliteSession:
                 return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
 
+    def _judge(self, action: int, first: str, second: str | None) -> int:
+        """What the authorizer says to something that may change this connection."""
+        if action == sqlite3.SQLITE_PRAGMA and (
+            second is None or first in analysis.ARGUMENT_PRAGMAS or first in analysis.FILE_PRAGMAS
+        ):
+            return sqlite3.SQLITE_OK
+        if not self.raw.in_transaction:
+            self._refused = first if action == sqlite3.SQLITE_PRAGMA else _WORDS.get(action, "temporary")
+            return sqlite3.SQLITE_DENY
+        if self._shared:
+            self._alone = True
+            return sqlite3.SQLITE_DENY
+        if first != "defer_foreign_keys" or action != sqlite3.SQLITE_PRAGMA:  # that one ends with its transaction
+            self._changed = True
+        return sqlite3.SQLITE_OK
+
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
 
     def execute(self, statement: Statement, params: Any, _extra: Any = None) -> Result:
@@ -217,60 +385,123 @@ class SqliteSession:
         cursor = self._cursor
         hint = statement.hint
         if hint and hint != HINT_INSERT:
-            return self._upsert(statement, params) if hint == HINT_UPSERT else self._vacuum(statement, params)
-        cursor.execute(statement.sql, bind(params))
+            return self._vacuum(statement, params) if hint == HINT_VACUUM else self._count(statement, params)
+        sql = statement.sql
+        cursor.execute(sql, bind(params, sql))
         if statement.returns_rows:
-            cursor.fetchall()
+            self._end(statement)
         rowcount = cursor.rowcount
+        lastrowid = None
+        if hint and rowcount > 0:
+            known = self._rowids.get(sql)
+            if known or (known is None and self._has_rowids(sql)):
+                lastrowid = cursor.lastrowid
         # The tuple's own `__new__`: a NamedTuple's is Python code, and this is run for every write.
-        return _new_tuple(Result, (rowcount, cursor.lastrowid if hint and rowcount > 0 else None))
+        return _new_tuple(Result, (rowcount, lastrowid))
 
-    def _upsert(self, statement: Statement, params: Any) -> Result:
-        # An update leaves SQLite's last row id as it was; only if it moves has a row been added for certain.
-        cursor = self._cursor
-        before = cursor.execute("SELECT last_insert_rowid()").fetchone()[0]
-        cursor.execute(statement.sql, bind(params))
+    def _count(self, statement: Statement, params: Any) -> Result:
+        """Runs an upsert, or a write that begins with WITH, which `sqlite3` does not know for one."""
+        cursor, sql = self._cursor, statement.sql
+        before = cursor.execute("SELECT last_insert_rowid()").fetchall()[0][0]
+        cursor.execute(sql, bind(params, sql))
         if statement.returns_rows:
-            cursor.fetchall()
-        rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
-        return Result(rowcount, lastrowid if rowcount > 0 and lastrowid != before else None)
+            self._end(statement)
+        rowcount, lastrowid = cursor.rowcount, None
+        if statement.hint != HINT_UPSERT:
+            rowcount = self.raw.plain_cursor().execute("SELECT changes()").fetchall()[0][0]
+        if rowcount > 0 and statement.verb in ("INSERT", "REPLACE"):
+            lastrowid = cursor.lastrowid
+            if lastrowid == before and (statement.hint == HINT_UPSERT or "CONFLICT" in sql.upper()):
+                lastrowid = None  # an update leaves it as it was; only if it moves has a row been added for certain
+            elif not self._has_rowids(sql):
+                lastrowid = None
+        return Result(rowcount, lastrowid)
+
+    def _has_rowids(self, sql: str) -> bool:
+        """Whether `last_insert_rowid()` is of this INSERT: a table WITHOUT ROWID, or a view, leaves another's."""
+        known = self._rowids.get(sql)
+        if known is None:
+            known = True
+            table = analysis.target(sql)
+            if table is not None:
+                try:
+                    probe = f"SELECT rowid, _rowid_, oid FROM {table} LIMIT 0"  # noqa: S608  - quoted as a name
+                    self.raw.plain_cursor().execute(probe).close()
+                except sqlite3.OperationalError as error:
+                    known = "no such column" not in str(error)
+            if len(self._rowids) >= REMEMBERED:
+                self._rowids.clear()
+            if len(sql) <= 10_000:
+                self._rowids[sql] = known
+        return known
+
+    def _end(self, statement: Statement) -> None:
+        """Steps the statement to its end, whatever is in its rows: nobody looks at those that are left.
+
+        Raises:
+            sqlite3.Error: What the end of the statement has to say; outside a transaction that is its commit's error.
+        """
+        cursor = self._cursor
+        if statement.kind == READ:
+            self._cursor = self.raw.plain_cursor()
+            cursor.close()  # left half read it would pin the WAL: no checkpoint can pass it
+            return
+        raw = self.raw
+        factory, raw.text_factory = raw.text_factory, bytes  # of TEXT that is not UTF-8, too
+        try:
+            for _ in cursor:
+                pass
+        finally:
+            raw.text_factory = factory
 
     def _vacuum(self, statement: Statement, params: Any) -> Result:
         if self._restricted:
             raise read_only(statement.sql)  # VACUUM INTO works on a connection that only reads, and writes a file
         self._admitting = not self.raw.in_transaction  # inside one, SQLite itself says why not
         try:
-            self._cursor.execute(statement.sql, bind(params))
+            self._cursor.execute(statement.sql, bind(params, statement.sql))
         finally:
             self._admitting = False
         return Result(-1, None)
 
     def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
         """Runs a statement once for every row of parameters."""
-        cursor = self.raw.cursor()
+        cursor, sql = self.raw.plain_cursor(), statement.sql
+        feed = Feed(rows, sql, self._progress)
         try:
-            cursor.executemany(statement.sql, bind_many(rows))
+            if statement.hint == analysis.HINT_WITH:
+                count = 0
+                for row in feed:
+                    count += cursor.execute(sql, row).execute("SELECT changes()").fetchall()[0][0]
+                return Result(count, None)
+            cursor.executemany(sql, iter(feed))
             return Result(max(cursor.rowcount, 0), None)
+        except BaseException as error:
+            if feed.raised is not None:
+                self._users = error
+            elif feed.number:
+                self._failing = statement, feed.row(), f"row {feed.number} of execute_many()"
+            raise
         finally:
             cursor.close()
 
     def execute_batch(self, items: Any, _params: Any = None, _extra: Any = None) -> int:
         """Runs (statement, parameters) pairs; gives how many."""
-        execute = self._cursor.execute
         for number, (statement, params) in enumerate(items):
             try:
-                execute(statement.sql, bind(params))
+                sql = statement.sql
+                self._cursor.execute(sql, bind(params, sql))
                 if statement.returns_rows:
-                    self._cursor.fetchall()
-            except Exception as error:
-                error.add_note(f"this was write {number + 1} of the {len(items)} that a batch sent together")
-                self._failing = statement, params
+                    self._end(statement)
+            except Exception:
+                self._failing = statement, params, f"write {number + 1} of the {len(items)} that a batch sent together"
                 raise
         return len(items)
 
     def execute_script(self, sql: Any, _params: Any = None, _extra: Any = None) -> None:
         """Runs the statements of a script one after the other, without touching the open transaction."""
-        cursor = self.raw.cursor()
+        cursor = self.raw.plain_cursor()
+        statement: Statement | None = None
         try:
             for text in analysis.split(sql):
                 statement = analysis.analyse(text)
@@ -281,79 +512,87 @@ class SqliteSession:
                 while True:  # outside of a transaction each statement is its own, and waits for its own lock
                     try:
                         cursor.execute(text)
+                        if cursor.description is not None:
+                            cursor.fetchall()
                         break
                     except sqlite3.OperationalError as error:
+                        if is_undecodable(error):
+                            break
                         patience.wait(error)
-                if cursor.description is not None:
-                    cursor.fetchall()
+        except Exception:
+            self._failing = statement or sql, None, ""
+            raise
         finally:
             cursor.close()
 
     def fetch_all(self, statement: Statement, params: Any, record_class: Any) -> list[Any]:
         """All rows."""
         cursor = self._cursor
-        cursor.execute(statement.sql, bind(params))
-        rows = cursor.fetchmany(FEW)
-        if len(rows) < FEW:
-            return rows if record_class is None else _records(cursor, rows, record_class)
-        # From here on it is `Rows` who makes each row, for which it keeps the cursor.
-        self._cursor = self.raw.cursor()
-        cursor.row_factory = None
+        sql = statement.sql
+        cursor.execute(sql, bind(params, sql))
         try:
-            tuples = [*map(tuple, rows), *cursor.fetchall()]
-        finally:
-            cursor.close()
-        return Rows(cursor, tuples) if record_class is None else _records(cursor, tuples, record_class)
+            if record_class is None:
+                return cursor.fetchall()
+            cursor.row_factory = None
+            try:
+                tuples = cursor.fetchall()
+            finally:
+                cursor.row_factory = Row
+        except Exception:
+            self._end(statement)
+            raise
+        return self._records(_names(cursor), tuples, record_class)
 
     def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
         """The first row, or None."""
-        cursor = self._cursor
-        cursor.execute(statement.sql, bind(params))
-        row = cursor.fetchone()
-        if row is None:
-            return None
-        if record_class is not None:
-            row = _records(cursor, [row], record_class)[0]
-        if cursor.fetchone() is not None:
-            self._abandon_cursor()
-        return row
+        row = self._first(statement, params)
+        if row is None or record_class is None:
+            return row
+        return self._records(row.keys(), [row], record_class)[0]
 
     def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
         """The first column of the first row, or the default."""
-        cursor = self._cursor
-        cursor.execute(statement.sql, bind(params))
-        row = cursor.fetchone()
-        if row is None:
-            return default
-        if cursor.fetchone() is not None:
-            self._abandon_cursor()
-        return row[0]
+        row = self._first(statement, params)
+        return default if row is None else row[0]
 
-    def _abandon_cursor(self) -> None:
-        """A cursor that is left half read pins the WAL: no checkpoint can pass it."""
-        self._cursor.close()
-        self._cursor = self.raw.cursor()
+    def _first(self, statement: Statement, params: Any) -> Any:
+        """The first row; the statement is over when it is given back."""
+        cursor = self._cursor
+        sql = statement.sql
+        cursor.execute(sql, bind(params, sql))
+        row = None
+        try:
+            row = cursor.fetchone()
+            if row is not None and cursor.fetchone() is not None:
+                self._end(statement)
+        except Exception as error:
+            self._end(statement)
+            if row is None or not is_undecodable(error):  # nobody asked for what is in the second row
+                raise
+        return row
 
     # Streams: a cursor of their own, known by a number
 
     def open_stream(self, statement: Statement, params: Any, key: Any) -> None:
         """Begins to read."""
-        cursor = self._streams[key] = self.raw.cursor()
-        cursor.row_factory = None  # `Rows` makes each row
+        cursor = self._streams[key] = self.raw.plain_cursor()
+        cursor.row_factory = None  # `Chunk` makes each row
         try:
-            cursor.execute(statement.sql, bind(params))
+            cursor.execute(statement.sql, bind(params, statement.sql))
         except BaseException:
             self.close_stream(key)
             raise
 
-    def read_stream(self, key: Any, size: Any, record_class: Any) -> list[Any]:
+    def read_stream(self, key: Any, size: Any, record_class: Any) -> list[Any] | Chunk:
         """The next rows; fewer than asked for at the end, when the cursor has been closed."""
         cursor = self._streams.get(key)
         if cursor is None:
             raise errors.TransactionError("the transaction in which this stream was opened has ended")
         try:
             tuples = cursor.fetchmany(size)
-            rows = Rows(cursor, tuples) if record_class is None else _records(cursor, tuples, record_class)
+            rows = (
+                Chunk(cursor, tuples) if record_class is None else self._records(_names(cursor), tuples, record_class)
+            )
         except BaseException:
             self.close_stream(key)
             raise
@@ -371,19 +610,28 @@ class SqliteSession:
         for key in tuple(self._streams):
             self.close_stream(key)
 
-    # The rest
+    # User code
+
+    def _records(self, names: list[str], rows: list[Any], record_class: Any) -> list[Any]:
+        try:
+            return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
+        except BaseException as error:
+            self._users = error
+            raise
 
     def call(self, function: Any, arguments: Any, _extra: Any = None) -> Any:
-        """Runs a function of the user's on the raw connection."""
+        """Runs a function of the user's on the raw connection. Its caller keeps or undoes what it did."""
+        raw = self.raw
+        raw.lend()
         try:
-            result = function(self.raw, *arguments)
-            if isinstance(result, sqlite3.Cursor):
-                result.close()  # half read, it would keep its snapshot, and pin the WAL, for as long as it is kept
-            return result
-        finally:
-            self.raw.row_factory = Row
-            if self._restricted:
-                self.raw.set_authorizer(self._authorize)  # whatever the function did to it
+            result = function(raw, *arguments)
+        except BaseException:
+            raw.take_back(keep=False)
+            raise
+        raw.take_back(keep=True)
+        return result
+
+    # The rest
 
     def initialise(self, scripts: list[str], patience: float) -> None:
         """Runs scripts in one transaction of their own; `patience` is for other processes that start just now."""
@@ -415,7 +663,7 @@ class SqliteSession:
 
     def broken_references(self) -> Counter[tuple[str, str]]:
         """How many rows of which table refer to rows of which other that do not exist."""
-        return Counter((row[0], row[2]) for row in self.raw.execute("PRAGMA foreign_key_check"))
+        return Counter((row[0], row[2]) for row in self.raw.plain_cursor().execute("PRAGMA foreign_key_check"))
 
     def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> MigrationReport:
         """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
@@ -429,70 +677,57 @@ class SqliteSession:
 
         return applied(self)
 
-    def call_aiosql(self, statement: Statement, arguments: Any, _extra: Any = None) -> Any:
-        """Runs a method of aiosql's synchronous adapter on the raw connection."""
-        method, params, record = arguments
-        self._failing = None  # of a first try, on which another process's lock lay
-        try:
-            if record is None:
-                self.raw.row_factory = None  # aiosql looks into plain tuples for single values
-                return method(self.raw, "", statement.sql, bind(params))
-            result = method(self.raw, "", statement.sql, bind(params), record[0])
-            if isinstance(result, Iterator):
-                rows: list[Any] = list(cast("Iterable[Any]", result))
-                return rows
-            return result
-        except Exception:
-            self._failing = statement, params  # the error names the user's parameters, not ours
-            raise
-        finally:
-            self.raw.row_factory = Row
+    def call_aiosql(self, statement: Statement, params: Any, extra: Any) -> Any:
+        """Does what a method of aiosql's synchronous adapter would do, with our ends of statements."""
+        method, record = extra
+        name = method.__name__
+        if name == "select":
+            return self.fetch_all(statement, params, record[0])
+        if name == "select_one":
+            return self.fetch_one(statement, params, record[0])
+        if name == "select_value":
+            return self.fetch_value(statement, params, None)
+        result = self.execute(statement, params)
+        return result.lastrowid if name == "insert_returning" else result.rowcount
 
     def backup(self, path: Any, progress: Any, pages: Any) -> None:
         """Copies the database as it is now into a new file, then puts that in its place."""
-        target = Path(path)
-        if Path(f"{target}-wal").exists() or Path(f"{target}-journal").exists():
-            raise errors.ConnectionFailedError(str(target), "a database is in use there; back up to another file")
-        partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
-        try:
-            files.create(partial)
-            copy = sqlite3.connect(files.uri(partial, "rw"), uri=True, isolation_level=None)
-            try:
-                self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
+        from database.sqlite3.backup import copy  # noqa: PLC0415  - seldom needed
 
-                def step(status: int, remaining: int, total: int) -> None:
-                    if self._progress():
-                        raise sqlite3.OperationalError("interrupted")
-                    if progress is not None:
-                        progress(status, remaining, total)
-                    time.sleep(0)
-
+        def step(status: int, remaining: int, total: int) -> None:
+            if self._progress():
+                raise sqlite3.OperationalError("interrupted")
+            if progress is not None:
                 try:
-                    self.raw.backup(copy, pages=pages, progress=step)
-                finally:
-                    self.rollback()
+                    progress(status, remaining, total)
+                except BaseException as error:
+                    self._users = error
+                    raise
+            time.sleep(0)
+
+        def run(target: sqlite3.Connection) -> None:
+            self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
+            try:
+                sqlite3.Connection.backup(self.raw, target, pages=pages, progress=step)
             finally:
-                copy.close()
-            files.sync(partial)
-            partial.replace(target)
-            files.sync(target.parent)
-        except OSError as error:
-            raise errors.ConnectionFailedError(str(target), f"the backup cannot be written: {error}") from error
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                partial.unlink()
+                self.rollback()
+
+        copy(path, run)
 
     def interrupt(self) -> None:
         """See `Session`."""
-        self.raw.interrupt()
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it is just being exchanged
+            self.raw.interrupt()
 
     def close(self) -> None:
         """See `Session`. The last one out checkpoints, and only one may do so at a time."""
         held = self._locked or self.readonly or self.try_lock(1.0)
+        files.opened[self._identity] -= 1
         try:
             # A cursor that some traceback keeps alive would keep its statement, and that the files open.
             self._close_streams()
-            self._cursor.close()
+            with contextlib.suppress(sqlite3.ProgrammingError):
+                self._cursor.close()
             self.raw.close()
         finally:
             if held:
@@ -506,40 +741,35 @@ class SqliteSession:
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
+        if error is self._users:
+            self._users = None
+            return error
+        which = ""
+        failure, self.raw.failure = self.raw.failure, None
         if self._failing is not None:
-            sql, parameters = self._failing
+            sql, parameters, which = self._failing
             self._failing = None
+        elif failure is not None and failure[0] is error:
+            _, sql, parameters = failure
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
         if not isinstance(error, sqlite3.Error):
-            if statement is None or isinstance(error, errors.DatabaseError):
+            if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, sqlite3.Warning)):
                 return error
-            if isinstance(error, (OverflowError, UnicodeEncodeError, ValueError, sqlite3.Warning)):
-                return errors.QueryExecutionError(
-                    f"a parameter cannot be stored: {error}", sql=text, parameters=parameters
-                )
-            if isinstance(error, TypeError):
-                return errors.QueryExecutionError(str(error), sql=text, parameters=parameters)
-            return error
-        code: int | None = getattr(error, "sqlite_errorcode", None)
-        name: str | None = getattr(error, "sqlite_errorname", None)
-        primary = None if code is None else code & 0xFF
+            return explain(error, text, parameters, which)
+        primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if primary == sqlite3.SQLITE_AUTH:
-            return self._refused(statement, text)
+            refused, self._refused = self._refused, None
+            if self.denied():
+                return Alone()
+            if refused is not None:
+                return of_one_connection(refused, text)
+            return self._forbidden(statement, text)
         if primary == sqlite3.SQLITE_READONLY and self._restricted:
             return read_only(text)
-        kind = errors.QueryExecutionError
-        message = str(error)
-        if primary == sqlite3.SQLITE_CONSTRAINT:
-            kind = errors.IntegrityError
-        elif primary in BUSY_CODES:
-            kind = errors.DatabaseBusyError
-            message = f"another process kept its lock for longer than busy_timeout ({message})"
-        elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            kind = errors.DatabaseCorruptError
-        return kind(message, sql=text, parameters=parameters, code=code, code_name=name)
+        return explain(error, text, parameters, which)
 
-    def _refused(self, statement: Statement | None, text: str | None) -> BaseException:
+    def _forbidden(self, statement: Statement | None, text: str | None) -> BaseException:
         if statement is not None and statement.kind == CONTROL:
             return control_error(statement.verb)
         if self._restricted:
@@ -550,6 +780,8 @@ class SqliteSession:
         )
 
 
-def _records(cursor: sqlite3.Cursor, rows: list[Any], record_class: Any) -> list[Any]:
-    names = [column[0] for column in cursor.description]
-    return [record_class(**dict(zip(names, row, strict=True))) for row in rows]
+def _names(cursor: sqlite3.Cursor) -> list[str]:
+    return [column[0] for column in cursor.description]
+
+
+_WORDS: Final = {sqlite3.SQLITE_ATTACH: "ATTACH", sqlite3.SQLITE_DETACH: "DETACH"}

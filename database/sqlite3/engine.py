@@ -73,6 +73,7 @@ def _backend(settings: SqliteSettings) -> Backend:
         busy_slice=BUSY_SLICE,
         dispose=dispose,
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
+        excludes=None if settings.journal_mode == "WAL" else lambda session: session.excludes,
     )
 
 
@@ -121,5 +122,4 @@ ENGINE = Engine(
     operations=SqliteSession,
     backend=_backend,
     adapter=_adapter,
-    single_writer=True,
 )

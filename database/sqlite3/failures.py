@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 from database import errors
 
-__all__ = ["BUSY_CODES", "BUSY_SLICE", "Patience", "control_error", "is_broken", "is_busy", "read_only", "reason"]
+__all__ = [
+    "BUSY_SLICE",
+    "Patience",
+    "control_error",
+    "explain",
+    "is_broken",
+    "is_busy",
+    "is_undecodable",
+    "of_one_connection",
+    "read_only",
+    "reason",
+]
 
 BUSY_SLICE = 0.02
 """Seconds for which SQLite's own busy handler waits: it cannot be interrupted, so the driver waits in slices."""
 
-BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _BROKEN = frozenset(
     {
         sqlite3.SQLITE_IOERR,
@@ -55,7 +69,7 @@ def is_busy(error: BaseException) -> bool:
     """Whether somebody else holds a lock. Not BUSY_SNAPSHOT: that one never goes away by waiting."""
     if isinstance(error, sqlite3.OperationalError):
         code = getattr(error, "sqlite_errorcode", None)
-        return code is not None and code & 0xFF in BUSY_CODES and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+        return code is not None and code & 0xFF in _BUSY_CODES and code != sqlite3.SQLITE_BUSY_SNAPSHOT
     return False
 
 
@@ -63,8 +77,174 @@ def is_broken(error: BaseException) -> bool:
     """Whether the connection can no longer be trusted."""
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", None)
-        return code is not None and code & 0xFF in _BROKEN
+        if code is None:
+            return isinstance(error, sqlite3.ProgrammingError) and str(error) == _CLOSED
+        return code & 0xFF in _BROKEN
     return False
+
+
+_CLOSED = "Cannot operate on a closed database."
+"""A connection that was to be exchanged, and could not be."""
+
+
+def is_undecodable(error: BaseException) -> bool:
+    """Whether a row could not be made of what SQLite gave, for its TEXT is not UTF-8; the statement itself was fine."""
+    return (
+        isinstance(error, sqlite3.OperationalError)
+        and getattr(error, "sqlite_errorcode", None) is None
+        and str(error).startswith("Could not decode")
+    )
+
+
+_OWN_SETTINGS = frozenset({"busy_timeout", "cache_size", "foreign_keys", "journal_mode", "synchronous"})
+
+
+def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError:
+    """Why a statement that changes one connection is refused outside a transaction, and what to do instead."""
+    if what in ("ATTACH", "DETACH"):
+        instead = "name the file in the setting `attach`, which gives it to every connection"
+    elif what == "temporary":
+        instead = "make it inside a transaction, or within db.run(): it is dropped with the end"
+    elif what == "defer_foreign_keys":
+        instead = "send it inside the transaction that it is for"
+    elif what in _OWN_SETTINGS:
+        instead = f"use the setting `{what}`, which holds for every connection"
+    else:
+        instead = f"use the setting `pragmas: {{{what}: ...}}`, which holds for every connection"
+    return errors.QueryExecutionError(
+        "this statement changes one connection of the pool, not the database, and was not executed; nobody could say"
+        f" whom it would hold for: {instead}",
+        sql=text,
+    )
+
+
+def explain(error: BaseException, text: str | None, parameters: Any, which: str) -> errors.QueryExecutionError:
+    """The package's error for one of `sqlite3`'s that has come out of binding or executing.
+
+    Args:
+        error: The error. What its message quotes of the parameters is taken out of it, too: it will be the cause.
+        text: The statement.
+        parameters: As they were given.
+        which: Which of many it was.
+    """
+    message = _without_values(error, parameters)
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    primary = None if code is None else code & 0xFF
+    kind = errors.QueryExecutionError
+    if not isinstance(error, sqlite3.Error):
+        if not isinstance(error, TypeError):
+            message = f"a parameter cannot be stored: {message}"
+    elif primary == sqlite3.SQLITE_CONSTRAINT:
+        kind = errors.IntegrityError
+    elif primary in _BUSY_CODES:
+        kind = errors.DatabaseBusyError
+        message = f"another process kept its lock for longer than busy_timeout ({message})"
+    elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        kind = errors.DatabaseCorruptError
+    elif is_undecodable(error):
+        column = message.split("'")[1] if message.count("'") > 1 else "?"
+        message = (
+            f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB). A statement that writes has"
+            " been executed all the same"
+        )
+        error.args = (message,)
+    if which:
+        message = f"{message} ({which})"
+    return kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+
+
+_NAMES = {
+    261: "SQLITE_BUSY_RECOVERY", 517: "SQLITE_BUSY_SNAPSHOT", 773: "SQLITE_BUSY_TIMEOUT",
+    257: "SQLITE_ERROR_MISSING_COLLSEQ", 513: "SQLITE_ERROR_RETRY", 769: "SQLITE_ERROR_SNAPSHOT",
+    3091: "SQLITE_CONSTRAINT_DATATYPE", 2835: "SQLITE_CONSTRAINT_PINNED", 2579: "SQLITE_CONSTRAINT_ROWID",
+    779: "SQLITE_CORRUPT_INDEX", 523: "SQLITE_CORRUPT_SEQUENCE", 526: "SQLITE_CANTOPEN_ISDIR",
+    1550: "SQLITE_CANTOPEN_SYMLINK", 1294: "SQLITE_CANTOPEN_DIRTYWAL", 1288: "SQLITE_READONLY_CANTINIT",
+    1544: "SQLITE_READONLY_DIRECTORY", 7178: "SQLITE_IOERR_ROLLBACK_ATOMIC", 7434: "SQLITE_IOERR_BEGIN_ATOMIC",
+    7690: "SQLITE_IOERR_COMMIT_ATOMIC", 7946: "SQLITE_IOERR_ROLLBACK_ATOMIC", 8202: "SQLITE_IOERR_DATA",
+    8458: "SQLITE_IOERR_CORRUPTFS", 8714: "SQLITE_IOERR_IN_PAGE", 283: "SQLITE_NOTICE_RECOVER_WAL",
+    539: "SQLITE_NOTICE_RECOVER_ROLLBACK", 795: "SQLITE_NOTICE_RBU", 518: "SQLITE_LOCKED_VTAB",
+}  # fmt: skip
+"""Codes that some version of Python calls "unknown" (sqlite.org/rescode.html)."""
+
+
+def _code_name(error: BaseException, code: int | None) -> str | None:
+    name: str | None = getattr(error, "sqlite_errorname", None)
+    if code is not None and (name is None or name == "unknown"):
+        return _NAMES.get(code) or _PRIMARY.get(code & 0xFF)
+    return name
+
+
+_PRIMARY = {
+    value: name
+    for name, value in vars(sqlite3).items()
+    if name.startswith("SQLITE_") and name in (
+        "SQLITE_ERROR", "SQLITE_INTERNAL", "SQLITE_PERM", "SQLITE_ABORT", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_NOMEM",
+        "SQLITE_READONLY", "SQLITE_INTERRUPT", "SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTFOUND", "SQLITE_FULL",
+        "SQLITE_CANTOPEN", "SQLITE_PROTOCOL", "SQLITE_EMPTY", "SQLITE_SCHEMA", "SQLITE_TOOBIG", "SQLITE_CONSTRAINT",
+        "SQLITE_MISMATCH", "SQLITE_MISUSE", "SQLITE_NOLFS", "SQLITE_AUTH", "SQLITE_FORMAT", "SQLITE_RANGE", "SQLITE_NOTADB",
+    )
+}  # fmt: skip
+
+REDACTED = "<redacted>"
+_WORD = re.compile(r"\w+")
+_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"|(?<=: )([^:]+)\Z")
+_VALUES = 1000
+"""Values that a message is compared with, at the most."""
+
+
+def _without_values(error: BaseException, parameters: Any) -> str:
+    """The error's message, without what it quotes of the parameters: a path, a full-text query, or a piece of one."""
+    message = str(error)
+    values = [value for value in _texts(parameters) if value]
+    if not values:
+        return message
+    clean = message
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) > 3 or (value in clean and not value.isalpha()):
+            clean = clean.replace(value, REDACTED)
+    words = {word for value in values for word in _WORD.findall(value)}
+
+    def piece(found: re.Match[str]) -> str:
+        text = found[1] or found[2] or found[3] or ""
+        if text and text != REDACTED and any(text in value for value in values):
+            return found[0].replace(text, REDACTED)
+        return found[0]
+
+    clean = _QUOTED.sub(piece, clean)
+    clean = _WORD.sub(lambda found: REDACTED if found[0] in words and found[0] not in _COMMON else found[0], clean)
+    clean = clean.replace(f"<{REDACTED}>", REDACTED)
+    if clean != message:
+        error.args = (clean,)
+    return clean
+
+
+_COMMON = frozenset(
+    {
+        "redacted", "near", "syntax", "error", "no", "such", "column", "table", "function", "failed", "constraint",
+        "UNIQUE", "CHECK", "FOREIGN", "KEY", "NOT", "NULL", "to", "of", "a", "an", "in", "is", "the", "bad", "JSON",
+        "path", "malformed", "fts5", "parameter", "binding", "Error", "value", "type", "supported", "unterminated",
+        "string", "expected", "not", "supplied", "for", "You", "did", "supply", "number", "bindings", "statement",
+        "current", "Incorrect", "uses", "there", "are", "Python", "int", "too", "large", "convert", "SQLite",
+        "INTEGER", "utf", "codec", "can", "encode", "character", "position", "surrogates", "allowed", "name", "id",
+    }
+)  # fmt: skip
+"""Words of SQLite's and Python's own messages: no secrets, and without them no message could be read."""
+
+
+def _texts(parameters: Any) -> Iterator[str]:
+    if parameters is None or isinstance(parameters, (str, bytes)):
+        return
+    if isinstance(parameters, Mapping):
+        values: Iterable[Any] = parameters.values()  # pyright: ignore[reportUnknownVariableType]
+    elif isinstance(parameters, (Sequence, sqlite3.Row)):
+        values = cast("Iterable[Any]", parameters)
+    else:
+        values = getattr(parameters, "__dict__", {}).values()
+    for value in islice(values, _VALUES):
+        if isinstance(value, (bytes, bytearray)):
+            yield bytes(value).decode("utf-8", "replace")
+        elif value is not None and not isinstance(value, bool):
+            yield str(getattr(value, "value", value))
 
 
 class Patience:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from threading import Lock
 
-__all__ = ["create", "identity", "inherited", "sync", "uri", "write_lock"]
+__all__ = ["create", "identity", "inherited", "is_open", "opened", "sync", "uri", "write_lock"]
 
 _write_locks: dict[str, Lock] = {}
 """The right to write to a file, within this process: each event loop's pool has a writer of its own."""
@@ -15,9 +16,13 @@ _write_locks: dict[str, Lock] = {}
 inherited: set[tuple[int, int]] = set()
 """Files that the parent had open, in the middle of something, when this process was forked: device and inode."""
 
+opened: Counter[tuple[int, int]] = Counter()
+"""Device and inode of what this process has open, and how often. Any thread; only ever looked at as a hint or a refusal."""
+
 
 def _renew_locks() -> None:
     _write_locks.clear()  # after a fork: whoever held one is in the parent
+    opened.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -38,6 +43,14 @@ def identity(path: Path) -> tuple[int, int]:
     """Device and inode."""
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process has that file open as a database, under whatever name."""
+    try:
+        return opened[identity(path)] > 0
+    except OSError:
+        return False
 
 
 def create(path: Path, *, exist_ok: bool = False) -> None:

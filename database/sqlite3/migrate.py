@@ -65,10 +65,9 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
     record = applied(session)
     if order.baseline is None and not _wanted(migrations, record, order):
         return MigrationReport((), len(record), order.dry_run)
-    raw = session.raw
-    enforced = bool(raw.execute("PRAGMA foreign_keys").fetchone()[0])
+    enforced = bool(session.raw.execute("PRAGMA foreign_keys").fetchone()[0])
     if enforced:
-        raw.execute("PRAGMA foreign_keys = OFF")
+        session.control("PRAGMA foreign_keys = OFF")
     try:
         if order.baseline is not None:
             return _baseline(session, migrations, order)
@@ -80,16 +79,16 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
             session.rollback()
         finally:
             if enforced:
-                _enforce_again(raw)
+                _enforce_again(session)
 
 
-def _enforce_again(raw: sqlite3.Connection) -> None:
+def _enforce_again(session: SqliteSession) -> None:
     """Enforces foreign keys again; a connection on which that fails must not be used any more."""
     # Whoever cancels interrupts whatever runs at that moment, and that may be this.
     for _ in range(3):
         with suppress(sqlite3.OperationalError):
-            raw.execute("PRAGMA foreign_keys = ON")
-            if raw.execute("PRAGMA foreign_keys").fetchone()[0]:
+            session.control("PRAGMA foreign_keys = ON")
+            if session.raw.execute("PRAGMA foreign_keys").fetchone()[0]:
                 return
     error = sqlite3.InternalError("foreign keys cannot be enforced again")
     error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up

@@ -12,6 +12,7 @@ from database.settings import SqliteSettings
 from database.sqlite3 import files
 from database.sqlite3.connection import SqliteSession
 from database.sqlite3.failures import BUSY_SLICE, Patience, reason
+from database.sqlite3.raw import CACHED, Lent, RawConnection
 
 __all__ = ["open_session"]
 
@@ -31,13 +32,33 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
         identity = files.identity(file)
         if identity in files.inherited:
             raise errors.ConnectionFailedError(str(path), _FORKED)
+    except OSError as error:
+        raise errors.ConnectionFailedError(str(path), reason(file, error)) from error
+
+    def connect() -> Lent:
+        return _connect(settings, file, path, progress, readonly=readonly)
+
+    return SqliteSession(
+        connect(),
+        files.write_lock(file),
+        progress,
+        readonly=readonly,
+        patience=settings.busy_timeout / 1000,
+        identity=identity,
+        reopen=connect,
+    )
+
+
+def _connect(settings: SqliteSettings, file: Path, path: str, progress: Callable[[], bool], *, readonly: bool) -> Lent:
+    try:
         raw = sqlite3.connect(
             files.uri(file, "ro" if readonly else "rw"),
             uri=True,
             timeout=min(BUSY_SLICE, settings.busy_timeout / 1000),
             isolation_level=None,
             check_same_thread=False,  # for `interrupt`; all else happens on the worker's thread
-            cached_statements=256,
+            cached_statements=CACHED,
+            factory=RawConnection,
         )
     except (OSError, sqlite3.Error) as error:
         raise errors.ConnectionFailedError(str(path), reason(file, error)) from error
@@ -48,10 +69,7 @@ def open_session(settings: SqliteSettings, path: str, role: Role, progress: Call
         if isinstance(error, sqlite3.Error):
             raise errors.ConnectionFailedError(str(path), reason(file, error)) from error
         raise
-    lock = files.write_lock(file)
-    return SqliteSession(
-        raw, lock, progress, readonly=readonly, patience=settings.busy_timeout / 1000, identity=identity
-    )
+    return raw
 
 
 def _apply(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import sqlite3
+from array import array
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
-from itertools import chain, islice
+from itertools import chain, islice, repeat
+from operator import length_hint
 from pathlib import PurePath
 from typing import Any, cast
 from uuid import UUID
 
-__all__ = ["Row", "Rows", "bind", "bind_many"]
+from database.engine.contract import Interrupted
+from database.sqlite3.analysis import placeholders
+
+__all__ = ["Chunk", "Feed", "Row", "bind"]
 
 
 class Row(sqlite3.Row):
@@ -76,90 +81,27 @@ def _unpickled(names: list[str], values: tuple[Any, ...]) -> Row:
         connection.close()
 
 
-def _settled(method: str) -> Any:
-    of_list = getattr(list, method)
+class Chunk:
+    """Rows of a stream, each made when it is reached; nobody but the stream sees it.
 
-    def settled(self: Rows, *args: Any, **kwargs: Any) -> Any:
-        for each in (self, *args):
-            if isinstance(each, Rows):
-                each.settle()
-        return of_list(self, *args, **kwargs)
-
-    return functools.update_wrapper(settled, of_list)
-
-
-class Rows(list[Any]):
-    """A list of rows that makes each `Row` when it is looked at.
-
-    A `Row` is one more object for each row, and one that Python's garbage collector never lets out of its sight; plain
-    tuples of numbers and texts it does. So a big result is kept as tuples: fetching it takes a third less time, walking
-    through it included, and collections meanwhile do not stop the event loop. Whatever is more than iterating and
-    indexing turns the whole into an ordinary list of rows first.
+    A list of rows, as `fetch_all` gives, holds rows and nothing else: what is written in C (orjson, msgspec, pydantic) looks
+    into a list itself, and would find the tuples.
     """
 
-    __slots__ = ("_as_row",)
-    __hash__ = None  # pyright: ignore  - as a list
+    __slots__ = ("_as_row", "_tuples")
 
-    def __init__(self, cursor: sqlite3.Cursor, tuples: Iterable[tuple[Any, ...]]) -> None:
-        super().__init__(tuples)
-        self._as_row: Callable[[Any], Row] | None = functools.partial(Row, cursor)
-        """None when the list holds rows."""
+    def __init__(self, cursor: sqlite3.Cursor, tuples: list[tuple[Any, ...]]) -> None:
+        self._tuples = tuples
+        self._as_row: Callable[[Any], Row] = functools.partial(Row, cursor)
 
-    def settle(self) -> None:
-        """Makes all the rows."""
-        as_row = self._as_row
-        if as_row is not None:
-            self._as_row = None
-            super().__setitem__(slice(None), map(as_row, super().__iter__()))
+    def __len__(self) -> int:
+        return len(self._tuples)
 
-    def __iter__(self) -> Iterator[Any]:
-        if self._as_row is None:
-            return super().__iter__()
-        return map(self._as_row, super().__iter__())
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        if self._as_row is None:
-            return found
-        if isinstance(index, slice):
-            return list(map(self._as_row, found))
-        return self._as_row(found)
-
-    def __radd__(self, other: list[Any]) -> list[Any]:
-        return [*other, *self]
-
-    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
-        return list, (list(self),)
-
-    __add__ = _settled("__add__")
-    __contains__ = _settled("__contains__")
-    __delitem__ = _settled("__delitem__")
-    __eq__ = _settled("__eq__")
-    __ge__ = _settled("__ge__")
-    __gt__ = _settled("__gt__")
-    __iadd__ = _settled("__iadd__")
-    __imul__ = _settled("__imul__")
-    __le__ = _settled("__le__")
-    __lt__ = _settled("__lt__")
-    __mul__ = _settled("__mul__")
-    __ne__ = _settled("__ne__")
-    __repr__ = _settled("__repr__")
-    __reversed__ = _settled("__reversed__")
-    __rmul__ = _settled("__rmul__")
-    __setitem__ = _settled("__setitem__")
-    append = _settled("append")
-    copy = _settled("copy")
-    count = _settled("count")
-    extend = _settled("extend")
-    index = _settled("index")
-    insert = _settled("insert")
-    pop = _settled("pop")
-    remove = _settled("remove")
-    reverse = _settled("reverse")
-    sort = _settled("sort")
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._as_row, self._tuples)
 
 
-_NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray, memoryview})
+_NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray})
 _is_native = _NATIVE.issuperset
 
 
@@ -168,9 +110,17 @@ def _adapt(value: Any) -> Any:
 
     Not by `sqlite3.register_adapter`, which would change every other user of `sqlite3` in the process; and its own
     adapters for dates are deprecated from Python 3.12 on. The formats are theirs nevertheless.
+
+    Raises:
+        TypeError: `sqlite3` would store the bytes that it finds in the value's memory.
     """
-    if type(value) in _NATIVE:
+    kind = type(value)
+    if kind in _NATIVE:
         return value
+    if kind.__module__.partition(".")[0] in ("numpy", "pandas") and (kind, sqlite3.PrepareProtocol) not in _adapters:
+        value = _plain(value, kind)
+        if type(value) in _NATIVE:
+            return value
     if isinstance(value, Enum):
         return _adapt(value.value)
     if isinstance(value, datetime):
@@ -179,7 +129,60 @@ def _adapt(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, (Decimal, UUID, PurePath)):
         return str(value)
+    if isinstance(value, memoryview):
+        return value if value.c_contiguous else value.tobytes()
+    if isinstance(value, (str, bytes, bytearray, array, int, float)):
+        return value
+    if not hasattr(value, "__conform__") and (type(value), sqlite3.PrepareProtocol) not in _adapters:
+        _refuse_memory(value)
     return value
+
+
+_adapters: dict[tuple[type, type], Any] = sqlite3.adapters
+
+
+def _plain(value: Any, kind: type) -> Any:
+    """A number, a text or a moment of numpy's or pandas' as Python's own; neither is imported for that."""
+    name = kind.__name__
+    if name in ("NaTType", "NAType"):
+        return None
+    if name == "datetime64":
+        text = str(value)
+        if text == "NaT":
+            return None
+        if (
+            len(text) > 10
+        ):  # a moment, written as `datetime.isoformat(" ")` does, but for nanoseconds where there are some
+            moment, _, fraction = text.replace("T", " ").partition(".")
+            moment += ":00" * ((19 - len(moment)) // 3)
+            fraction = fraction.ljust(6, "0").rstrip("0") if len(fraction) > 6 else fraction.rstrip("0")
+            return f"{moment}.{fraction.ljust(6, '0')}" if fraction else moment
+        if len(text) < 10:
+            raise TypeError(f"a datetime64 of years or months ({text}) is no date: convert it to datetime64[D]")
+        return text
+    if name == "ndarray":
+        if value.ndim:
+            raise TypeError(
+                "a numpy array cannot be stored as one value: use .tobytes(), or json.dumps(array.tolist())"
+            )
+        return _adapt(value.item())
+    item = getattr(value, "item", None)
+    if item is not None and kind.__module__.startswith("numpy") and name not in ("timedelta64", "void"):
+        plain = item()
+        if type(plain) is not kind:
+            return plain
+    return value
+
+
+def _refuse_memory(value: object) -> None:
+    try:
+        memoryview(value).release()  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return
+    raise TypeError(
+        f"a value of type {type(value).__module__}.{type(value).__qualname__} would be stored as the bytes of its memory:"
+        " convert it to a number, a text or bytes"
+    )
 
 
 class _Attributes(dict[str, Any]):
@@ -199,11 +202,13 @@ class _Attributes(dict[str, Any]):
             raise KeyError(name) from None
 
 
-def bind(params: Any) -> Any:
+def bind(params: Any, sql: str) -> Any:
     """Parameters in a form that `sqlite3` binds: a sequence, a mapping, or an object with attributes.
 
+    What is both (a NamedTuple, a `Row`) is taken as the placeholders of `sql` ask: by name, or by position.
+
     Raises:
-        TypeError: They are none of these.
+        TypeError: They are none of these, or a value is of no use.
     """
     kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
     # Loops: for a handful of values they take less time than `_is_native` does to begin.
@@ -222,37 +227,106 @@ def bind(params: Any) -> Any:
     if isinstance(params, Mapping):
         mapping = cast("Mapping[str, Any]", params)
         return {name: _adapt(value) for name, value in mapping.items()}
-    if isinstance(params, sqlite3.Row):
-        return {name: _adapt(value) for name, value in zip(params.keys(), params, strict=True)}
+    names = _names(params)
+    if names is not None and placeholders(sql):
+        return {name: _adapt(value) for name, value in zip(names, params, strict=True)}
     if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
         shown = f"{kind.__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
         raise TypeError(
             f"parameters must be a mapping, a sequence or an object with attributes, not {shown};"
             " a single value is written as (value,)"
         )
-    if isinstance(params, Sequence):
+    if names is not None or isinstance(params, Sequence):
         return [_adapt(value) for value in cast("Iterable[object]", params)]
     return _Attributes(cast("object", params))
+
+
+def _names(params: Any) -> Sequence[str] | None:
+    """The names of the values, where they have both names and an order."""
+    if isinstance(params, sqlite3.Row):
+        return params.keys()
+    names = getattr(params, "_fields", None) if isinstance(params, tuple) else None
+    return names if isinstance(names, tuple) else None
 
 
 MANY = 500
 """Rows that are looked at together."""
 
 
-def bind_many(rows: Any) -> Iterator[Any]:
-    """`bind` for every row, as they come; quicker than that where whole chunks of them need no attention."""
-    return chain.from_iterable(_bound_chunks(iter(rows)))
+class Feed:
+    """The rows of `execute_many`, bound as `executemany` asks for them; knows at which it is.
 
+    Rows of a list are looked at in chunks: quicker where whole chunks of them need no attention. What comes from an
+    iterator is bound one by one, for a generator may use one object for all its rows; and between two of them, which may
+    be long, it is asked whether anybody still waits.
+    """
 
-def _bound_chunks(rows: Iterator[Any]) -> Iterator[Iterable[Any]]:
-    while chunk := list(islice(rows, MANY)):
-        kinds = set(map(type, chunk))
-        values: Iterable[Any] | None = None
-        if kinds <= _SEQUENCES:
-            values = chain.from_iterable(chunk)
-        elif kinds == _DICTS:
-            values = chain.from_iterable(map(_values_of, chunk))
-        yield chunk if values is not None and _is_native(map(type, values)) else map(bind, chunk)
+    __slots__ = ("_before", "_chunk", "_gone", "_last", "_rows", "_size", "_sql", "raised")
+
+    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool]) -> None:
+        self._rows = rows
+        self._sql = sql
+        self._gone = gone
+        self._before = 0
+        self._chunk: Iterator[Any] = iter(())
+        self._size = 0
+        self._last: Any = None
+        self.raised: BaseException | None = None
+        """What the caller's own iterator raised."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if type(self._rows) is list or type(self._rows) is tuple:
+            return chain.from_iterable(self._chunks())
+        return self._one_by_one()
+
+    @property
+    def number(self) -> int:
+        """The row that was asked for last, counted from 1."""
+        return self._before + self._size - length_hint(self._chunk)
+
+    def row(self) -> Any:
+        """What was asked for last, as it was given."""
+        return self._rows[self.number - 1] if self._size else self._last
+
+    def _chunks(self) -> Iterator[Iterable[Any]]:
+        sql, rows = self._sql, iter(self._rows)
+        while chunk := list(islice(rows, MANY)):
+            if self._gone():
+                raise Interrupted
+            self._before += self._size
+            self._size = len(chunk)
+            self._chunk = iter(chunk)
+            kinds = set(map(type, chunk))
+            values: Iterable[Any] | None = None
+            if kinds <= _SEQUENCES:
+                values = chain.from_iterable(chunk)
+            elif kinds == _DICTS:
+                values = chain.from_iterable(map(_values_of, chunk))
+            if values is not None and _is_native(map(type, values)):
+                yield self._chunk
+            else:
+                yield map(bind, self._chunk, repeat(sql))
+
+    def _one_by_one(self) -> Iterator[Any]:
+        sql, gone = self._sql, self._gone
+        try:
+            rows = iter(self._rows)
+        except BaseException as error:
+            self.raised = error
+            raise
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except BaseException as error:
+                self.raised = error
+                raise
+            if gone():
+                raise Interrupted
+            self._before += 1
+            self._last = row
+            yield bind(row, sql)
 
 
 _SEQUENCES: set[type] = {tuple, list}

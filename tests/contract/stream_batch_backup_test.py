@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tests.contract.support import (
     errors,
     eventually,
     gather,
+    held,
     idle,
     in_turn,
     names,
@@ -410,3 +413,177 @@ async def test_backup_of_memory(make_db: Any, tmp_path: Path) -> None:
     copy = sqlite3.connect(tmp_path / "saved.db")
     assert copy.execute("SELECT name FROM jobs").fetchall() == [("a",)]
     copy.close()
+
+
+# --- values and rows are those of the moment ----------------------------------------------------------------
+
+
+async def _make_blobs(db: Any, engine: Engine) -> None:
+    await db.execute(f"CREATE TABLE blobs (value {'BLOB' if engine.name == 'sqlite3' else 'BYTEA'})")
+
+
+class _Job:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+async def test_batch_takes_the_values_of_the_moment(db: Any, engine: Engine) -> None:
+    """A batch whose caller uses one object again and again has the values that it was given."""
+    await _make_blobs(db, engine)
+    data: dict[str, Any] = {}
+    sequence: list[Any] = [None]
+    job = _Job("")
+    buffer = bytearray(2)
+    async with db.batch() as batch:
+        for number in range(3):
+            data["name"] = f"dict {number}"
+            await batch.execute("INSERT INTO jobs (name) VALUES (:name)", data)
+            sequence[0] = f"list {number}"
+            await batch.execute("INSERT INTO jobs (name) VALUES (?)", sequence)
+            job.name = f"object {number}"
+            await batch.execute("INSERT INTO jobs (name) VALUES (:name)", job)
+            buffer[:] = b"%02d" % number
+            await batch.execute("INSERT INTO blobs (value) VALUES (?)", (buffer,))
+            await batch.execute("INSERT INTO blobs (value) VALUES (?)", [memoryview(buffer)])
+            await batch.execute("INSERT INTO blobs (value) VALUES (:value)", {"value": buffer})
+        data["name"] = sequence[0] = job.name = "late"
+        buffer[:] = b"xx"
+    assert engine.committed() == [f"{kind} {number}" for kind in ("dict", "list", "object") for number in range(3)]
+    values = [bytes(value) for (value,) in engine.outside("SELECT value FROM blobs ORDER BY value")]
+    assert values == [b"00"] * 3 + [b"01"] * 3 + [b"02"] * 3
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "transaction"])
+async def test_execute_takes_the_values_of_the_moment(db: Any, engine: Engine, inside: bool) -> None:
+    """Nor does it matter what another task makes of the object before a connection is free."""
+    await _make_blobs(db, engine)
+
+    async def write(data: Any, sql: str) -> None:
+        if inside:
+            async with db.transaction():
+                await db.execute(sql, data)
+        else:
+            await db.execute(sql, data)
+
+    data: dict[str, Any] = {"name": "dict"}
+    sequence: list[Any] = ["list"]
+    job = _Job("object")
+    buffer = bytearray(b"ok")
+    async with anyio.create_task_group() as tasks:
+        async with held(db) as release:
+            tasks.start_soon(write, data, "INSERT INTO jobs (name) VALUES (:name)")
+            tasks.start_soon(write, sequence, "INSERT INTO jobs (name) VALUES (?)")
+            tasks.start_soon(write, job, "INSERT INTO jobs (name) VALUES (:name)")
+            tasks.start_soon(write, (buffer,), "INSERT INTO blobs (value) VALUES (?)")
+            await eventually(lambda: db.stats().waiting + db.stats().queued == 4)
+            data["name"] = sequence[0] = job.name = "late"
+            buffer[:] = b"xx"
+            release.set()
+    assert engine.committed() == ["dict", "list", "object"]
+    assert [bytes(value) for (value,) in engine.outside("SELECT value FROM blobs")] == [b"ok"]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "transaction"])
+async def test_stream_cancelled_within_a_chunk(db: Any, inside: bool) -> None:
+    """A consumer that is cancelled while rows are under way, catches it and goes on, gets every row once, or an error."""
+    await fill(db, 200)
+    gate, reached = threading.Event(), threading.Event()
+
+    def slowly(id: int) -> int:
+        if id == at:
+            reached.set()
+            assert gate.wait(5)
+        return id
+
+    for at in (1, 18, 100):
+        gate.clear()
+        reached.clear()
+        seen: list[int] = []
+        failures: list[BaseException] = []
+
+        async def consume(seen: list[int] = seen, failures: list[BaseException] = failures) -> None:
+            async with db.stream("SELECT id FROM item ORDER BY id", chunk_size=64, record_class=slowly) as rows:
+                for attempt in range(3):
+                    with anyio.CancelScope() as scope:
+                        scopes.append(scope)
+                        try:
+                            async for row in rows:
+                                seen.append(row)
+                            return
+                        except Exception as error:
+                            failures.append(error)
+                    if attempt == 0:
+                        gate.set()
+                        await anyio.sleep(0.05)
+
+        scopes: list[anyio.CancelScope] = []
+
+        async def work(consume: Any = consume) -> None:
+            if inside:
+                with suppress(errors.TransactionError):  # a statement may be interrupted in it
+                    async with db.transaction(readonly=True):
+                        await consume()
+            else:
+                await consume()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(work)
+            await eventually(reached.is_set)
+            await anyio.sleep(0.01)
+            scopes[0].cancel()
+        assert seen == list(range(1, len(seen) + 1)), "a gap"
+        assert len(seen) == 200 or all(type(error) is errors.TransactionError for error in failures)
+        assert len(seen) == 200 or failures
+    await usable(db)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "transaction"])
+async def test_stream_whose_record_class_fails(db: Any, inside: bool) -> None:
+    """What follows the error of a record class is that there are no more rows, not a gap."""
+    await fill(db, 200)
+    for at in (1, 20, 100):
+        calls = 0
+
+        def fail_once(id: int, at: int = at) -> int:
+            nonlocal calls
+            calls += id == at
+            if id == at and calls == 1:
+                raise ZeroDivisionError
+            return id
+
+        async def read(record_class: Any = fail_once) -> None:
+            seen: list[int] = []
+            async with db.stream("SELECT id FROM item ORDER BY id", record_class=record_class) as rows:
+                with pytest.raises(ZeroDivisionError):
+                    async for row in rows:
+                        seen.append(row)
+                for _ in range(2):
+                    with pytest.raises((errors.TransactionError, ZeroDivisionError)):
+                        async for row in rows:
+                            seen.append(row)
+            assert seen == list(range(1, len(seen) + 1))
+            assert len(seen) < at
+
+        if inside:
+            async with db.transaction(readonly=True):
+                await read()
+        else:
+            await read()
+    await usable(db)
+
+
+async def test_stream_read_in_turns(db: Any) -> None:
+    """A stream that is left and taken up again goes on where it was, and has an end."""
+    await fill(db, 100)
+    async with db.stream("SELECT id FROM item ORDER BY id") as rows:
+        seen: list[int] = []
+        while True:
+            before = len(seen)
+            async for row in rows:
+                seen.append(row["id"])
+                if len(seen) % 7 == 0:
+                    break
+            if len(seen) == before:
+                break
+        assert seen == list(range(1, 101))
+        assert [row async for row in rows] == []

@@ -162,7 +162,7 @@ class Engine:
     @contextmanager
     def locked(self, database: str = "default") -> Iterator[sqlite3.Connection]:
         """The database as another process leaves it that keeps the write lock."""
-        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=HANGING)
+        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=HANGING, check_same_thread=False)
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
@@ -376,7 +376,7 @@ async def held(db: Any, *, readonly: bool = False, count: int = 1) -> AsyncItera
     them. Where no connection is the one writer, all that are free are held: only then does a writer wait.
     """
     release = anyio.Event()
-    if not db.engine.single_writer:
+    if not db.pool().single_writer:
         if db.stats().pool_size == 0:
             await db.open()
         taken = sum(1 for lease in db.pool().transactions if lease.worker is not None and not lease.ended)

@@ -109,8 +109,13 @@ class _AsyncioRequest(Request):
     turn. So nothing can come between the answer and the task's going on with it.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "context")
-    context: Context | None
+    __slots__ = ("_asyncio_future_blocking", "_wakeup_context")
+    _wakeup_context: Context
+    """The waiting task's own context, in which its wake-up is called. Unset while nobody waits."""
+
+    get_loop: Callable[[], Any]
+    """The loop of the pool that the request was made for, set by `AsyncioWaker`: a task of another loop that awaits the
+    request is told so by asyncio, and a task is cancelled also while its loop does not run."""
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if not self.answered:
@@ -130,19 +135,18 @@ class _AsyncioRequest(Request):
     def done(self) -> bool:
         return self.answered or self.waiter is None
 
-    get_loop = staticmethod(asyncio.get_running_loop)
-
     def add_done_callback(self, wakeup: Callable[[Any], object], *, context: Context) -> None:
         self.waiter = wakeup
-        self.context = context
+        self._wakeup_context = context
 
     def cancel(self, msg: object = None) -> bool:
         wakeup = self.waiter
         if wakeup is None:  # its task has been told already
             return False
         self.waiter = None
-        cancelled = self.get_loop().create_future()
-        cancelled.add_done_callback(wakeup, context=self.context)
+        # Also between two runs of the loop: `asyncio.run` cancels what is left behind its main task.
+        cancelled: asyncio.Future[None] = self.get_loop().create_future()
+        cancelled.add_done_callback(wakeup, context=self._wakeup_context)
         return cancelled.cancel(msg)
 
     # After a cancellation
@@ -167,7 +171,8 @@ class _AsyncioRequest(Request):
             if not future.done():
                 future.set_result(None)
 
-        self.waiter, self.context = settle, Context()
+        self._wakeup_context = Context()
+        self.waiter = settle
         timer = loop.call_later(seconds, settle)
         try:
             # The shield keeps an AnyIO scope from cancelling again at every turn of the loop.
@@ -186,12 +191,13 @@ class AsyncioWaker(Waker):
     __slots__ = ()
 
     backend = "asyncio"
-    request = _AsyncioRequest
 
     def __init__(self) -> None:
         super().__init__()
         loop = asyncio.get_running_loop()
         self.loop = weakref.ref(loop)
+        # A class for each loop: asyncio asks a request for its loop, and no request needs a slot for the answer.
+        self.request = type("AsyncioRequest", (_AsyncioRequest,), {"__slots__": (), "get_loop": staticmethod(self.loop)})
         if hasattr(os, "eventfd"):
             descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             try:
@@ -205,6 +211,9 @@ class AsyncioWaker(Waker):
     def running(self) -> bool:
         loop = self.loop()
         return loop is not None and loop.is_running()
+
+    def task_of(self, request: Request) -> object | None:
+        return getattr(request.waiter, "__self__", None)  # it is the task's own bound method
 
     def _rung(self, descriptor: int) -> None:
         try:
@@ -237,13 +246,12 @@ class AsyncioWaker(Waker):
         try:
             for request in rest:
                 request.answered = True
+                request.context = None  # workers and tracebacks keep requests, but shall not keep their tasks' context
                 wakeup = request.waiter
                 if wakeup is not None:
                     request.waiter = None
-                    request.context.run(wakeup, _DONE)
-                    request.context = (
-                        None  # workers and tracebacks keep requests, but shall not keep their tasks' context
-                    )
+                    request._wakeup_context.run(wakeup, _DONE)
+                    del request._wakeup_context
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise

@@ -138,10 +138,10 @@ class TrioWaker(Waker):
     __slots__ = ("_answer", "_end_pump", "_reschedule", "_token", "_trio", "_watch")
 
     backend = "trio"
-    request = _TrioRequest
 
     def __init__(self) -> None:
         super().__init__()
+        self.request = _TrioRequest
         import trio  # noqa: PLC0415  - only those who run trio have it
 
         self._trio = trio
@@ -195,6 +195,7 @@ class TrioWaker(Waker):
         reschedule, answer = self._reschedule, self._answer
         for request in answered:
             request.answered = True
+            request.context = None  # workers and tracebacks keep requests, but shall not keep their tasks' context
             task = request.waiter
             if task is not None:
                 request.waiter = None

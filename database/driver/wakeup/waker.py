@@ -76,7 +76,17 @@ class Timer(Protocol):
 class Waker:
     """One event loop, as workers see it."""
 
-    __slots__ = ("__weakref__", "_delivering", "_descriptor", "_lock", "_posted", "_scheduled", "_sleepers", "loop")
+    __slots__ = (
+        "__weakref__",
+        "_delivering",
+        "_descriptor",
+        "_lock",
+        "_posted",
+        "_scheduled",
+        "_sleepers",
+        "loop",
+        "request",
+    )
 
     backend: str
     """AnyIO's name of the loop's kind."""
@@ -112,6 +122,9 @@ class Waker:
         In this order, so that whoever is woken finds the pool as it will be: the connection that answered is free.
         """
         self._posted.append((answered, notice))
+        self._ring()
+
+    def _ring(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             with self._lock:
@@ -138,6 +151,8 @@ class Waker:
                 for wake in sleepers:
                     wake()
                 sleepers.clear()
+            if posted:  # something raised
+                self._ring()
 
     def wake(self, answered: list[Request]) -> None:
         """Has the tasks of these requests go on, at the loop's next turn. Loop thread, also within a task."""
@@ -156,6 +171,11 @@ class Waker:
         """Whether the caller runs on this loop; not so where a coroutine of a loop that is gone is thrown away."""
         loop = current_loop()
         return loop is not None and loop is self.loop()
+
+    def task_of(self, request: Request) -> object | None:
+        """The task that waits for the request, if one does. Any thread; for comparing."""
+        waiter: object | None = request.waiter
+        return waiter
 
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
@@ -182,19 +202,38 @@ class Waker:
         raise NotImplementedError
 
 
+_lowlevel: Any = None
+"""`trio.lowlevel`, once trio has been imported as a whole."""
+
+
+def _in_trio() -> bool:
+    """Whether the caller runs in trio, which may be asyncio's guest, so it is asked first.
+
+    A trio that another thread is importing just now stands in `sys.modules` half made. Nobody can be running in it yet.
+    """
+    global _lowlevel  # noqa: PLW0603
+    if _lowlevel is None:
+        if "trio" not in _modules:
+            return False
+        lowlevel = getattr(_modules["trio"], "lowlevel", None)
+        if not all(hasattr(lowlevel, name) for name in ("in_trio_run", "current_trio_token", "in_trio_task")):
+            return False
+        _lowlevel = lowlevel
+    # Where trio is asyncio's guest, both run on this thread: then its tasks are trio's, and nothing else.
+    return bool(_lowlevel.in_trio_task() or (_lowlevel.in_trio_run() and _running_loop() is None))
+
+
 def current_loop() -> object | None:
     """The identity of the event loop that runs the caller: an asyncio loop, a trio token, or None."""
-    trio = _modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():  # first, for trio may be asyncio's guest
-        token: object = trio.lowlevel.current_trio_token()
+    if (_lowlevel is not None or "trio" in _modules) and _in_trio():
+        token: object = _lowlevel.current_trio_token()
         return token
     return _running_loop()
 
 
 def create_waker() -> Waker:
     """The waker of the running event loop."""
-    trio = _modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
+    if _in_trio():
         from database.driver.wakeup.on_trio import TrioWaker  # noqa: PLC0415  - only those who run trio have it
 
         return TrioWaker()
@@ -205,9 +244,8 @@ def create_waker() -> Waker:
 
 def current_task() -> object | None:
     """The running task; None outside any. For comparing and for `task_name`; hold it no longer than it runs."""
-    trio = _modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_run():
-        task: object = trio.lowlevel.current_task() if trio.lowlevel.in_trio_task() else None
+    if _in_trio():
+        task: object = _lowlevel.current_task() if _lowlevel.in_trio_task() else None
         return task
     return None if _running_loop() is None else asyncio.current_task()
 

@@ -1,0 +1,76 @@
+"""A copy of a database: written beside its place, moved there when it is complete, and never over one in use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from database import errors
+from database.sqlite3 import files
+
+__all__ = ["copy"]
+
+_IN_USE = "a database is in use there; back up to another file"
+
+
+def copy(path: str, run: Callable[[sqlite3.Connection], None]) -> None:
+    """Makes the copy.
+
+    Args:
+        path: Its place.
+        run: Fills the connection that it is given.
+
+    Raises:
+        ConnectionFailedError: A database is in use there, or nothing can be written.
+    """
+    target = Path(path)
+    _refuse_database_in_use(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
+    try:
+        files.create(partial)
+        connection = sqlite3.connect(files.uri(partial, "rw"), uri=True, isolation_level=None)
+        try:
+            run(connection)
+        finally:
+            connection.close()
+        files.sync(partial)
+        _refuse_database_in_use(target)
+        partial.replace(target)
+        files.sync(target.parent)
+    except OSError as error:
+        raise errors.ConnectionFailedError(str(target), f"the backup cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _refuse_database_in_use(target: Path) -> None:
+    """Whoever has it open would go on with a file that has no name any more, and all that is written there is lost."""
+    if target.is_dir():
+        raise errors.ConnectionFailedError(str(target), "it is a directory: name the file that the copy is to be")
+    # By device and inode: another path, a symbolic or a hard link is the same file.
+    if files.is_open(target) or Path(f"{target}-wal").exists() or Path(f"{target}-journal").exists():
+        raise errors.ConnectionFailedError(str(target), _IN_USE)
+    real = Path(os.path.realpath(target))
+    if real != target and (Path(f"{real}-wal").exists() or Path(f"{real}-journal").exists()):
+        raise errors.ConnectionFailedError(str(target), _IN_USE)
+    if not target.is_file() or not target.stat().st_size:
+        return
+    # Another process's lock. By SQLite, for closing a file that it has open gives its locks up.
+    try:
+        probe = sqlite3.connect(files.uri(target, "rw"), uri=True, timeout=0, isolation_level=None)
+    except sqlite3.Error:
+        return  # not to be opened, and replaced all the same if the rights on the directory allow it
+    try:
+        probe.execute("BEGIN EXCLUSIVE")
+        probe.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise errors.ConnectionFailedError(str(target), _IN_USE) from error
+    except sqlite3.DatabaseError:
+        pass  # no database
+    finally:
+        probe.close()

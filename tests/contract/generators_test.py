@@ -1,0 +1,271 @@
+"""A transaction held by a generator that somebody leaves, closes or forgets: the task that opened it goes on."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import warnings
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.contract.support import Engine, add, collected, errors, names, usable
+
+pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")]
+
+Rows = AsyncGenerator[int, None]
+Hold = Callable[[Any, str], Rows]
+
+
+async def _transaction(db: Any, name: str) -> Rows:
+    async with db.transaction():
+        await add(db, name)
+        for number in itertools.count():
+            yield number
+
+
+async def _readonly(db: Any, name: str) -> Rows:
+    async with db.transaction(readonly=True):
+        await names(db)
+        yield 0
+        yield 1
+
+
+async def _not_supported(db: Any, name: str) -> Rows:
+    async with db.transaction(propagation="not_supported"):
+        yield 0
+        yield 1
+
+
+async def _detached(db: Any, name: str) -> Rows:
+    with db.detached():
+        yield 0
+        yield 1
+
+
+async def _manual(db: Any, name: str) -> Rows:
+    level = await db.begin()
+    try:
+        await add(db, name)
+        yield 0
+        yield 1
+    finally:
+        await level.abandon()
+
+
+async def _limited(db: Any, name: str) -> Rows:
+    async with db.transaction(timeout=60):
+        await add(db, name)
+        yield 0
+        yield 1
+
+
+HOLDING: dict[str, Hold] = {
+    "transaction": _transaction,
+    "readonly": _readonly,
+    "not_supported": _not_supported,
+    "detached": _detached,
+    "manual": _manual,
+}
+
+
+async def _break(rows: Rows) -> None:
+    async for _ in rows:
+        break
+    await rows.aclose()
+
+
+async def _error(rows: Rows) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await rows.athrow(ZeroDivisionError)
+
+
+async def _by_another_task(rows: Rows) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rows.aclose)
+
+
+async def _error_by_another_task(rows: Rows) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_error, rows)
+
+
+LEAVING: dict[str, Callable[[Rows], Awaitable[None]]] = {
+    "break": _break,
+    "error": _error,
+    "another task": _by_another_task,
+    "an error by another task": _error_by_another_task,
+}
+
+
+@pytest.mark.parametrize("around", ["outside", "inside"])
+async def test_left_generator(db: Any, engine: Engine, around: str) -> None:
+    """Whoever ends a generator, and however: the task that began it is back at the level around it."""
+    expected: list[str] = []
+
+    async def check() -> None:
+        number = 0
+        for holding, hold in HOLDING.items():
+            for leaving, leave in LEAVING.items():
+                number += 1
+                rows = hold(db, f"held {number}")
+                assert await rows.__anext__() == 0
+                await leave(rows)
+                assert db.in_transaction == (around == "inside"), (holding, leaving)
+                await add(db, f"behind {number}")
+                expected.append(f"behind {number}")
+                if around == "outside":
+                    assert f"behind {number}" in engine.committed(), (holding, leaving)
+                else:
+                    assert engine.committed() == [], (holding, leaving)
+                async with db.transaction():
+                    await names(db)
+
+    if around == "outside":
+        await check()
+    else:
+        async with db.transaction():
+            await check()
+    assert not db.in_transaction
+    assert engine.committed() == sorted(expected)
+    await usable(db)
+
+
+@pytest.mark.parametrize("hold", [pytest.param(hold, id=name) for name, hold in HOLDING.items() if name != "manual"])
+async def test_generator_that_became_garbage(db: Any, engine: Engine, hold: Hold) -> None:
+    """Nor does it matter that the collector ends it, in a task of nobody's."""
+    rows = hold(db, "held")
+    await rows.__anext__()
+    inside = db.in_transaction
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        del rows
+        gc.collect()
+        await collected(lambda: inside is False or not db.in_transaction, "the end of the transaction")
+        for _ in range(5):
+            await anyio.sleep(0)
+    await add(db, "behind")
+    assert engine.committed() == ["behind"]
+    await usable(db)
+
+
+@pytest.mark.parametrize("around", ["outside", "inside"])
+async def test_two_generators_in_any_order(db: Any, engine: Engine, around: str) -> None:
+    """Two that were begun one within the other, and are closed in the wrong order, leave the task where it was."""
+    if engine.name == "postgresql":
+        pytest.skip("three connections at once; this is not about them")
+    wrong: list[Any] = []
+
+    async def check() -> None:
+        for first, second in itertools.product(HOLDING, HOLDING):
+            if second in ("transaction", "manual") and (
+                first == "readonly" or (around == "inside" and first in ("not_supported", "detached"))
+            ):
+                continue  # not possible at all
+            a, b = HOLDING[first](db, "a"), HOLDING[second](db, "b")
+            await a.__anext__()
+            try:
+                await b.__anext__()
+                await a.aclose()
+                await b.aclose()
+            except Exception as error:
+                wrong.append((first, second, error))
+            if db.in_transaction != (around == "inside"):
+                wrong.append((first, second))
+            await add(db, "behind")
+            await db.execute("DELETE FROM jobs WHERE name = 'behind'")
+
+    if around == "outside":
+        await check()
+    else:
+        async with db.transaction():
+            await check()
+    assert not wrong
+    assert engine.committed() == []
+    await usable(db)
+
+
+async def test_the_outer_one_ends_first(db: Any, engine: Engine) -> None:
+    """The outer of two levels of one task that ends well before the inner one is refused at once, for nobody can say
+    what would have to be kept; all is undone, and the task goes on.
+    """
+
+    async def hold(name: str) -> Rows:
+        async with db.transaction():
+            await add(db, name)
+            yield 0
+
+    a, b = hold("a"), hold("b")
+    await a.__anext__()
+    await b.__anext__()
+    with anyio.fail_after(2), pytest.raises(errors.TransactionError, match="still open"):
+        await a.__anext__()
+    with pytest.raises(errors.TransactionError):
+        await b.__anext__()
+    assert not db.in_transaction
+    await add(db, "behind")
+    assert engine.committed() == ["behind"]
+
+    with anyio.fail_after(2), pytest.raises(errors.TransactionError, match="still open"):
+        async with db.transaction():
+            await db.begin()
+            await add(db, "forgotten")
+    assert not db.in_transaction
+    with anyio.fail_after(2), pytest.raises(errors.TransactionError, match="still open"):
+        async with db.transaction() as outer:
+            async with db.transaction():
+                await outer.commit()
+    assert engine.committed() == ["behind"]
+    await usable(db)
+
+
+async def test_a_child_of_what_a_generator_held(db: Any, engine: Engine) -> None:
+    """A task that was started inside is told all the same that the transaction is over."""
+    rows = _transaction(db, "held")
+    await rows.__anext__()
+    over = anyio.Event()
+
+    async def child() -> None:
+        await over.wait()
+        assert not db.in_transaction
+        with pytest.raises(errors.TransactionError):
+            await add(db, "late")
+        with db.detached():
+            await add(db, "detached")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(child)
+        await anyio.sleep(0)
+        await rows.aclose()
+        over.set()
+    await add(db, "behind")
+    assert engine.committed() == ["behind", "detached"]
+
+
+async def test_a_level_whose_transaction_was_undone(db: Any, engine: Engine) -> None:
+    """A nested level of another task that ends well after its transaction has been undone does not pass for kept."""
+    begun, over = anyio.Event(), anyio.Event()
+    outcome: list[Any] = []
+
+    async def child() -> None:
+        try:
+            async with db.transaction():
+                await add(db, "child")
+                begun.set()
+                await over.wait()
+        except errors.TransactionError as error:
+            outcome.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(ZeroDivisionError):
+            async with db.transaction():
+                await add(db, "parent")
+                tasks.start_soon(child)
+                await begun.wait()
+                raise ZeroDivisionError
+        over.set()
+    assert len(outcome) == 1
+    assert engine.committed() == []
+    await usable(db)

@@ -1,0 +1,1 @@
+"""The driver from the inside: races held open by gates."""

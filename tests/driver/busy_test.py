@@ -1,0 +1,189 @@
+"""Waiting for locks: whose they are, how long, and what those who wait are told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from database import errors, transactional
+from tests.contract.support import Engine, add, eventually, gather, usable
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def only_sqlite(engine: Engine) -> None:
+    if engine.name != "sqlite3":
+        pytest.skip("locks on files are SQLite's")
+
+
+def _writes(db: Any, queries: Any) -> dict[str, tuple[Callable[[], Awaitable[Any]], str | None, Any]]:
+    """Calls that write: the call, its SQL, and its parameters, as an error is to name them."""
+    sql = "INSERT INTO jobs (name) VALUES (:name)"
+
+    @transactional(offload=True)
+    async def offloaded() -> None:
+        await db.execute(sql, {"name": "offloaded"})
+
+    async def transaction() -> None:
+        async with db.transaction():
+            await db.execute(sql, {"name": "transaction"})
+
+    return {
+        "execute": (lambda: db.execute(sql, {"name": "a"}), sql, {"name": "a"}),
+        "again": (lambda: db.execute(sql, {"name": "b"}), sql, {"name": "b"}),
+        "aiosql": (lambda: queries.update_job(db, enabled=1, id=2), queries.update_job.sql, {"enabled": 1, "id": 2}),
+        "run": (lambda: db.run(lambda connection: connection.execute(sql, {"name": "run"})), None, None),
+        "offload": (offloaded, None, None),
+        "transaction": (transaction, sql, {"name": "transaction"}),
+    }
+
+
+async def test_everybody_who_waited_is_told(
+    make_db: Any, engine: Engine, queries: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writes that wait together for another process's lock get an error each that names their own statement and
+    parameters, and that is logged once.
+    """
+    db = await make_db(busy_timeout=200)
+    await add(db, "there")
+    calls = _writes(db, queries)
+    with engine.locked(), caplog.at_level(logging.ERROR, "database"):
+        found = dict(zip(calls, await gather(*[call for call, _, _ in calls.values()]), strict=True))
+    for name, (_, sql, parameters) in calls.items():
+        error = found[name]
+        assert isinstance(error, errors.DatabaseBusyError), (name, error)
+        assert "another process" in str(error), name
+        if sql is not None:
+            assert error.sql == sql, name
+            assert dict(error.parameters) == parameters, name
+    logged = [record for record in caplog.records if "DatabaseBusyError" in record.getMessage()]
+    assert len(logged) == len(calls), [record.getMessage() for record in logged]
+    assert engine.committed() == ["there"]
+    await usable(db)
+
+
+async def test_closing_while_a_write_waits_for_another_process(make_db: Any, engine: Engine, queries: Any) -> None:
+    """What waits for another process's lock when the pool is closed gets PoolClosedError, soon, and nothing is kept."""
+    for together in (False, True):
+        db = await make_db(busy_timeout=20_000, schema=not together)
+        calls = {name: call for name, (call, _, _) in _writes(db, queries).items()}
+        for group in [list(calls)] if together else [[name] for name in calls]:
+            found: list[Any] = []
+            await db.fetch_value("SELECT 1")
+            await db.open()
+
+            async def write(group: list[str] = group, found: list[Any] = found) -> None:
+                found.extend(await gather(*[calls[name] for name in group]))
+
+            with engine.locked():
+                began = time.monotonic()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(write)
+                    await eventually(lambda: db.stats().writer_in_use)
+                    await anyio.sleep(0.05)
+                    await db.close(drain=0.05)
+                assert time.monotonic() - began < 8, group
+            assert {type(each) for each in found} == {errors.PoolClosedError}, (group, found)
+    assert engine.committed() == []
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "PERSIST"])
+async def test_ones_own_readers_without_a_wal(make_db: Any, engine: Engine, mode: str) -> None:
+    """Without a WAL a write waits for readers of its own process as for everything in the pool; if in vain, the error
+    says who they are, and nobody speaks of another process.
+    """
+    db = await make_db(journal_mode=mode, busy_timeout=50, pool_timeout=10)
+    await add(db, "before")
+    release = anyio.Event()
+    reading = anyio.Event()
+
+    async def read() -> None:
+        async with db.transaction(readonly=True):
+            assert await db.fetch_value("SELECT count(*) FROM jobs") == 1
+            reading.set()
+            await release.wait()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        await reading.wait()
+        outcome: list[Any] = []
+
+        async def write() -> None:
+            outcome.extend(await gather(lambda: add(db, "waited"), lambda: transactional(add)(db, "as well")))
+
+        group.start_soon(write)
+        await anyio.sleep(0.4)  # several times busy_timeout
+        assert outcome == []
+        release.set()
+    assert outcome == [None, None]
+    assert engine.committed() == ["as well", "before", "waited"]
+    await usable(db)
+
+
+async def test_ones_own_readers_that_stay(make_db: Any, engine: Engine) -> None:
+    """See above: the reader stays until `pool_timeout` is over."""
+    db = await make_db(journal_mode="DELETE", busy_timeout=50, pool_timeout=0.3)
+    release = anyio.Event()
+    reading = anyio.Event()
+
+    async def keep_reading() -> None:
+        async with db.stream("SELECT 1 UNION SELECT id FROM jobs", chunk_size=1) as rows:
+            async for _ in rows:
+                reading.set()
+                await release.wait()
+
+    await db.execute_many("INSERT INTO jobs (name) VALUES (:name)", [{"name": f"{n}"} for n in range(100)])
+    async with anyio.create_task_group() as group:
+        group.start_soon(keep_reading)
+        await reading.wait()
+        with pytest.raises(errors.DatabaseError) as caught:
+            await add(db, "in vain")
+        release.set()
+    assert "another process" not in str(caught.value)
+    assert "keep_reading" in str(caught.value)
+    await usable(db)
+
+
+@pytest.mark.parametrize("reader", ["stream", "transaction"])
+async def test_ones_own_lock(make_db: Any, engine: Engine, reader: str) -> None:
+    """A write without a WAL by the very task that is reading could only wait for itself: it is told so at once."""
+    db = await make_db(journal_mode="DELETE", busy_timeout=20_000, pool_timeout=20)
+    await db.execute_many("INSERT INTO jobs (name) VALUES (:name)", [{"name": f"{n}"} for n in range(3000)])
+    began = time.monotonic()
+    if reader == "stream":
+        async with db.stream("SELECT * FROM jobs", chunk_size=10) as rows:
+            async for _ in rows:
+                with pytest.raises(errors.TransactionError, match="wait for itself"):
+                    await add(db, "in vain")
+                break
+    else:
+        async with db.transaction(readonly=True):
+            await db.fetch_all("SELECT * FROM jobs")
+            with db.detached(), pytest.raises(errors.TransactionError, match="wait for itself"):
+                await add(db, "in vain")
+    assert time.monotonic() - began < 8
+    await usable(db)
+
+
+async def test_ones_own_open_statement(make_db: Any, engine: Engine) -> None:
+    """A statement that another open statement of the same transaction is in the way of says so, at once."""
+    db = await make_db(busy_timeout=20_000)
+    await db.execute_many("INSERT INTO jobs (name) VALUES (:name)", [{"name": f"{n}"} for n in range(3000)])
+    began = time.monotonic()
+    async with db.transaction():
+        async with db.stream("SELECT * FROM jobs", chunk_size=10) as rows:
+            async for _ in rows:
+                with pytest.raises(errors.QueryExecutionError) as caught:
+                    await db.execute("DROP TABLE jobs")
+                break
+    assert "another process" not in str(caught.value)
+    assert "stream" in str(caught.value)
+    assert not isinstance(caught.value, errors.DatabaseBusyError)
+    assert time.monotonic() - began < 8
+    await usable(db)
