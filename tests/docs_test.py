@@ -261,7 +261,9 @@ def test_translations_keep_pace(page: Path) -> None:
     assert shape(ours) == shape(theirs)
     assert headings(page) == headings(original)
     for mine, other in zip(ours, theirs, strict=True):
-        assert translations.skeleton(mine.language, mine.text) == translations.skeleton(other.language, other.text), mine
+        assert translations.skeleton(mine.language, mine.text) == translations.skeleton(other.language, other.text), (
+            mine
+        )
     assert not (changed := translations.changed(page)), (
         f"translate what has changed in {original.name}, then: python -m tests.translations {page.relative_to(ROOT)}\n"
         + "\n".join(changed)

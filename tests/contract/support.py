@@ -162,7 +162,9 @@ class Engine:
     @contextmanager
     def locked(self, database: str = "default") -> Iterator[sqlite3.Connection]:
         """The database as another process leaves it that keeps the write lock."""
-        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=HANGING, check_same_thread=False)
+        connection = sqlite3.connect(
+            self.path(database), isolation_level=None, timeout=HANGING, check_same_thread=False
+        )
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
