@@ -41,7 +41,7 @@ class Receiver:
         self._ended = threading.Event()
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
-        self._thread = threading.Thread(target=self._run, name="pytest receiver")
+        self._thread = threading.Thread(target=self._run, name="pytest receiver", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

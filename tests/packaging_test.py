@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import database
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("hatchling")
@@ -38,6 +41,26 @@ def test_the_wheel(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
+def test_the_source_distribution(tmp_path: Path) -> None:
+    """It holds what it takes to test, check, document and release it, and nothing that was built; one version everywhere."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (sdist,) = tmp_path.glob("jobu_database-*.tar.gz")
+    assert sdist.name == f"jobu_database-{database.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {
+        ".ci/interpreters", ".ci/run", "Makefile", "mkdocs.yml", "config/database.yaml", "pyproject.toml", "LICENSE", "README.md",
+        "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "database/py.typed", "tests/conftest.py", "tests/packaging_test.py",
+        "docs/index.md", "docs/examples/jobu.py",
+    }  # fmt: skip
+    assert not [
+        name for name in names if "__pycache__" in name or ".venv" in name or name.startswith(("site/", "data/"))
+    ]
 
 
 def test_all_of_each_face() -> None:
