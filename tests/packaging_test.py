@@ -54,9 +54,9 @@ def test_the_source_distribution(tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {
-        ".ci/interpreters", ".ci/run", "Makefile", "mkdocs.yml", "config/database.yaml", "pyproject.toml", "LICENSE", "README.md",
-        "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "database/py.typed", "tests/conftest.py", "tests/packaging_test.py",
-        "docs/index.md", "docs/examples/jobu.py",
+        ".ci/interpreters", ".ci/run", "Makefile", "mkdocs.yml", "config/database.yaml", "pyproject.toml", "LICENSE",
+        "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "database/py.typed", "tests/conftest.py",
+        "tests/packaging_test.py", "docs/index.md", "docs/examples/jobu.py",
     }  # fmt: skip
     assert not [
         name for name in names if "__pycache__" in name or ".venv" in name or name.startswith(("site/", "data/"))
