@@ -100,6 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
     watchdog.watch()
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
         os.environ.pop("COVERAGE_PROCESS_START", None)  # this process is measured; what tests start need not be
+        os.environ.pop("PYTHONOPTIMIZE", None)  # programs that tests start say with `assert` what is wrong
     # A shell starts what it runs in the background with SIGINT ignored, and all children inherit that, even through exec.
     # Caught and dropped, it stays without effect on this process, and becomes the default again in those that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

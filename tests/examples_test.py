@@ -18,6 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import programs
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 SAMPLE = EXAMPLES / "sample.crontab"
@@ -254,9 +256,7 @@ def test_service_reads_its_configuration_from_the_environment(service: Service) 
 def test_service_shows_a_progress_bar_on_a_terminal(service: Service) -> None:
     """With rich installed and stderr a terminal, a bar runs to 100 %."""
     pytest.importorskip("rich")
-    import pty
-
-    master, slave = pty.openpty()
+    master, slave = programs.pseudo_terminal()
     service.environment |= {"TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen(
         service.command("--jobs", 50, "--config", service.config),
