@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS ?=
-# A process for each processor; those that have no more to do take over from others.
-PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+# A process for each processor and one more, for some tests wait; who has no more to do takes over from others.
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 1) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -142,6 +142,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out = {item for item in items if differs(item)}
     if config.getoption("quick"):
         out |= set(repetitions([item for item in items if item not in out]))
+        for test in {item.obj for item in items if isinstance(item, pytest.Function)}:
+            if (wanted := getattr(test, "_hypothesis_internal_use_settings", None)) is not None:
+                fewer = type(wanted)(wanted, max_examples=max(10, wanted.max_examples // 6))
+                getattr(test, "__func__", test)._hypothesis_internal_use_settings = fewer
     if out:
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
