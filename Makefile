@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS ?=
+# A process for each processor and one more, for some tests wait; who has no more to do takes over from others.
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 1) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-postgresql test check docs bench clean
+.PHONY: help demo demo-postgresql test test-all fix check docs bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -23,10 +25,19 @@ demo-postgresql: $(VENV)/.test  ## the same job service on PostgreSQL, by config
 	@echo
 	$(BIN)/python -m tests.postgresql.server $(BIN)/python docs/examples/jobu.py --backend trio --jobs 500
 
-test: $(VENV)/.check  ## the tests, with branch coverage, on each Python found (ARGS="-k pool" goes to pytest)
-	$(BIN)/coverage run -m pytest $(ARGS)
+test: $(VENV)/.test  ## the tests, in two minutes: each behaviour on every event loop and engine once (ARGS="-k pool" goes to pytest)
+	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
+
+test-all: $(VENV)/.check  ## all tests in all combinations, the long ones too, with branch coverage; then on each other Python found
+	rm -f .coverage .coverage.*
+	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
-	.ci/interpreters test $(ARGS)
+	.ci/interpreters test $(PARALLEL) $(ARGS)
+
+fix: $(VENV)/.check  ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 check: $(VENV)/.check  ## ruff, mypy, pyright, import-linter
 	$(BIN)/ruff check .

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from database.session.queries import load_queries
     from database.session.registry import close_all, configure, get_db, lifespan
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "__version__",
     "close_all",
     "configure",
     "errors",

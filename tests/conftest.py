@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,9 +95,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """The run is watched, and what it starts can be interrupted."""
     watchdog.watch()
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
+        os.environ.pop("COVERAGE_PROCESS_START", None)  # this process is measured; what tests start need not be
+        os.environ.pop("PYTHONOPTIMIZE", None)  # programs that tests start say with `assert` what is wrong
     # A shell starts what it runs in the background with SIGINT ignored, and all children inherit that, even through exec.
     # Caught and dropped, it stays without effect on this process, and becomes the default again in those that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -137,6 +142,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out = {item for item in items if differs(item)}
     if config.getoption("quick"):
         out |= set(repetitions([item for item in items if item not in out]))
+        for test in {item.obj for item in items if isinstance(item, pytest.Function)}:
+            if (wanted := getattr(test, "_hypothesis_internal_use_settings", None)) is not None:
+                fewer = type(wanted)(wanted, max_examples=max(10, wanted.max_examples // 6))
+                getattr(test, "__func__", test)._hypothesis_internal_use_settings = fewer
     if out:
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
@@ -151,6 +160,13 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Whoever asks the collector for referrers afterwards (Hypothesis does) shall see everything."""
     gc.unfreeze()
+
+
+def pytest_unconfigure() -> None:
+    """Workers of xdist do not end as other processes do: what was measured is written down here."""
+    if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()) is not None:
+        measured.stop()
+        measured.save()
 
 
 @pytest.fixture

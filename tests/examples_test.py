@@ -18,6 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import programs
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 SAMPLE = EXAMPLES / "sample.crontab"
@@ -178,10 +180,10 @@ def test_service_loses_nothing_when_it_is_stopped(
     service: Service, backend: list[str], signals: list[int], status: int
 ) -> None:
     """Stopped in the middle it says so in one line, and the next start does what was left, once."""
-    with service.started(*backend, "--jobs", 1000, "--seconds", 0.02) as process:
+    with service.started(*backend, "--jobs", 300, "--seconds", 0.06) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if re.match(r"jobu: [1-9]\d* of 1000 runs done", line):
+            if re.match(r"jobu: [1-9]\d* of 300 runs done", line):
                 break
         for signum in signals:
             process.send_signal(signum)
@@ -195,12 +197,12 @@ def test_service_loses_nothing_when_it_is_stopped(
         assert "Traceback" not in stderr
         found = re.fullmatch(r"jobu: interrupted: (\d+) runs done, (\d+) left for the next start", last[0])
         assert found is not None, stderr
-        assert int(found[1]) + int(found[2]) == 1000
-        assert 0 < int(found[2]) < 1000
-    assert service.query("SELECT count(*) FROM job_runs") == [(1000,)]
+        assert int(found[1]) + int(found[2]) == 300
+        assert 0 < int(found[2]) < 300
+    assert service.query("SELECT count(*) FROM job_runs") == [(300,)]
     again = service.run(*backend, "--jobs", 0, "--seconds", 0)
     assert again.returncode == 0, again.stderr
-    assert read_report(again.stdout)["states"] == "0 queued, 0 running, 1000 done, 0 failed"
+    assert read_report(again.stdout)["states"] == "0 queued, 0 running, 300 done, 0 failed"
     assert service.query("SELECT count(*) FROM job_runs WHERE output IS NULL") == [(0,)]
 
 
@@ -254,9 +256,7 @@ def test_service_reads_its_configuration_from_the_environment(service: Service) 
 def test_service_shows_a_progress_bar_on_a_terminal(service: Service) -> None:
     """With rich installed and stderr a terminal, a bar runs to 100 %."""
     pytest.importorskip("rich")
-    import pty
-
-    master, slave = pty.openpty()
+    master, slave = programs.pseudo_terminal()
     service.environment |= {"TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen(
         service.command("--jobs", 50, "--config", service.config),

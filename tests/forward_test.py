@@ -41,7 +41,7 @@ class Receiver:
         self._ended = threading.Event()
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
-        self._thread = threading.Thread(target=self._run, name="pytest receiver")
+        self._thread = threading.Thread(target=self._run, name="pytest receiver", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -161,7 +161,9 @@ async def test_a_receiver_that_fails_holds_nobody_up(db: Any, capsys: pytest.Cap
     await anyio.to_thread.run_sync(handler.close)
     assert handler.sent + handler.dropped + len(handler._queue) == 200
     assert handler.dropped >= 150 - (150 if kind == "hangs" else 0)
-    assert "log records could not be sent" in capsys.readouterr().err
+    # A receiver that hangs has room for some, in buffers of its system's; where the loop is slow enough, for all.
+    assert handler.sent == 200 or "log records could not be sent" in capsys.readouterr().err
+    assert handler.sent == 0 or kind == "hangs"
     if receiver is not None:
         receiver.close()
 

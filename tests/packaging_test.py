@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import database
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("hatchling")
@@ -107,10 +110,30 @@ def test_messages_name_extras_and_no_index() -> None:
     named: set[str] = set()
     for file in (ROOT / "database").rglob("*.py"):
         text = file.read_text("utf-8")
-        assert "pip install" not in text, file
+        assert "pip install jobu" not in text, file
         assert "jobu-database[" not in text, file
         named |= set(re.findall(r"the extra `(\w+)`", text))
     assert {"cli", "elk", "otel", "postgresql"} <= named <= extras
+
+
+def test_the_source_distribution(tmp_path: Path) -> None:
+    """It holds what it takes to test, check, document and release it, and nothing that was built; one version everywhere."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (sdist,) = tmp_path.glob("jobu_database-*.tar.gz")
+    assert sdist.name == f"jobu_database-{database.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {
+        ".ci/interpreters", ".ci/run", "Makefile", "mkdocs.yml", "config/database.yaml", "pyproject.toml", "LICENSE",
+        "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "database/py.typed", "tests/conftest.py",
+        "tests/packaging_test.py", "docs/index.md", "docs/examples/jobu.py",
+    }  # fmt: skip
+    assert not [
+        name for name in names if "__pycache__" in name or ".venv" in name or name.startswith(("site/", "data/"))
+    ]
 
 
 def test_all_of_each_face() -> None:

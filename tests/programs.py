@@ -77,6 +77,18 @@ def end(process: subprocess.Popen[Any]) -> None:
     process.wait(30)
 
 
+def pseudo_terminal() -> tuple[int, int]:
+    """Both ends of one; skips the test where the system has none to give (a container without /dev/pts)."""
+    import pty
+
+    import pytest
+
+    try:
+        return pty.openpty()
+    except OSError as error:
+        pytest.skip(f"there are no pseudo-terminals here: {error}")
+
+
 def run(arguments: list[str], folder: Path, *, timeout: float = 120) -> tuple[int, str, str]:
     """Runs `python -W error ARGUMENTS` in a folder: its status, output and errors. The arguments are `-c CODE …`, `FILE …`
     or, for a module, which is imported as nothing has been before, `-m MODULE …`.

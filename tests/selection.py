@@ -2,7 +2,8 @@
 
 With `--quick`, a test function that has cases of its own runs each of them on every engine it concerns, by turns on one
 event loop and the next; all of its cases together meet every event loop. A test without cases runs on every event loop,
-and on PostgreSQL with one of them. What is marked `slow` is left to `make test-all`, which runs everything everywhere.
+and once on every engine: on PostgreSQL with one of the loops, on SQLite with the others. What is marked `slow` is left to
+`make test-all`, which runs everything everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def _coordinates(item: pytest.Item) -> tuple[str, str, str]:
 
 
 def _loop(param: Any) -> str:
-    """The id of an event loop: `asyncio+uvloop` is AnyIO's ("asyncio", {"use_uvloop": True})."""
+    """The id of an event loop: `asyncio+uvloop` is AnyIO's ("asyncio", {"use_uvloop": True}), or the option of a command."""
+    if isinstance(param, list):
+        return f"{param[1]}+uvloop" if "--uvloop" in param else str(param[1])
     if isinstance(param, tuple):
         name, options = param
         return f"{name}+uvloop" if isinstance(options, dict) and options.get("use_uvloop") else str(name)
@@ -54,25 +57,21 @@ def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _covering(group: list[pytest.Item], turn: int) -> set[pytest.Item]:
-    """Items of one function that hold every case with every engine, and every event loop with the first engine."""
+    """Items of one function that hold every case with every engine, and every event loop."""
     places: dict[tuple[str, str], list[tuple[str, pytest.Item]]] = defaultdict(list)
     for item in group:
         if item.get_closest_marker("slow") is None:
             case, engine, loop = _coordinates(item)
             places[case, engine].append((loop, item))
     kept: set[pytest.Item] = set()
-    if not places:
-        return kept
     met: set[str] = set()
-    first = next(iter(places))[1]
-    for number, ((_, engine), choices) in enumerate(places.items()):
+    for number, choices in enumerate(places.values()):
         loop, item = choices[(turn + number) % len(choices)]
         kept.add(item)
-        if engine == first:
-            met.add(loop)
-    for (_, engine), choices in places.items():
+        met.add(loop)
+    for choices in places.values():  # the first engine's come first
         for loop, item in choices:
-            if engine == first and loop not in met:
+            if loop not in met:
                 met.add(loop)
                 kept.add(item)
     return kept

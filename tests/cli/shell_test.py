@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import rows
+from tests.programs import pseudo_terminal
 
 Cli = Callable[..., Any]
 
@@ -131,9 +132,7 @@ class Terminal:
     """A command at a pseudo-terminal, as somebody sits at it."""
 
     def __init__(self, directory: Path, *arguments: str) -> None:
-        import pty
-
-        self.descriptor, other = pty.openpty()
+        self.descriptor, other = pseudo_terminal()
         environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(directory / "state")}
         command = [sys.executable, "-W", "error", "-m", "database", *arguments]
         self.process = subprocess.Popen(

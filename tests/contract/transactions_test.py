@@ -402,16 +402,22 @@ HOSTILE: list[tuple[str, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["outermost", "within-read-write"])
-@pytest.mark.parametrize("statements", HOSTILE, ids=lambda statements: "; ".join(statements)[:60])
+@pytest.fixture
+async def narrow(make_db: Any) -> Any:
+    """One reader: what an attack leaves on its connection meets the next."""
+    return await make_db(pool_size=1)
+
+
+@in_turn("nested", [False, True], ids=["outermost", "within-read-write"], using="narrow")
+@in_turn("statements", HOSTILE, using="narrow")
 async def test_readonly_refuses_every_write(
-    make_db: Any, engine: Engine, statements: tuple[str, ...], nested: bool
+    narrow: Any, engine: Engine, statements: tuple[str, ...], nested: bool
 ) -> None:
     """Whatever SQL tries it, nothing is written in a read-only transaction, and the refusal says why.
 
     Nor does the attempt leave anything on the connection for the next who gets it.
     """
-    db = await make_db(pool_size=1)
+    db = narrow
     await add(db, "a")
 
     @transactional_readonly

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from database import errors, get_db, transactional, transactional_readonly
-from tests.contract.support import HANGING, add, eventually, gather, held, names, usable
+from tests.contract.support import HANGING, add, eventually, gather, held, in_turn, names, usable
 from tests.postgresql.differences import DIFFERENCES
 from tests.postgresql.engine import PostgresqlEngine
 
@@ -412,13 +412,19 @@ HOSTILE: list[tuple[str, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["outermost", "within-read-write"])
-@pytest.mark.parametrize("statements", HOSTILE, ids=lambda statements: "; ".join(statements)[:50])
+@pytest.fixture
+async def narrow(make_db: Any) -> Any:
+    """One connection: what an attack leaves on it meets the next."""
+    return await make_db(pool_size=1)
+
+
+@in_turn("nested", [False, True], ids=["outermost", "within-read-write"], using="narrow")
+@in_turn("statements", HOSTILE, using="narrow")
 async def test_syntax_readonly_refuses_every_write(
-    make_db: Any, engine: PostgresqlEngine, statements: tuple[str, ...], nested: bool
+    narrow: Any, engine: PostgresqlEngine, statements: tuple[str, ...], nested: bool
 ) -> None:
     """Whatever SQL tries it, nothing is written in a read-only transaction, nor is anything left on the connection."""
-    db = await make_db(pool_size=1)
+    db = narrow
     await add(db, "a")
 
     @transactional_readonly
