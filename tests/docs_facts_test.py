@@ -96,7 +96,7 @@ def test_the_reference_has_every_public_name() -> None:
 def test_the_reference_has_every_method() -> None:
     """Each public method of `Database` stands in the reference, but for those that parts of the package use."""
     inside = {
-        "batch_statement", "call_aiosql", "current", "engine", "forget_pools", "give_back", "is_here", "observer",
+        "batch_statement", "call_aiosql", "current", "engine", "forget_pools", "give_back", "is_here", "level", "observer",
         "offload", "park", "pin", "pool", "pools", "prepare_stream", "reading_pool", "send_batch", "unpark",
     }  # fmt: skip
     text = page("reference/database", "")
