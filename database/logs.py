@@ -324,11 +324,7 @@ class LogObserver:
 
 def parameters_of(request: Request) -> object:
     """The user's parameters of a statement; None for what is no statement."""
-    if not isinstance(request.sql, Statement):
-        return None
-    if getattr(request.operation, "__name__", "") == "call_aiosql":  # they travel with the method to be called
-        return request.params[1]
-    return request.params
+    return request.params if isinstance(request.sql, Statement) else None
 
 
 def _connection(*, readonly: bool) -> str:

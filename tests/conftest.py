@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 
 from database.session import registry
 from database.session.database import Database
-from tests.contract.support import Engine, collected, is_idle, worker_threads
+from tests import watchdog
+from tests.contract.support import HANGING, Engine, collected, is_idle, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
+from tests.selection import repetitions
 
 MakeDb = Callable[..., Awaitable[Any]]
 
@@ -80,12 +84,73 @@ def make_engine(name: str, directory: Path) -> Engine:
     return PostgresqlEngine(name, directory)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick` is what `make test` runs."""
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="no repetition on other event loops and engines that finds nothing new, and nothing slow",
+    )
+
+
+def pytest_configure() -> None:
+    """The run is watched, and what it starts can be interrupted."""
+    watchdog.watch()
+    # A shell starts what it runs in the background with SIGINT ignored, and all children inherit that, even through exec.
+    # Caught and dropped, it stays without effect on this process, and becomes the default again in those that it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """No process outlives the test that started it."""
+    yield
+    left = watchdog.children() - watchdog.lasting
+    if left:
+        found = [watchdog.command(pid) for pid in left]
+        for pid in left:
+            watchdog.kill(pid)
+        raise AssertionError(f"the test has left running, and it has been ended now: {found}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """Reports of tests that use text no encoding knows must come through to the process that prints them."""
+    return clean((yield))
+
+
+def clean(data: Any) -> Any:
+    if isinstance(data, str):
+        return data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, dict):
+        return {clean(key): clean(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(map(clean, data))
+    return data
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what must differ on PostgreSQL: `tests/postgresql/differences.py` says why, and where the tests are."""
-    out = [item for item in items if differs(item)]
+    """Leaves out what must differ on PostgreSQL (`tests/postgresql/differences.py` says why, and where the tests are)
+    and, when it shall be quick, what repeats others (`tests/selection.py`).
+    """
+    out = {item for item in items if differs(item)}
+    if config.getoption("quick"):
+        out |= set(repetitions([item for item in items if item not in out]))
     if out:
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: tests that collect garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Whoever asks the collector for referrers afterwards (Hypothesis does) shall see everything."""
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -122,12 +187,12 @@ async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
     yield make
     try:
         for handle in handles:
-            await collected(lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}", within=2)
+            await collected(lambda handle=handle: is_idle(handle), f"idle at the end: {handle.stats()}")
     finally:
-        with anyio.fail_after(10):
+        with anyio.fail_after(HANGING):
             await engine.public.close_all()
-    await collected(lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}", within=2)
-    await collected(lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}", within=2)
+    await collected(lambda: worker_threads() <= threads, f"no thread left, have {worker_threads() - threads}")
+    await collected(lambda: not engine.open_files(), f"no file left open, have {engine.open_files()}")
 
 
 @pytest.fixture

@@ -88,7 +88,9 @@ def test_the_reference_has_every_public_name() -> None:
     for module in MODULES:
         full = f"database.{module}".rstrip(".")
         for name in set(importlib.import_module(full).__all__) - INSIDE.get(module, set()):
-            if not re.search(rf"^(?:::: \S*\.{name}|#+ {name}\b.*|# `?{full}.{name}.*)$|\bdatabase\.{name}\b", text, re.M):
+            if not re.search(
+                rf"^(?:::: \S*\.{name}|#+ {name}\b.*|# `?{full}.{name}.*)$|\bdatabase\.{name}\b", text, re.M
+            ):
                 missing.append(f"{full}.{name}")
     assert not missing
 

@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shlex
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import textwrap
 import tomllib
@@ -36,7 +34,7 @@ import yaml
 from database import settings
 from database.errors import ConfigurationError
 from database.sqlite3 import load_queries
-from tests import translations
+from tests import programs, translations
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -131,7 +129,7 @@ def test_python(block: Block, backend: str, tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.py"):
         file.write_text(on_backend(file.read_text("utf-8"), backend), "utf-8")
     if block.title.startswith("test_"):
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", block.title]
+        command = [*programs.PYTEST, block.title]
     elif block.title:
         command = [block.title]
     elif awaits_at_top(block):
@@ -139,20 +137,12 @@ def test_python(block: Block, backend: str, tmp_path: Path) -> None:
         command = ["-c", SNIPPET, backend]
     else:
         command = ["-c", on_backend(block.text, backend)]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *command],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    status, out, err = programs.run(command, tmp_path)
+    assert (status, err) == (0, ""), out + err
     expected = expected_output(block)
     if expected is not None:
         pattern = re.escape(expected.strip()).replace("…", ".*")
-        assert re.fullmatch(pattern, done.stdout.strip(), re.S), done.stdout
+        assert re.fullmatch(pattern, out.strip(), re.S), out
 
 
 @pytest.mark.parametrize("block", blocks_in("yaml", "json", "toml"), ids=str)
@@ -271,7 +261,9 @@ def test_translations_keep_pace(page: Path) -> None:
     assert shape(ours) == shape(theirs)
     assert headings(page) == headings(original)
     for mine, other in zip(ours, theirs, strict=True):
-        assert translations.skeleton(mine.language, mine.text) == translations.skeleton(other.language, other.text), mine
+        assert translations.skeleton(mine.language, mine.text) == translations.skeleton(other.language, other.text), (
+            mine
+        )
     assert not (changed := translations.changed(page)), (
         f"translate what has changed in {original.name}, then: python -m tests.translations {page.relative_to(ROOT)}\n"
         + "\n".join(changed)

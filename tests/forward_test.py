@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from database import errors
-from tests.contract.support import add, names
+from tests.contract.support import HANGING, add, names
 
 pytest.importorskip("ecs_logging")
 from database.elk import EcsFormatter  # noqa: E402
@@ -154,7 +154,7 @@ async def test_a_receiver_that_fails_holds_nobody_up(db: Any, capsys: pytest.Cap
         port = receiver.port if receiver is not None else free_port()
         send = forward.JsonLines("127.0.0.1", port, timeout=0.2)
     handler = forward.Forwarder(send, capacity=20, batch=5, patience=0.2)
-    with attached(handler), anyio.fail_after(5):
+    with attached(handler), anyio.fail_after(HANGING):
         for number in range(200):
             await db.fetch_value(f"SELECT {number}, '{'x' * 100_000 if kind == 'hangs' else ''}'")
         assert len(handler._queue) <= 20

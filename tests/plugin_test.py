@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import PYTEST
+
 pytest_plugins = ["pytester"]
 
 BACKENDS = """
@@ -50,7 +52,7 @@ class Project:
         path.write_text("".join(textwrap.dedent(part) for part in parts))
 
     def passes(self, count: int, *arguments: str) -> None:
-        result = self.pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *arguments, timeout=60)
+        result = self.pytester.runpytest_subprocess(*PYTEST[2:], *arguments, timeout=300)
         result.assert_outcomes(passed=count)
 
     def leaves(self) -> list[str]:
@@ -481,10 +483,10 @@ def test_misuse_is_explained(project: Project) -> None:
                 pass
         """,
     )
-    result = project.pytester.runpytest_subprocess("-q", "-rx", timeout=60)
+    result = project.pytester.runpytest_subprocess(*PYTEST[2:], "-rx", timeout=300)
     result.assert_outcomes(passed=2, xfailed=1)
     project.write("config/database.yaml", "database: {sqlite: {pathh: x}}")
-    result = project.pytester.runpytest_subprocess("-q", "-k", "test_both", timeout=60)
+    result = project.pytester.runpytest_subprocess(*PYTEST[2:], "-k", "test_both", timeout=300)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*config/database.yaml:1: database.sqlite.pathh: unknown key; did you mean 'path'?*"])
 

@@ -128,7 +128,7 @@ def browser(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
 
 @pytest.fixture
 def visit(site: Path, browser: Any) -> Callable[..., None]:
-    """`visit(page, size)` opens a page (from disk, or an address) as a first-time visitor; waits until its diagrams are drawn."""
+    """`visit(page, size)` opens a page (from disk, or an address) as a first-time visitor, and waits for its diagrams."""
 
     def go(page: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
         browser.execute_cdp_cmd(

@@ -17,7 +17,7 @@ import pytest
 
 from database import errors
 from database.sqlite3 import close_all, get_db, transactional, transactional_readonly
-from tests.contract.support import Engine, gather, held, idle, waiting
+from tests.contract.support import HANGING, Engine, gather, held, idle, in_turn, waiting
 
 pytestmark = pytest.mark.anyio
 
@@ -222,7 +222,7 @@ async def test_limit_waits_for_a_connection(db: Any) -> None:
         await waiting(db, 1)
         assert not done.is_set()
         release.set()
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             await done.wait()
     await idle(db)
 
@@ -233,7 +233,7 @@ async def test_limit_times_out(make_db: Any) -> None:
     """
     db = await make_db(pool_timeout=0.15)
     async with held(db, readonly=True, count=2):
-        with anyio.fail_after(2), pytest.raises(errors.ConnectionPoolExhaustedError) as caught:
+        with anyio.fail_after(HANGING), pytest.raises(errors.ConnectionPoolExhaustedError) as caught:
             await get_job_list()
         assert "0.15" in str(caught.value)
     assert await get_job_list() == []
@@ -244,7 +244,7 @@ async def test_limit_of_writers(make_db: Any) -> None:
     """The one writer is a limit too: a second one waits, then times out, and nothing of it was written."""
     db = await make_db(pool_timeout=0.15)
     async with held(db):
-        with anyio.fail_after(2), pytest.raises(errors.ConnectionPoolExhaustedError):
+        with anyio.fail_after(HANGING), pytest.raises(errors.ConnectionPoolExhaustedError):
             await create_job(JobInput("late"))
         assert await job_names() == []
     await create_job(JobInput("a"))
@@ -263,7 +263,7 @@ async def test_readonly_reads(db: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "sql",
     [
         "INSERT INTO jobs (name) VALUES ('x')",

@@ -50,11 +50,7 @@ def changed(page: Path) -> list[str]:
     now = hashes(source)
     if known == now:
         return []
-    found = [
-        each
-        for each, short in zip(paragraphs(source.read_text("utf-8")), now, strict=True)
-        if short not in known
-    ]
+    found = [each for each, short in zip(paragraphs(source.read_text("utf-8")), now, strict=True) if short not in known]
     return found or ["paragraphs were taken out, or stand in another order"]
 
 
@@ -79,7 +75,9 @@ def skeleton(language: str, code: str) -> object:
             if not (kind == tokenize.STRING and ast.unparse(ast.parse(string.strip(), mode="eval")) in docstrings)
         ]
     if language == "mermaid":
-        return re.findall(r"^\s*(?:sequenceDiagram|flowchart \w+|participant \w+|subgraph \w+|\w+-?->>?\w+)", code, re.M)
+        return re.findall(
+            r"^\s*(?:sequenceDiagram|flowchart \w+|participant \w+|subgraph \w+|\w+-?->>?\w+)", code, re.M
+        )
     if language in ("yaml", "toml", "sh", "console"):
         code = re.sub(r"(^|\s)#.*$", "", code, flags=re.M)
     if language == "sql":

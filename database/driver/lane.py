@@ -24,6 +24,7 @@ from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
+from database.driver.inline import learning
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, CLOSED, WAKE, Servable, Worker, again
@@ -184,7 +185,8 @@ class ReadLane:
         worker.attend(on_slow)
         queue = self.queue
         popleft = queue.popleft
-        execute = worker.execute
+        inline = pool.inline
+        execute = worker.execute if inline is None else learning(inline, worker.execute)
         since = perf_counter()
         request: Request | None = None
         try:

@@ -36,6 +36,7 @@ import anyio
 
 from database.driver import process
 from database.driver.courtesy import Courtesy
+from database.driver.inline import Inline
 from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.observer import Observer, aside
@@ -45,9 +46,7 @@ from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker, again, here
 from database.engine.contract import Backend, Session
 from database.errors import (
-    ConnectionFailedError,
     ConnectionPoolExhaustedError,
-    DatabaseError,
     PoolClosedError,
     TransactionError,
 )
@@ -81,6 +80,7 @@ class PoolStats:
         rollbacks_total: Transactions rolled back.
         grouped_total: Writes that shared a commit with others.
         replaced_total: Connections that were given up and opened anew.
+        inline_total: Reads that ran on the event loop's own thread (`inline_reads`).
     """
 
     pool_size: int = 0
@@ -97,6 +97,7 @@ class PoolStats:
     rollbacks_total: int = 0
     grouped_total: int = 0
     replaced_total: int = 0
+    inline_total: int = 0
 
 
 class Pool:
@@ -112,6 +113,7 @@ class Pool:
         size: int,
         timeout: float,
         long_read: float | None,
+        inline_reads: bool = False,
         on_closed: Callable[[Pool], None],
     ) -> None:
         self.backend = backend
@@ -159,6 +161,8 @@ class Pool:
             self.writer = Worker(f"database-{name}-1", "shared", self)
             self.reads = SharedLane(self, readonly=True)
             self.writes = SharedLane(self, readonly=False)
+        self.inline = Inline(waker, self.reads) if inline_reads and self.single_writer else None
+        """Runs small reads on the loop's thread; None where nobody asked for that."""
         self._courtesy = Courtesy(self)
         self._end = waker.on_end(self.close_now)
         process.add(self)
@@ -478,7 +482,9 @@ class Pool:
                 session, current = other.session, other.current
                 if other is worker or session is None:
                     continue
-                lease = next((each for each in tuple(pool.transactions) if each.worker is other and not each.ended), None)
+                lease = next(
+                    (each for each in tuple(pool.transactions) if each.worker is other and not each.ended), None
+                )
                 if lease is not None and excludes(session):
                     found.append((lease, lease.holder()))
                 elif current is not None:
@@ -490,7 +496,9 @@ class Pool:
         now = perf_counter()
         shared = not self.single_writer
         leases = [
-            lease for lease in tuple(self.transactions) if lease.worker is not None and (shared or lease.readonly is readonly)
+            lease
+            for lease in tuple(self.transactions)
+            if lease.worker is not None and (shared or lease.readonly is readonly)
         ]
         found = [f"{lease.holder()}, for {now - lease.granted_at:.3g} s" for lease in leases if not lease.ended]
         if isinstance(self.writes, SharedLane):
@@ -555,6 +563,7 @@ class Pool:
             rollbacks_total=sum(worker.rollbacks for worker in workers),
             grouped_total=self.writer.grouped,
             replaced_total=sum(worker.replaced for worker in workers),
+            inline_total=0 if self.inline is None else self.inline.total,
         )
 
     def _writers_in_use(self) -> int:
@@ -612,6 +621,8 @@ class Pool:
         self._end.cancel()
         self._forget_timer()
         self._on_closed(self)
+        if self.inline is not None:
+            self.inline.give_up()
         self._refuse_all(self._closed_error, all_of_them=False)
         self._end_leases()
         if not self.opened:

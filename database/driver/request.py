@@ -23,7 +23,6 @@ __all__ = [
     "Home",
     "Kind",
     "Request",
-    "parameters_of",
     "text_of",
 ]
 
@@ -138,10 +137,3 @@ def text_of(request: Request) -> str:
     """What is to be run, for messages: a statement's text, or else the name of the work."""
     statement = request.sql
     return statement.sql if isinstance(statement, Statement) else str(request.label or statement)
-
-
-def parameters_of(request: Request) -> Any:
-    """The user's own parameters, also where they travel with the method that is to be called (`call_aiosql`)."""
-    if isinstance(request.sql, Statement) and getattr(request.operation, "__name__", "") == "call_aiosql":
-        return request.params[1]
-    return request.params

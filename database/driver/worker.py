@@ -51,14 +51,12 @@ from database.driver.request import (
     UNIT,
     Home,
     Request,
-    parameters_of,
     text_of,
 )
 from database.driver.wakeup import Notice
 from database.engine.contract import Alone, Interrupted, Role, Session
 from database.errors import (
     ConnectionFailedError,
-    DatabaseBusyError,
     DatabaseError,
     PoolClosedError,
     QueryExecutionError,
@@ -141,6 +139,7 @@ class Worker:
         "grouped",
         "grouping",
         "inbox",
+        "lent",
         "locked",
         "name",
         "observer",
@@ -154,6 +153,7 @@ class Worker:
         "statements",
         "threshold",
         "ticks",
+        "until",
         "waited",
         "waker",
         "yielding",
@@ -184,6 +184,10 @@ class Worker:
         self.grouping = False
         """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
         self._guard = Lock()
+        self.lent = Lock()
+        """Held by the loop's thread while it uses the connection: see `database.driver.inline`."""
+        self.until = 0.0
+        """When what the loop's thread runs on the connection is to be stopped; 0 where nothing is."""
         self.ticks = 0
         """How often the progress handler has been called by the running statement."""
         self._on_slow: Callable[[], None] | None = None
@@ -327,7 +331,7 @@ class Worker:
             request.error = QueryExecutionError(
                 f"the database's thread was brought down by {type(defect).__name__}; whether this was executed is not known",
                 sql=text_of(request),
-                parameters=parameters_of(request),
+                parameters=request.params,
             )
             request.error.__cause__ = defect
             self.answers.append(request)
@@ -336,6 +340,8 @@ class Worker:
         """The session's progress handler: true stops the statement."""
         request = self.current
         if request is None:
+            if self.until:  # on the loop's thread
+                return perf_counter() > self.until
             return self._stopping and self.session is None  # while a connection is opened, not while it commits
         if request.kind >= COMMIT:
             return False
@@ -377,7 +383,9 @@ class Worker:
         if queue and self.sleeping:
             self.sleeping = False
             return WAKE
-        return self.inbox.get()
+        word = self.inbox.get()
+        with self.lent:
+            return word
 
     def finish(self, notice: Notice) -> None:
         """Posts the answers together with a notice to the pool."""
@@ -543,7 +551,7 @@ class Worker:
                 if request is None:
                     translated = session.translate(error, None, None)
                 else:
-                    translated = session.translate(error, request.sql, parameters_of(request))
+                    translated = session.translate(error, request.sql, request.params)
             except BaseException as defect:  # somebody's error that cannot even be shown
                 _report(f"{self.name} cannot translate an error of {type(error)}", defect)
             if self.session is not None and self.backend.is_broken(error):

@@ -214,6 +214,7 @@ class Database:
                 size=chosen.pool_size,
                 timeout=chosen.pool_timeout,
                 long_read=chosen.logging.long_read_s,
+                inline_reads=getattr(chosen, "inline_reads", False),
                 on_closed=closed,
             )
             if instrumentation is not None:
@@ -305,7 +306,8 @@ class Database:
             pool = self.pool()
         if statement.kind == READ:
             request = pool.request(STATEMENT, operation, statement, params, extra)
-            pool.reads.submit(request)
+            if pool.inline is None or not pool.inline.read(request):
+                pool.reads.submit(request)
         else:
             kind = STATEMENT if statement.kind == WRITE else ALONE
             request = pool.request(kind, operation, statement, params, extra)

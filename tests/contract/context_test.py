@@ -69,7 +69,12 @@ async def test_records_see_their_callers_context(db: Any, notes: _Notes) -> None
     assert not strangers
     for number in range(1, 9):
         mine = [message for _, message, caller in notes.seen if caller == f"request {number}"]
-        for part in (f"AS r{number}", f"handler = 'r{number}'", f"no_such_column_{number} FROM", f"no_such_column_{number} = 1"):
+        for part in (
+            f"AS r{number}",
+            f"handler = 'r{number}'",
+            f"no_such_column_{number} FROM",
+            f"no_such_column_{number} = 1",
+        ):
             assert any(part in message for message in mine), (part, mine)
         errors_of_mine = [each for each in notes.seen if each[0] == "ERROR" and each[2] == f"request {number}"]
         assert len(errors_of_mine) == 2, errors_of_mine

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from database import get_db, transactional, transactional_readonly
-from tests.contract.support import Engine, add, errors, gather, names
+from tests.contract.support import Engine, add, errors, gather, in_turn, names
 
 DECORATORS = [
     pytest.param(transactional, id="transactional"),
@@ -101,7 +101,7 @@ def test_the_function_is_kept(decorate: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("decorate", [transactional, transactional_readonly, transactional(offload=True)])
+@in_turn("decorate", [transactional, transactional_readonly, transactional(offload=True)])
 async def test_arguments_and_result(db: Any, decorate: Any) -> None:
     """All kinds of arguments, options' names among them, go through, and the result comes back."""
     assert await decorate(documented)(1, "x", 2, 3, key=True, db="mine", timeout=0) == {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.support import Engine, add, errors, names, usable
+from tests.contract.support import Engine, add, errors, in_turn, names, usable
 
 PARENTS: dict[str, tuple[type[BaseException], ...]] = {
     "DatabaseError": (Exception,),
@@ -82,7 +82,7 @@ async def test_parameters_are_redacted(db: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("call", ["execute", "execute_many", "offload", "transaction", "run", "fetch", "batch"])
+@in_turn("call", ["execute", "execute_many", "offload", "transaction", "run", "fetch", "batch"])
 async def test_the_same_on_every_path(db: Any, engine: Engine, call: str) -> None:
     """Every way to write raises the same class with code and cause, and without values in its text."""
     from database import transactional
@@ -119,7 +119,7 @@ async def test_the_same_on_every_path(db: Any, engine: Engine, call: str) -> Non
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("call", ["fetch_all", "execute", "execute_script", "stream", "run"])
+@in_turn("call", ["fetch_all", "execute", "execute_script", "stream", "run"])
 async def test_an_error_that_is_kept_keeps_nothing_open(db: Any, engine: Engine, call: str) -> None:
     """An error that is kept (by a log, a debugger) holds no connection: after close the files are closed."""
     bad = "SELECT abs(-9223372036854775808)"
@@ -172,7 +172,7 @@ CONSTRAINTS = [
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("sql", "code_name"), CONSTRAINTS, ids=[code for _, code in CONSTRAINTS[:-1]] + ["deferred"])
+@in_turn("sql, code_name", CONSTRAINTS, ids=[code for _, code in CONSTRAINTS[:-1]] + ["deferred"])
 async def test_constraints(db: Any, engine: Engine, sql: str, code_name: str) -> None:
     """Every kind of constraint is an IntegrityError that says which, foreign keys included."""
     await db.execute_script(

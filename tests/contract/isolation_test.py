@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from database import transactional, transactional_readonly
-from tests.contract.support import Engine, errors, gather, usable
+from tests.contract.support import HANGING, Engine, errors, gather, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -131,7 +131,7 @@ async def test_transfers(bank: Any, engine: Engine, seed: int, cancel: bool) -> 
             assert one["count"] >= last
             last = one["count"]
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as readers:
             await readers.start(reader)
             await readers.start(reader)
@@ -192,6 +192,6 @@ async def test_a_read_sees_what_its_own_task_was_told(bank: Any) -> None:
             async with bank.transaction(readonly=True):
                 assert await bank.fetch_value("SELECT count(*) FROM ledger WHERE ticket = ?", (ticket,)) == 1
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         assert await gather(*[lambda n=n: work(n) for n in range(20)]) == [None] * 20
     await usable(bank)

@@ -19,6 +19,7 @@ import pytest
 
 from database import get_db, transactional
 from tests.contract.support import (
+    HANGING,
     SLOW_SELECT,
     Engine,
     add,
@@ -26,6 +27,7 @@ from tests.contract.support import (
     eventually,
     gather,
     held,
+    in_turn,
     names,
     usable,
     waiting,
@@ -119,7 +121,7 @@ async def test_exhaustion_of_single_calls(make_db: Any, engine: Engine, kind: st
         "offload": lambda: transactional(offload=True)(add)(db, "x"),
     }
     async with held(db), held(db, readonly=True, count=2):
-        with anyio.fail_after(3), pytest.raises(errors.ConnectionPoolExhaustedError):
+        with anyio.fail_after(HANGING), pytest.raises(errors.ConnectionPoolExhaustedError):
             await calls[kind]()
     await usable(db)
     assert engine.committed() == []
@@ -138,7 +140,7 @@ async def test_a_slow_statement_is_no_lack_of_connections(make_db: Any) -> None:
 @pytest.mark.anyio
 async def test_a_slow_read_holds_nobody_up(db: Any) -> None:
     """While one slow statement runs, reads of others pass it by."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(db.fetch_value, SLOW_SELECT)
             await eventually(lambda: db.stats().readers_in_use)
@@ -339,7 +341,7 @@ async def test_close_tells_those_who_wait(db: Any) -> None:
     async def hold() -> None:
         holders.extend(await gather(holder))
 
-    with anyio.fail_after(4):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(hold)
             await begun.wait()
@@ -353,7 +355,7 @@ async def test_close_tells_those_who_wait(db: Any) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("what", ["write", "readonly", "stream"])
+@in_turn("what", ["write", "readonly", "stream"])
 async def test_close_during_a_transaction(db: Any, engine: Engine, what: str) -> None:
     """What was open when the pool was closed gets PoolClosedError at its next step; nothing of it is
     committed.
@@ -395,7 +397,7 @@ async def test_close_lets_running_work_finish(db: Any, engine: Engine) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(both)
         await eventually(lambda: running[0].is_set() and running[1].is_set())
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             await db.close()
     assert results == [300000, 1]
     assert engine.committed() == ["300000"]
@@ -419,7 +421,7 @@ async def test_close_under_load(db: Any, engine: Engine) -> None:
             await anyio.lowlevel.checkpoint()
             await db.close()
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         results = await gather(closer, *[lambda n=n: work(f"{n:02}") for n in range(40)])
     assert not [result for result in results if result is not None and not isinstance(result, errors.PoolClosedError)]
     assert engine.committed() == sorted(done)
@@ -603,7 +605,7 @@ def test_fork(configured: Any, engine: Engine) -> None:
 
             async def child() -> None:
                 assert db.stats().readers_open == 0
-                with anyio.fail_after(10):
+                with anyio.fail_after(HANGING):
                     assert await names(db) == ["before"]
                     async with db.transaction():
                         await add(db, "child")
@@ -639,7 +641,7 @@ async def test_memory(make_db: Any, engine: Engine) -> None:
     db = await make_db(path=":memory:")
     await gather(*[lambda n=n: add(db, str(n)) for n in range(5)])
     assert await gather(*[lambda: names(db)] * 5) == [list("01234")] * 5
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         async with db.transaction():
             await add(db, "5")
             with db.detached():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.support import SLOW_ROWS, Engine, add, errors, gather, names, usable
+from tests.contract.support import SLOW_ROWS, Engine, add, errors, gather, in_turn, names, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -82,8 +82,8 @@ async def test_a_read_sees_the_write_before_it(db: Any) -> None:
 # --- execute_many, execute_script ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("sql", "rows"),
+@in_turn(
+    "sql, rows",
     [
         pytest.param("INSERT INTO jobs (name, handler) VALUES (?, ?)", [("a", 1), ("b", 2), ["c", 3]], id="sequences"),
         pytest.param("INSERT INTO jobs (name) VALUES (:name)", [{"name": n} for n in "abc"], id="mappings"),
@@ -103,7 +103,7 @@ async def test_execute_many_takes_any_iterable(db: Any) -> None:
     assert await db.fetch_value("SELECT count(*) FROM item") == 1000
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["autocommit", "transaction"])
+@in_turn("inside", [False, True], ids=["autocommit", "transaction"])
 async def test_execute_many_is_all_or_nothing(db: Any, engine: Engine, inside: bool) -> None:
     """A row in the middle that fails undoes the rows before it, and only those."""
     rows = [("a",), ("b",), ("taken",), ("c",)]
@@ -174,7 +174,7 @@ async def test_script_that_fails(db: Any) -> None:
     await usable(db)
 
 
-@pytest.mark.parametrize("script", ["", "  \n", "-- nothing", ";;"])
+@in_turn("script", ["", "  \n", "-- nothing", ";;"])
 async def test_empty_script(db: Any, script: str) -> None:
     """A script with nothing in it does nothing."""
     assert await db.execute_script(script) is None
@@ -209,7 +209,7 @@ async def test_fetch_value(db: Any) -> None:
     assert await db.fetch_value("SELECT :a + :b", {"a": 1, "b": 2}) == 3
 
 
-@pytest.mark.parametrize("method", ["fetch_one", "fetch_value"])
+@in_turn("method", ["fetch_one", "fetch_value"])
 async def test_one_row_does_not_compute_the_others(db: Any, method: str) -> None:
     """Asking for one row of a hundred million is quick, and leaves no half-read cursor behind."""
     found = await getattr(db, method)(SLOW_ROWS)
@@ -312,7 +312,7 @@ class Frozen:
     b: int = 2
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "params",
     [
         pytest.param({"a": 1, "b": 2}, id="dict"),
@@ -333,9 +333,7 @@ async def test_named_parameters(db: Any, params: Any) -> None:
 Pair = namedtuple("Pair", "a b")
 
 
-@pytest.mark.parametrize(
-    "params", [(1, 2), [1, 2], range(1, 3), Pair(1, 2)], ids=["tuple", "list", "range", "namedtuple"]
-)
+@in_turn("params", [(1, 2), [1, 2], range(1, 3), Pair(1, 2)], ids=["tuple", "list", "range", "namedtuple"])
 async def test_positional_parameters(db: Any, params: Any) -> None:
     """Positions are taken from any sequence."""
     assert list(await db.fetch_one("SELECT ?, ?", params)) == [1, 2]
@@ -527,8 +525,8 @@ MISMATCHES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("call", MISMATCHES)
-@pytest.mark.parametrize("inside", [False, True], ids=["autocommit", "transaction"])
+@in_turn("call", MISMATCHES)
+@in_turn("inside", [False, True], ids=["autocommit", "transaction"])
 async def test_operation_that_does_not_fit(db: Any, queries: Any, engine: Engine, call: Call, inside: bool) -> None:
     """An operation that does not fit its method raises, and nothing of it is executed."""
     await add(db, "a")
@@ -547,7 +545,7 @@ async def test_operation_that_does_not_fit(db: Any, queries: Any, engine: Engine
     await usable(db)
 
 
-@pytest.mark.parametrize("method", ["execute", "fetch_all", "fetch_one", "fetch_value"])
+@in_turn("method", ["execute", "fetch_all", "fetch_one", "fetch_value"])
 async def test_several_statements_in_one(db: Any, engine: Engine, method: str) -> None:
     """A second statement behind the first raises, and neither is executed."""
     await add(db, "a")
@@ -557,14 +555,14 @@ async def test_several_statements_in_one(db: Any, engine: Engine, method: str) -
     assert engine.committed() == ["a"]
 
 
-@pytest.mark.parametrize("tail", [";", " ; ", ";\n-- that was all", ";/* end */"])
+@in_turn("tail", [";", " ; ", ";\n-- that was all", ";/* end */"])
 async def test_a_statement_may_end_in_a_semicolon(db: Any, tail: str) -> None:
     """What stands behind the last semicolon and is no statement does no harm."""
     await db.execute("INSERT INTO jobs (name) VALUES ('a')" + tail)
     assert await db.fetch_value("SELECT name FROM jobs" + tail) == "a"
 
 
-@pytest.mark.parametrize("sql", ["", "  ", "-- nothing", "SELEKT 1", "SELECT 1 FROM nowhere", "SELECT nothing"])
+@in_turn("sql", ["", "  ", "-- nothing", "SELEKT 1", "SELECT 1 FROM nowhere", "SELECT nothing"])
 async def test_bad_sql(db: Any, sql: str) -> None:
     """SQL that is none raises the common error (or, empty, does nothing) and leaves the pool whole."""
     if sql.strip() and not sql.startswith("--"):
@@ -651,7 +649,7 @@ async def test_run_inside_a_transaction(db: Any, engine: Engine) -> None:
     assert engine.committed() == ["a", "b"]
 
 
-@pytest.mark.parametrize("ending", ["commit", "rollback"])
+@in_turn("ending", ["commit", "rollback"])
 async def test_run_that_ends_its_transaction_itself(db: Any, engine: Engine, ending: str) -> None:
     """A function that commits or rolls back on the raw connection breaks nobody else's transaction."""
 

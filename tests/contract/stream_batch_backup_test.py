@@ -13,7 +13,20 @@ import anyio.lowlevel
 import pytest
 
 from database import transactional
-from tests.contract.support import SLOW_ROWS, Engine, add, errors, eventually, gather, held, idle, names, usable
+from tests.contract.support import (
+    HANGING,
+    SLOW_ROWS,
+    Engine,
+    add,
+    errors,
+    eventually,
+    gather,
+    held,
+    idle,
+    in_turn,
+    names,
+    usable,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -25,8 +38,8 @@ async def fill(db: Any, count: int) -> None:
 # --- stream -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 1000, 100_000])
-@pytest.mark.parametrize("count", [0, 1, 1000])
+@in_turn("chunk_size", [None, 1, 1000, 100_000])
+@in_turn("count", [0, 1, 1000])
 async def test_stream_gives_every_row_in_order(db: Any, chunk_size: int | None, count: int) -> None:
     """Each row comes once and in order, whatever the chunk size."""
     await fill(db, count)
@@ -38,7 +51,7 @@ async def test_stream_gives_every_row_in_order(db: Any, chunk_size: int | None, 
 
 async def test_the_first_row_does_not_wait_for_the_last(db: Any) -> None:
     """Rows come while the statement still runs: this one would take a hundred million steps."""
-    with anyio.fail_after(3):
+    with anyio.fail_after(HANGING):
         async with db.stream(SLOW_ROWS) as rows:
             async for row in rows:
                 assert row[0] == 1
@@ -69,8 +82,8 @@ async def test_read_ahead_is_bounded(db: Any) -> None:
     assert len(computed) == 5000
 
 
-@pytest.mark.parametrize("leave", ["break", "exception", "cancel", "untouched"])
-@pytest.mark.parametrize("inside", [False, True], ids=["autocommit", "transaction"])
+@in_turn("leave", ["break", "exception", "cancel", "untouched"])
+@in_turn("inside", [False, True], ids=["autocommit", "transaction"])
 async def test_stream_left_early(db: Any, leave: str, inside: bool) -> None:
     """A stream that is left early stops its statement and gives back its connection, or its transaction goes
     on.
@@ -97,7 +110,7 @@ async def test_stream_left_early(db: Any, leave: str, inside: bool) -> None:
                     scope.cancel()
                     await anyio.lowlevel.checkpoint()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         for _ in range(4):
             if inside:
                 async with db.transaction(readonly=True):
@@ -154,7 +167,7 @@ async def test_streams_of_many_tasks(db: Any) -> None:
         async with db.stream("SELECT id FROM item", chunk_size=10) as rows:
             return len([row async for row in rows])
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         assert await gather(*[consume] * 8) == [300] * 8
     await usable(db)
 
@@ -227,7 +240,7 @@ async def test_batch_left_by_an_exception(db: Any, engine: Engine) -> None:
     await usable(db)
 
 
-@pytest.mark.parametrize("size", [1, 3, 1000])
+@in_turn("size", [1, 3, 1000])
 async def test_batch_with_a_statement_that_fails(db: Any, engine: Engine, size: int) -> None:
     """A failing write surfaces as the common error no later than the end; its group leaves nothing half
     done.
@@ -279,7 +292,7 @@ async def test_batches_of_several_tasks(db: Any) -> None:
     async def other(number: int) -> None:
         await db.execute("INSERT INTO item (value) VALUES (?)", (f"other {number}",))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         results = await gather(*[lambda n=n: work(n) for n in range(5)], *[lambda n=n: other(n) for n in range(20)])
     assert results == [None] * 25
     assert await db.fetch_value("SELECT count(*) FROM item") == 170
@@ -335,7 +348,7 @@ async def test_backup_while_others_write(db: Any, tmp_path: Path) -> None:
             await transfer(transfers % 500 + 1, (transfers * 7) % 500 + 1)
             transfers += 1
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(writers)
             await eventually(lambda: transfers > 5)
@@ -362,7 +375,7 @@ async def test_backup_during_an_open_transaction(db: Any, tmp_path: Path) -> Non
             begun.set()
             await over.wait()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(writer)
             await begun.wait()

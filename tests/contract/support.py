@@ -4,13 +4,16 @@ without sleeping.
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
+import inspect
 import os
 import sqlite3
 import threading
 import time
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,8 +22,13 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import pytest
+from _pytest.mark.structures import ParameterSet
 
 from database import errors
+
+HANGING = 60.0
+"""Seconds after which what should have happened long ago never will; nothing takes as long, on however slow a machine."""
 
 # 15 seconds of work where nothing stops it: long enough that "came back early" can only mean "was stopped".
 _STEPS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000000)"
@@ -95,6 +103,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.public = import_module(f"database.{self.name}")
+        self._own = {sql.strip() for sql in SCHEMA.split(";")}
 
     def path(self, database: str = "default") -> Path:
         return self.directory / ("test.db" if database == "default" else f"{database}.db")
@@ -104,7 +113,7 @@ class Engine:
         section: dict[str, Any] = {
             "path": str(self.path()),
             "pool_size": self.pool_size,
-            "pool_timeout": 5,
+            "pool_timeout": HANGING,
             "init_sql": "",
             "synchronous": "OFF",  # no test pulls the plug, and thousands of files are closed
         }
@@ -124,7 +133,7 @@ class Engine:
 
     def outside(self, sql: str, database: str = "default") -> list[tuple[Any, ...]]:
         """What somebody sees who has nothing to do with the package: the committed state."""
-        connection = sqlite3.connect(self.path(database), timeout=0.5)
+        connection = sqlite3.connect(self.path(database), timeout=HANGING)
         try:
             return connection.execute(sql).fetchall()
         finally:
@@ -134,10 +143,28 @@ class Engine:
         """Names of the committed jobs, sorted."""
         return [name for (name,) in self.outside("SELECT name FROM jobs ORDER BY name", database)]
 
+    def empty(self) -> None:
+        """Leaves the tables of `schema` in the default database, with nothing in them, and no others."""
+        connection = sqlite3.connect(self.path(), timeout=HANGING, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("PRAGMA defer_foreign_keys = ON")
+            found = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")
+            for kind, name, sql in found.fetchall():
+                quoted = '"' + name.replace('"', '""') + '"'
+                connection.execute(f"DELETE FROM {quoted}" if sql in self._own else f"DROP {kind} IF EXISTS {quoted}")
+            connection.execute("DELETE FROM sqlite_sequence")
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+
     @contextmanager
     def locked(self, database: str = "default") -> Iterator[sqlite3.Connection]:
         """The database as another process leaves it that keeps the write lock."""
-        connection = sqlite3.connect(self.path(database), isolation_level=None, timeout=5, check_same_thread=False)
+        connection = sqlite3.connect(
+            self.path(database), isolation_level=None, timeout=HANGING, check_same_thread=False
+        )
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
@@ -176,7 +203,7 @@ def worker_threads() -> set[threading.Thread]:
     }
 
 
-async def eventually(true: Callable[[], object], what: str = "", within: float = 5.0) -> None:
+async def eventually(true: Callable[[], object], what: str = "", within: float = HANGING) -> None:
     """Polls until `true()` holds: for what happens on threads, which no event loop can be asked to wait
     for.
     """
@@ -187,7 +214,7 @@ async def eventually(true: Callable[[], object], what: str = "", within: float =
         await anyio.sleep(0.001)
 
 
-async def collected(true: Callable[[], object], what: str = "", within: float = 5.0) -> None:
+async def collected(true: Callable[[], object], what: str = "", within: float = HANGING) -> None:
     """As `eventually`, for what happens after something has become garbage; collects it only where it
     must.
     """
@@ -216,20 +243,107 @@ def is_idle(db: Any) -> bool:
 
 async def idle(db: Any) -> None:
     """Holds that the pool becomes whole again: nothing in use, nobody waiting."""
-    await eventually(lambda: is_idle(db), f"an idle pool, stats {db.stats()}", within=3)
+    await eventually(lambda: is_idle(db), f"an idle pool, stats {db.stats()}")
 
 
 async def usable(db: Any) -> None:
     """Holds that the pool is whole and that reading and writing work."""
     await idle(db)
     assert not db.in_transaction
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         before = await db.fetch_value("SELECT count(*) FROM item")
         await db.execute("INSERT INTO item (value) VALUES ('usable')")
         assert await db.fetch_value("SELECT count(*) FROM item") == before + 1
         async with db.transaction():
             await db.execute("DELETE FROM item WHERE value = 'usable'")
     await idle(db)
+
+
+def in_turn(names: str, cases: Iterable[Any], *, ids: Any = None) -> Callable[[Any], Any]:
+    """As `pytest.mark.parametrize`, but all cases in one run of the test: on one event loop and one pool, each beginning
+    with the engine's empty tables. What fails says in which case it did.
+    """
+
+    def decorate(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        arguments = [name.strip() for name in names.split(",")]
+        parameters = list(inspect.signature(test).parameters.values())
+        fixtures = [each for each in parameters if each.name not in arguments]
+        asked = {each.name for each in fixtures}
+        both = [each for each in ("db", "engine") if each not in asked]
+        more = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in both]
+
+        async def all_of_them(**given: Any) -> None:
+            wanted = {name: given[name] for name in asked}
+            for number, case in enumerate(cases):
+                values = case.values if isinstance(case, ParameterSet) else case if len(arguments) > 1 else (case,)
+                named = dict(zip(arguments, values, strict=True))
+                try:
+                    if number:
+                        await empty(given["db"], given["engine"])
+                    await test(**wanted, **named)
+                except BaseException as error:
+                    label = ids(case) if callable(ids) else ids[number] if ids else getattr(case, "id", None)
+                    error.add_note(f"in case {number} of {names}: {label or repr(named)[:500]}")
+                    raise
+
+        functools.update_wrapper(all_of_them, test)
+        del all_of_them.__wrapped__  # pytest would look for its arguments there
+        all_of_them.__signature__ = inspect.Signature(fixtures + more)  # type: ignore[attr-defined]
+        return all_of_them
+
+    return decorate
+
+
+@contextmanager
+def case(**what: object) -> Iterator[None]:
+    """What fails in the block says in which case: for tests that go through combinations."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in the case {what}")
+        raise
+
+
+def _on(*loops: str) -> pytest.MarkDecorator:
+    known = {"asyncio": ("asyncio", {}), "asyncio+uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {})}
+    missing = [loop for loop in loops if "uvloop" in loop and importlib.util.find_spec("uvloop") is None]
+    params = [pytest.param(known[loop], id=loop) for loop in loops if loop not in missing]
+    return pytest.mark.parametrize("anyio_backend", params, indirect=True)
+
+
+on_asyncio = _on("asyncio", "asyncio+uvloop")
+"""For tests of what only asyncio has. A test that skips itself may be the one that `--quick` has chosen."""
+on_trio = _on("trio")
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    """Holds that what would compute for 15 seconds in the block is stopped: it took little of this process's CPU time. The
+    clock would also measure what others do on the machine.
+    """
+    used = time.process_time()
+    yield
+    used = time.process_time() - used
+    assert used < 4, f"it went on for {used:.1f} seconds of CPU time"
+
+
+async def at_rest() -> None:
+    """Holds that nothing in this process computes any longer: CPU time is asked, not the clock, so that other processes may
+    take what time they want.
+    """
+    for _ in range(100):
+        used = time.process_time()
+        await anyio.sleep(0.02)
+        if time.process_time() - used < 0.01:
+            return
+    raise AssertionError("somebody is still computing")
+
+
+async def empty(db: Any, engine: Engine) -> None:
+    """Leaves the engine's own tables, with nothing in them, and no others."""
+    assert not db.in_transaction
+    await idle(db)
+    engine.empty()
 
 
 async def add(db: Any, name: str) -> None:
@@ -311,21 +425,29 @@ def stepwise(coroutine: Coroutine[Any, Any, Any], at_point: Callable[[int], None
 
 
 __all__ = [
+    "HANGING",
     "SLOW_INSERT",
     "SLOW_ROWS",
     "SLOW_SELECT",
     "Engine",
     "add",
+    "at_rest",
     "busy",
+    "case",
     "collected",
+    "empty",
     "errors",
     "eventually",
     "gather",
     "held",
     "idle",
+    "in_turn",
     "is_idle",
     "names",
+    "on_asyncio",
+    "on_trio",
     "stepwise",
+    "stopped",
     "usable",
     "waiting",
     "worker_threads",

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from database import get_db, transactional, transactional_readonly
-from tests.contract.support import Engine, add, errors, gather, held, names, usable
+from tests.contract.support import HANGING, Engine, add, errors, gather, held, in_turn, names, on_asyncio, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +27,7 @@ class Undo(Exception):
 # --- tasks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fail", [False, True], ids=["commit", "rollback"])
+@in_turn("fail", [False, True], ids=["commit", "rollback"])
 async def test_a_task_started_inside_takes_part(db: Any, engine: Engine, fail: bool) -> None:
     """Statements of tasks started in a transaction are committed, or undone, with it."""
 
@@ -67,8 +67,8 @@ async def test_a_task_started_inside_a_readonly_transaction(db: Any) -> None:
             group.start_soon(child)
 
 
-@pytest.mark.parametrize("neighbour", ["child", "parent"])
-@pytest.mark.parametrize("ending", ["rollback", "commit"])
+@in_turn("neighbour", ["child", "parent"])
+@in_turn("ending", ["rollback", "commit"])
 async def test_nested_level_does_not_swallow_anothers_statement(
     db: Any, engine: Engine, ending: str, neighbour: str
 ) -> None:
@@ -116,7 +116,7 @@ async def test_nested_levels_of_two_tasks(db: Any, engine: Engine) -> None:
                 raise Undo
 
     async with db.transaction():
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             results = await gather(*[lambda n=n: nested(n) for n in range(8)])
     assert [type(result) for result in results] == [type(None), Undo] * 4
     assert engine.committed() == sorted(f"{n} {part}" for n in range(0, 8, 2) for part in "ab")
@@ -132,7 +132,7 @@ async def test_manual_levels_of_two_tasks(db: Any, engine: Engine) -> None:
         await getattr(db, end)()
 
     async with db.transaction():
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             results = await gather(*[lambda n=n: child(str(n), "rollback" if n % 2 else "commit") for n in range(6)])
         assert results == [None] * 6
         assert db.in_transaction
@@ -154,8 +154,8 @@ async def test_nested_level_opened_within_a_nested_level_by_its_child(db: Any, e
     assert engine.committed() == ["outer"]
 
 
-@pytest.mark.parametrize("end", ["commit", "rollback"])
-@pytest.mark.parametrize("readonly", [False, True], ids=["write", "readonly"])
+@in_turn("end", ["commit", "rollback"])
+@in_turn("readonly", [False, True], ids=["write", "readonly"])
 async def test_used_after_the_end(db: Any, engine: Engine, end: str, readonly: bool) -> None:
     """A task started inside a transaction that is over cannot mistake what follows for part of it."""
     over = anyio.Event()
@@ -267,7 +267,7 @@ async def test_detached_write_within_ones_own_write_transaction(make_db: Any, en
     db = await make_db(pool_timeout=0.1)
     async with db.transaction():
         await add(db, "a")
-        with db.detached(), anyio.fail_after(2):
+        with db.detached(), anyio.fail_after(HANGING):
             with pytest.raises((errors.ConnectionPoolExhaustedError, errors.TransactionError)):
                 await add(db, "x")
         await add(db, "b")
@@ -294,10 +294,9 @@ async def test_a_task_started_outside_is_outside(db: Any, engine: Engine) -> Non
     assert seen == [[]]
 
 
-async def test_native_asyncio_tasks(db: Any, engine: Engine, anyio_backend_name: str) -> None:
+@on_asyncio
+async def test_native_asyncio_tasks(db: Any, engine: Engine) -> None:
     """asyncio's own tasks and `gather` take part like any other."""
-    if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio only")
     async with db.transaction():
         await asyncio.gather(*[add(db, str(number)) for number in range(5)])
         await asyncio.create_task(add(db, "task"))
@@ -339,7 +338,7 @@ async def test_offload_runs_next_to_the_connection(db: Any, engine: Engine, quer
     await usable(db)
 
 
-@pytest.mark.parametrize("kind", [Undo, KeyError, ZeroDivisionError])
+@in_turn("kind", [Undo, KeyError, ZeroDivisionError])
 async def test_offload_rolls_back(db: Any, engine: Engine, kind: type[Exception]) -> None:
     """An exception in the body undoes all of it and goes on as it is."""
     raised = kind("mine")
@@ -428,7 +427,7 @@ async def test_offload_awaits_only_its_database(
         await awaitable()
 
     decorate = transactional_readonly if readonly else transactional
-    with anyio.fail_after(3), pytest.raises(errors.TransactionError):
+    with anyio.fail_after(HANGING), pytest.raises(errors.TransactionError):
         await decorate(offload=True)(work)()
     assert engine.committed() == []
     await usable(db)
@@ -442,7 +441,7 @@ async def test_offload_does_not_await_another_database(audit: Any, engine: Engin
         await add(get_db(), "a")
         await add(audit, "b")
 
-    with anyio.fail_after(3), pytest.raises(errors.TransactionError):
+    with anyio.fail_after(HANGING), pytest.raises(errors.TransactionError):
         await work()
     assert engine.committed() == []
     assert engine.committed("audit") == []
@@ -467,7 +466,7 @@ async def test_offload_readonly(db: Any, engine: Engine) -> None:
     assert engine.committed() == ["a"]
 
 
-@pytest.mark.parametrize("fail", [False, True], ids=["commit", "rollback"])
+@in_turn("fail", [False, True], ids=["commit", "rollback"])
 async def test_offload_within_a_transaction(db: Any, engine: Engine, fail: bool) -> None:
     """An offloaded function called inside a transaction is a nested level of it."""
 
@@ -544,7 +543,7 @@ FAILURES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@in_turn("failure", FAILURES)
 async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure: str) -> None:
     """Of many at once, committed in groups, those that fail undo only themselves; an answer means
     committed.
@@ -592,7 +591,7 @@ async def test_group_of_offloaded_transactions(db: Any, engine: Engine, failure:
     await usable(db)
 
 
-@pytest.mark.parametrize("failure", ["constraint", "rollback", "deferred"])
+@in_turn("failure", ["constraint", "rollback", "deferred"])
 async def test_group_of_all_kinds(db: Any, engine: Engine, failure: str) -> None:
     """Single writes, `run` and offloaded functions share commits; each failure is its own caller's alone."""
     await db.execute_script(engine.refusing_trigger)

@@ -14,6 +14,7 @@ import pytest
 
 from database import get_db, transactional, transactional_readonly
 from tests.contract.support import (
+    HANGING,
     SLOW_SELECT,
     Engine,
     add,
@@ -22,6 +23,7 @@ from tests.contract.support import (
     eventually,
     gather,
     held,
+    in_turn,
     is_idle,
     names,
     usable,
@@ -38,7 +40,7 @@ class Undo(Exception):
 # --- commit when the function returns, rollback on any exception --------------------------------------------
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "decorate",
     [transactional, transactional(), transactional(db="default"), transactional(timeout=5, retries=1)],
     ids=["bare", "called", "named", "options"],
@@ -62,7 +64,7 @@ class Abort(BaseException):
     """Not an `Exception`."""
 
 
-@pytest.mark.parametrize("kind", [ValueError, KeyError, Abort])
+@in_turn("kind", [ValueError, KeyError, Abort])
 async def test_rollback_on_any_exception(db: Any, engine: Engine, kind: type[BaseException]) -> None:
     """Any exception undoes all, and the very same exception goes on."""
     raised = kind("mine")
@@ -203,7 +205,7 @@ SMUGGLED = [
 ]
 
 
-@pytest.mark.parametrize("sql", SMUGGLED)
+@in_turn("sql", SMUGGLED)
 async def test_transaction_control_as_sql_text(db: Any, engine: Engine, sql: str) -> None:
     """COMMIT and its like, sent as text in a transaction, are refused; it stays what it was."""
     for method, *rows in (("execute",), ("fetch_all",), ("execute_script",), ("execute_many", [()])):
@@ -222,7 +224,7 @@ async def test_transaction_control_as_sql_text(db: Any, engine: Engine, sql: str
     await usable(db)
 
 
-@pytest.mark.parametrize("sql", ["BEGIN", "BEGIN IMMEDIATE", "SAVEPOINT x", "BEGIN; SELECT 1"])
+@in_turn("sql", ["BEGIN", "BEGIN IMMEDIATE", "SAVEPOINT x", "BEGIN; SELECT 1"])
 async def test_begin_as_sql_text_outside(db: Any, engine: Engine, sql: str) -> None:
     """BEGIN sent as text outside a transaction leaves none open for others to fall into."""
     for call in (db.execute, db.execute_script):
@@ -244,7 +246,7 @@ async def test_nothing_begins_before_the_first_statement(db: Any) -> None:
         return "done"
 
     async with held(db):
-        with anyio.fail_after(1):
+        with anyio.fail_after(HANGING):
             assert await nothing() == "done"
 
     entered, leave = anyio.Event(), anyio.Event()
@@ -257,7 +259,7 @@ async def test_nothing_begins_before_the_first_statement(db: Any) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(idle_transaction)
         await entered.wait()
-        with anyio.fail_after(1):
+        with anyio.fail_after(HANGING):
             await add(db, "a")
         leave.set()
 
@@ -306,7 +308,7 @@ async def test_an_autocommit_write_waits_for_the_open_transaction(db: Any, engin
     async with anyio.create_task_group() as group, held(db) as release:
         group.start_soon(write)
         await eventually(lambda: db.stats().waiting + db.stats().queued > 0, "the write waits")
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             assert await names(db) == []
         assert not done.is_set()
         release.set()
@@ -356,11 +358,11 @@ async def test_readonly_sees_one_snapshot(db: Any) -> None:
 async def test_readonly_neither_waits_for_the_writer_nor_holds_it_up(db: Any) -> None:
     """Read-only transactions run beside an open write transaction and beside each other."""
     async with held(db), held(db, readonly=True):
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             async with db.transaction(readonly=True):
                 assert await names(db) == []
     async with held(db, readonly=True, count=2):
-        with anyio.fail_after(2):
+        with anyio.fail_after(HANGING):
             await add(db, "a")
 
 
@@ -455,8 +457,8 @@ async def test_readonly_refuses_every_write(
     await usable(db)
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["outermost", "within-read-write"])
-@pytest.mark.parametrize("kind", ["execute_many", "returning", "stream", "run", "query", "batch", "own-style"])
+@in_turn("nested", [False, True], ids=["outermost", "within-read-write"])
+@in_turn("kind", ["execute_many", "returning", "stream", "run", "query", "batch", "own-style"])
 async def test_readonly_refuses_on_every_path(db: Any, engine: Engine, queries: Any, kind: str, nested: bool) -> None:
     """Every method that could write is refused in a read-only transaction."""
 
@@ -494,7 +496,7 @@ async def test_readonly_refuses_on_every_path(db: Any, engine: Engine, queries: 
     await usable(db)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "statements",
     [
         ("PRAGMA query_only = OFF", INSERT),
@@ -672,7 +674,7 @@ async def test_required(db: Any, engine: Engine) -> None:
     assert engine.committed() == ["alone", "joined"]
 
 
-@pytest.mark.parametrize("propagation", ["required", "mandatory", "supports"])
+@in_turn("propagation", ["required", "mandatory", "supports"])
 async def test_failure_in_what_joined_dooms_the_whole(db: Any, engine: Engine, propagation: str) -> None:
     """Once a joined function has failed, the outer transaction cannot go on and cannot commit, though it
     caught.
@@ -808,7 +810,7 @@ async def test_requires_new_where_it_could_only_deadlock(db: Any, engine: Engine
     await inner()
     async with db.transaction():
         await add(db, "outer")
-        with anyio.fail_after(1), pytest.raises(errors.TransactionError):
+        with anyio.fail_after(HANGING), pytest.raises(errors.TransactionError):
             await inner()
         await add(db, "after")
     assert engine.committed() == ["after", "inner", "outer"]
@@ -979,7 +981,7 @@ async def test_commit_within_frees_the_writer(db: Any, engine: Engine) -> None:
     async def work() -> None:
         await add(db, "a")
         await db.commit()
-        with db.detached(), anyio.fail_after(2):
+        with db.detached(), anyio.fail_after(HANGING):
             await add(db, "other")
         await add(db, "b")
 
@@ -1322,7 +1324,7 @@ async def test_on_commit_outside_with_an_async_function(db: Any, engine: Engine)
         done.set()
 
     db.on_commit(callback)
-    with anyio.fail_after(2):
+    with anyio.fail_after(HANGING):
         await done.wait()
     assert engine.committed() == ["a"]
 
@@ -1384,7 +1386,7 @@ async def test_retries_against_another_process_lock(make_db: Any, engine: Engine
     assert engine.committed() == ["a"]
 
 
-@pytest.mark.parametrize("kind", [ValueError, errors.TransactionError, errors.QueryExecutionError])
+@in_turn("kind", [ValueError, errors.TransactionError, errors.QueryExecutionError])
 async def test_other_errors_are_not_retried(db: Any, kind: type[Exception]) -> None:
     """Only a busy database is a reason to try again."""
     runs = 0
@@ -1418,8 +1420,8 @@ async def test_what_is_committed_is_not_run_again(db: Any, engine: Engine) -> No
     assert engine.committed() == ["a1"]
 
 
-@pytest.mark.parametrize("doing", ["sleeping", "statement", "waiting"])
-@pytest.mark.parametrize("form", ["decorator", "context manager"])
+@in_turn("doing", ["sleeping", "statement", "waiting"])
+@in_turn("form", ["decorator", "context manager"])
 async def test_timeout(db: Any, engine: Engine, doing: str, form: str) -> None:
     """`timeout` bounds the whole transaction, whatever it is doing, undoes it, and says what it was doing."""
     said = {
@@ -1444,7 +1446,7 @@ async def test_timeout(db: Any, engine: Engine, doing: str, form: str) -> None:
     call = transactional(timeout=0.1)(work) if form == "decorator" else with_block
 
     async def attempt() -> None:
-        with anyio.fail_after(2), pytest.raises(errors.TransactionTimeoutError) as caught:
+        with anyio.fail_after(HANGING), pytest.raises(errors.TransactionTimeoutError) as caught:
             await call()
         assert isinstance(caught.value, TimeoutError)
         assert "0.1" in str(caught.value)
@@ -1483,7 +1485,7 @@ async def test_transaction_left_open_by_a_task_that_ended(
         group.start_soon(forgetful)
     await collected(lambda: is_idle(db), "the connection comes back")
     assert engine.committed() == []
-    with anyio.fail_after(2):
+    with anyio.fail_after(HANGING):
         await add(db, "a")
     assert engine.committed() == ["a"]
     await eventually(lambda: [record for record in caplog.records if record.levelname == "WARNING"], "the warning")
@@ -1506,6 +1508,6 @@ async def test_transaction_left_open_while_others_wait(db: Any, engine: Engine) 
 
     async with anyio.create_task_group() as group:
         group.start_soon(forgetful)
-    with anyio.fail_after(4):
+    with anyio.fail_after(HANGING):
         await add(db, "a")
     assert engine.committed() == ["a"]

@@ -188,4 +188,3 @@ async def test_many_writes_that_are_cancelled_stop(db: Any, engine: Engine, what
     assert taken < 10**9 - 1
     assert engine.committed() == []
     await usable(db)
-

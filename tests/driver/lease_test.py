@@ -184,4 +184,3 @@ async def test_a_dropped_lease_is_not_used_again(db: Any, engine: Engine) -> Non
                 with anyio.fail_after(5):
                     await add(db, "kept")
     assert engine.committed() == ["kept"]
-

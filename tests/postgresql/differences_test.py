@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from database import errors, get_db, transactional, transactional_readonly
-from tests.contract.support import add, eventually, gather, held, names, usable
+from tests.contract.support import HANGING, add, eventually, gather, held, names, usable
 from tests.postgresql.differences import DIFFERENCES
 from tests.postgresql.engine import PostgresqlEngine
 
@@ -111,7 +111,7 @@ async def test_locks_a_deadlock_is_an_error_that_retries_help_with(make_db: Any)
         await both[1 - mine].wait()
         await db.execute(update, {"id": 2 - mine})
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         assert await gather(lambda: cross(0), lambda: cross(1)) == [None, None]
     assert runs >= 3
     assert [row["value"] for row in await db.fetch_all("SELECT value FROM item ORDER BY id")] == ["2", "2"]
@@ -142,7 +142,7 @@ async def test_writers_do_not_wait_for_each_other(db: Any, engine: PostgresqlEng
     """While one transaction writes, another task's single writes and reads go on."""
     async with db.transaction():
         await add(db, "mine")
-        with db.detached(), anyio.fail_after(2):
+        with db.detached(), anyio.fail_after(HANGING):
             await add(db, "other")
             assert await names(db) == ["other"]
         assert await names(db) == ["mine", "other"]
@@ -204,7 +204,7 @@ async def test_groups_do_not_hold_anybody_back(make_db: Any) -> None:
         with db.detached():
             async with anyio.create_task_group() as group:
                 group.start_soon(db.execute, update, {"id": 1})
-                with anyio.fail_after(2):
+                with anyio.fail_after(HANGING):
                     await gather(*[lambda: db.execute(update, {"id": 2})] * 20)
                 group.cancel_scope.cancel()
     await usable(db)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+import psycopg.sql
 
-from tests.contract.support import Engine
+from tests.contract.support import HANGING, Engine
 from tests.postgresql.server import Server, shared
 
 SCHEMA = """
@@ -134,7 +135,7 @@ class PostgresqlEngine(Engine):
         section = {
             **self.section("default"),
             "pool_size": self.pool_size,
-            "pool_timeout": 5,
+            "pool_timeout": HANGING,
             "init_sql": "",
             **translated(more),
         }
@@ -149,6 +150,16 @@ class PostgresqlEngine(Engine):
         connection = oracle()
         connection.execute(f"SET search_path = {self.schemas[database]}, oracle")
         return connection.execute(sql).fetchall()
+
+    def empty(self) -> None:
+        connection = oracle()
+        connection.execute(f"SET search_path = {self.schemas['default']}; SET lock_timeout = '60s'")
+        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()").fetchall()
+        own = {"jobs", "item", "parent", "child"}
+        for name in {name for (name,) in found} - own:
+            connection.execute(psycopg.sql.SQL("DROP TABLE IF EXISTS {} CASCADE").format(psycopg.sql.Identifier(name)))
+        connection.execute("DROP FUNCTION IF EXISTS refuse CASCADE")
+        connection.execute("TRUNCATE jobs, item, parent, child RESTART IDENTITY")
 
     @contextmanager
     def locked(self, database: str = "default") -> Iterator[Any]:

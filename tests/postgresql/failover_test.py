@@ -12,7 +12,7 @@ import pytest
 
 from database import errors
 from database.postgresql import close_all, configure, get_db, transactional, transactional_readonly
-from tests.contract.support import eventually
+from tests.contract.support import HANGING, eventually
 from tests.postgresql.server import Server, shared
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -74,7 +74,7 @@ async def cluster(anyio_backend: Any) -> AsyncIterator[Cluster]:
     try:
         yield cluster
     finally:
-        with anyio.fail_after(20):
+        with anyio.fail_after(HANGING):
             await close_all()
         cluster.stop()
 
@@ -122,7 +122,7 @@ async def test_without_replicas_reads_go_to_the_primary(cluster: Cluster) -> Non
         connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
         connection.execute("SELECT pg_reload_conf()")
     await anyio.to_thread.run_sync(cluster.replica.stop)
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         async with db.transaction(readonly=True):
             assert await db.fetch_value("SELECT pg_is_in_recovery()") is False
 
@@ -177,7 +177,7 @@ async def test_failover_under_load(cluster: Cluster) -> None:
                 await db.execute("INSERT INTO note (id, text) VALUES (-1, 'lost')")
         failures.append(caught.value)
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             for _ in range(WORKERS):
                 group.start_soon(work)
@@ -219,7 +219,7 @@ async def test_a_restarted_server_is_not_noticed(cluster: Cluster) -> None:
         cluster.primary.start()
 
     restart()
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         for _ in range(8):
             assert await db.fetch_value("SELECT 1") == 1
             async with db.transaction():

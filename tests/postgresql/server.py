@@ -26,6 +26,8 @@ from typing import Any
 
 import pytest
 
+from tests import watchdog
+
 STARTUP_SECONDS = 60.0
 
 
@@ -157,6 +159,7 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the tests
                 **_as_user(),
             )
+        watchdog.lasting.add(self.process.pid)  # until the end of the run, or of its own
         import psycopg
 
         deadline = time.monotonic() + STARTUP_SECONDS

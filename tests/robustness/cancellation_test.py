@@ -7,6 +7,7 @@ wait for others, several databases, callbacks, ends, children; and after each ru
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import threading
@@ -20,10 +21,13 @@ import pytest
 
 from database import transactional, transactional_readonly
 from tests.contract.support import (
+    HANGING,
     SLOW_ROWS,
     SLOW_SELECT,
     Engine,
     add,
+    at_rest,
+    case,
     errors,
     gather,
     held,
@@ -31,6 +35,7 @@ from tests.contract.support import (
     is_idle,
     names,
     stepwise,
+    stopped,
     usable,
     worker_threads,
 )
@@ -243,22 +248,22 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
-@pytest.mark.parametrize("means", ["scope", "trio-scope", "native", "native-repeated", "native-for-ever"])
+MEANS = {"asyncio": ("scope", "native", "native-repeated", "native-for-ever"), "trio": ("scope", "trio-scope")}
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 async def test_cancelled_at_every_point(
-    make_db: Any, engine: Engine, scenario: Scenario, means: str, anyio_backend_name: str, anyio_backend: Any
+    make_db: Any, engine: Engine, scenario: Scenario, anyio_backend_name: str
 ) -> None:
-    """Cancelled at each of its scheduling points in turn: the pool is whole, nothing is half done, neighbours get their
-    answers, what returned is committed, and neither thread, descriptor nor connection is left over.
+    """Cancelled at each of its scheduling points in turn, by every means: the pool is whole, nothing is half done,
+    neighbours get their answers, what returned is committed, and neither thread, descriptor nor connection is left over.
     """
-    if (means == "trio-scope") != (anyio_backend_name == "trio" and means != "scope"):
-        pytest.skip("the other event loop's")
     db = Handle(await make_db(audit={}), str(engine.directory))
     audit = engine.public.get_db("audit")
     waits = scenario.__name__.startswith("waiting")
     count = 2 if scenario is waiting_readers else 1
 
-    async def run(point: int) -> int:
+    async def run(point: int, means: str) -> int:
         reached = 0
         returned = False
         scope: Any = anyio.CancelScope()
@@ -322,7 +327,7 @@ async def test_cancelled_at_every_point(
                     group.start_soon(neighbour)
                 await cancelled()
 
-        with anyio.fail_after(10):
+        with anyio.fail_after(HANGING):
             await all_of_it()
         await idle(db)
         await idle(audit)
@@ -339,18 +344,19 @@ async def test_cancelled_at_every_point(
             await handle.execute("DELETE FROM item")
         return reached
 
-    point = 0
-    await run(10**9)
+    await run(10**9, "scope")
     for handle in (db, audit):  # opens all there is
         async with held(handle, readonly=True, count=2), held(handle):
             pass
     threads, files = len(worker_threads()), descriptors()
-    reached = 1
-    while reached > point:
-        point += 1
-        reached = await run(point)
-        FIGURES["scheduling points cancelled at"] += 1
-        assert point < 400
+    for means in MEANS[anyio_backend_name]:
+        point, reached = 0, 1
+        while reached > point:
+            point += 1
+            with case(means=means, point=point):
+                reached = await run(point, means)
+            FIGURES["scheduling points cancelled at"] += 1
+            assert point < 400
     if scenario is not closing:
         assert len(worker_threads()) == threads, "threads leak"
         assert descriptors() == files, "descriptors leak"
@@ -375,7 +381,7 @@ async def _computes_in_sql(db: Any) -> None:
 LONG: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "select": lambda db: db.fetch_value(SLOW_SELECT),
     "stream": _stream,
-    "million-rows": lambda db: db.execute_many("INSERT INTO item (value) VALUES (?)", [("x",)] * 1_000_000),
+    "million-rows": lambda db: db.execute_many("INSERT INTO item (value) VALUES (?)", [("x",)] * 10_000_000),
     "run": lambda db: db.run(lambda connection: connection.execute(SLOW_SELECT).fetchall()),
     "offload": _computes_in_sql,
     "lock": lambda db: add(db, "undone"),
@@ -390,41 +396,25 @@ async def _locked(db: Any) -> None:
 
 
 @pytest.mark.parametrize("what", LONG)
-async def test_returns_within_50_ms_of_the_deadline(make_db: Any, engine: Engine, what: str) -> None:
-    """`move_on_after(0.1)` around five seconds of anything returns within 50 ms of it (the best of three tries, for
-    machines are busy), the CPU is idle again, and the connection is usable.
+async def test_returns_at_its_deadline(make_db: Any, engine: Engine, what: str) -> None:
+    """`move_on_after(0.1)` around fifteen seconds of anything returns long before them, the CPU is idle again, and the
+    connection is usable. How long it takes (a few milliseconds on a machine at rest) is among the figures.
     """
-    db = await make_db(busy_timeout=60_000)
-    late: list[float] = []
-    for _ in range(3):
-        if what.startswith("lock"):
-            with engine.locked():
-                late.append(await _overrun(LONG[what], db))
-                await idle(db)
-        else:
-            late.append(await _overrun(LONG[what], db))
-            await idle(db)
-        used = time.process_time()
-        await anyio.sleep(0.05)
-        assert time.process_time() - used < 0.04, "somebody is still computing"
-        await usable(db)
-        if late[-1] < 0.05:
-            break
-    assert min(late) < 0.05, late
-    FIGURES["µs behind its deadline, at the most, that a long call returned"] = max(
-        FIGURES["µs behind its deadline, at the most, that a long call returned"], int(min(late) * 1e6)
-    )
+    db = await make_db(busy_timeout=600_000)
+    with engine.locked() if what.startswith("lock") else contextlib.nullcontext(), stopped():
+        began = time.perf_counter()
+        with anyio.move_on_after(0.1) as scope:
+            await LONG[what](db)
+        late = time.perf_counter() - began - 0.1
+        assert scope.cancelled_caught
+        assert late < HANGING
+        await idle(db)
+    await at_rest()
+    await usable(db)
+    figure = "µs behind its deadline, at the most, that a long call returned"
+    FIGURES[figure] = max(FIGURES[figure], int(late * 1e6))
     assert engine.committed() == []
     assert engine.outside("SELECT count(*) FROM item") == [(0,)]
-
-
-async def _overrun(call: Any, db: Any) -> float:
-    began = time.perf_counter()
-    with anyio.move_on_after(0.1) as scope:
-        await call(db)
-    took = time.perf_counter() - began
-    assert scope.cancelled_caught
-    return took - 0.1
 
 
 async def test_a_storm_of_cancellations(db: Any, engine: Engine) -> None:
@@ -456,7 +446,7 @@ async def test_a_storm_of_cancellations(db: Any, engine: Engine) -> None:
             await paths[number % 4](number)
             returned.add(number)
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             for number in range(400):
                 group.start_soon(task, number)

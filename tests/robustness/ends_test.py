@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from database import transactional
-from tests.contract.support import SLOW_SELECT, Engine, add, errors, eventually, gather, held, idle, usable
+from tests.contract.support import HANGING, SLOW_SELECT, Engine, add, errors, eventually, gather, held, idle, usable
 from tests.robustness.faults import Cursor, faulty
 
 pytestmark = pytest.mark.anyio
@@ -266,7 +266,7 @@ async def test_closing_while_another_process_keeps_the_pool_from_opening(
                 group.cancel_scope.cancel()
             else:
                 await db.close()
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             await db.close()
         assert time.monotonic() - began < 2
     assert [type(each) for each in results] == ([errors.PoolClosedError] if end == "close" else [])
@@ -383,7 +383,7 @@ async def test_a_doomed_transaction_holds_nobody_up(make_db: Any, engine: Engine
 
         group.start_soon(dawdle)
         await doomed.wait()
-        with anyio.fail_after(3):
+        with anyio.fail_after(HANGING):
             async with db.transaction(readonly=readonly):
                 await db.fetch_value("SELECT 1")
             await add(db, "kept")

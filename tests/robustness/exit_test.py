@@ -13,6 +13,8 @@ from textwrap import dedent, indent
 
 import pytest
 
+from tests.contract.support import HANGING
+from tests.programs import PYTEST
 from tests.robustness.support import Program, leftovers
 
 OPEN = """
@@ -76,7 +78,7 @@ def test_end_of_a_program(tmp_path: Path, end: str, backend: str) -> None:
 @pytest.mark.parametrize("loop", ["never-closed", "running-in-a-thread"])
 def test_end_of_the_interpreter(tmp_path: Path, what: str, loop: str) -> None:
     """The interpreter ends while a loop that nobody closed has its pool open, and something running on it: what runs
-    is interrupted, the process ends within a second, nothing is left behind and nothing is said.
+    (for minutes, if it were let) is interrupted, the process ends, nothing is left behind and nothing is said.
     """
     path = tmp_path / "test.db"
     work = {
@@ -122,9 +124,9 @@ def test_end_of_the_interpreter(tmp_path: Path, what: str, loop: str) -> None:
     """
     program = Program(code, path, loop)
     program.expect("end")
-    ended = program.end(20)
+    ended = program.end()
     assert ended.status == 0, ended
-    assert ended.seconds < 1.5
+    assert ended.seconds < HANGING
     # What asyncio itself says of tasks that nobody waited for is not ours to keep back.
     assert "Exception ignored" not in ended.err
     assert "Fatal" not in ended.err
@@ -174,8 +176,8 @@ def test_ctrl_c(tmp_path: Path, what: str, backend: str) -> None:
     time.sleep(0.15)  # into whatever it is doing: there is no better moment than any
     program.lines.append("end")
     program.kill(signal.SIGINT)
-    ended = program.end(20)
-    assert ended.seconds < 1.5
+    ended = program.end()
+    assert ended.seconds < HANGING
     assert ended.status in (-signal.SIGINT, 130, 1), ended
     assert "KeyboardInterrupt" in ended.err
     assert "Exception ignored" not in ended.err
@@ -263,7 +265,7 @@ def test_a_loop_that_is_garbage(tmp_path: Path, who: str) -> None:
     """
     path = tmp_path / "test.db"
     code = GARBAGE.replace("    COLLECT\n", indent(dedent(COLLECTS[who]), "    "))
-    ended = Program(code, path).end(20).ok()
+    ended = Program(code, path).end().ok()
     assert ended.out == "fine\n"
     assert "Exception ignored" not in ended.err
     assert leftovers(path) == []
@@ -311,12 +313,12 @@ def test_pytest_with_scopes_of_anyio_backend(tmp_path: Path, scope: str) -> None
     (tmp_path / "test_two.py").write_text(test)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)],
+        [sys.executable, *PYTEST, "-W", "error", str(tmp_path)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "16 passed" in done.stdout

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from database import errors, transactional
-from tests.contract.support import Engine, gather, held, idle, usable
+from tests.contract.support import HANGING, Engine, gather, held, idle, usable
 from tests.robustness.faults import FAULTS, Fault, Faults, faulty
 from tests.robustness.support import FIGURES
 
@@ -47,7 +47,7 @@ class Outcomes:
     async def unit(self, word: str, endings: str, work: Callable[[], Awaitable[Any]]) -> None:
         done = False
         try:
-            with anyio.fail_after(10):
+            with anyio.fail_after(HANGING):
                 await work()
             done = True
         except errors.DatabaseError as error:
@@ -287,7 +287,7 @@ async def test_a_fault_at_every_call(
         outcomes.check(found, fault)
         assert found["never"] == 0
         assert len(faults.open) <= 3, "more connections than the pool has"
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             async with held(db, readonly=True, count=2), held(db):
                 pass
         await usable(db)
@@ -384,7 +384,7 @@ async def test_a_storm_of_faults(make_db: Any, engine: Engine, faults: Faults, s
                 await attempt("swallowing", lambda s=step: swallowing(f"ignored{number}.{s}"))
 
     struck = faults.storm(chance, 0.05, kinds)
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANGING):
         assert set(await gather(*[lambda n=n: task(n) for n in range(8)])) == {None}
     found = await values(db, engine)
     assert len(struck) > 10
@@ -397,7 +397,7 @@ async def test_a_storm_of_faults(make_db: Any, engine: Engine, faults: Faults, s
             assert counts == {1} or not done, f"{word} was acknowledged and is lost"
             assert counts == {0} or done or after, f"{word} was refused, and is there all the same"
     assert len(faults.open) <= 3
-    with anyio.fail_after(5):
+    with anyio.fail_after(HANGING):
         async with held(db, readonly=True, count=2), held(db):
             pass
     await usable(db)

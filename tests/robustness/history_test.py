@@ -19,7 +19,7 @@ import anyio.lowlevel
 import pytest
 
 from database import transactional, transactional_readonly
-from tests.contract.support import Engine, errors, usable
+from tests.contract.support import HANGING, Engine, errors, in_turn, usable
 from tests.robustness.support import FIGURES
 
 pytestmark = pytest.mark.anyio
@@ -166,7 +166,7 @@ def test_the_checker_sees_anomalies() -> None:
             history_.check(final)
 
 
-@pytest.mark.parametrize("seed", range(HISTORIES))
+@in_turn("seed", range(HISTORIES))
 async def test_histories(db: Any, engine: Engine, seed: int) -> None:
     """Among many tasks on all paths, some cancelled and some undone, every history is strictly serializable."""
     await db.execute_script("CREATE TABLE lists (key INTEGER PRIMARY KEY, list TEXT NOT NULL)")
@@ -302,7 +302,7 @@ async def test_histories(db: Any, engine: Engine, seed: int) -> None:
             if chance.random() < 0.2:
                 await anyio.lowlevel.checkpoint()
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             for number in range(16):
                 group.start_soon(client, number)

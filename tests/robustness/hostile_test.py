@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from database import transactional
-from tests.contract.support import Engine, errors, gather, usable
+from tests.contract.support import HANGING, Engine, errors, gather, in_turn, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,7 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", VALUES)
+@in_turn("name", VALUES)
 async def test_values_come_back(db: Any, name: str) -> None:
     """What can be stored comes back as it was, as named and as positional parameter, on every path."""
     value = VALUES[name]
@@ -67,7 +67,7 @@ async def test_nan_is_null(db: Any) -> None:
         await db.execute("INSERT INTO number (y) VALUES (?)", (math.nan,))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "value", [2**63, -(2**63) - 1, 10**40, "\ud800", "a\udfffb", object(), [1], {1}, 1j, print],
     ids=["2**63", "-2**63-1", "10**40", "surrogate", "surrogate-within", "object", "list", "set", "complex", "function"],
 )  # fmt: skip
@@ -106,7 +106,7 @@ async def test_a_blob_of_50_mb(db: Any) -> None:
     """A blob of 50 MB goes in and out while others are served; one beyond SQLite's limit is refused."""
     blob = bytes(range(256)) * (50 * MEBI // 256)
     await db.execute("CREATE TABLE big (x BLOB)")
-    with anyio.fail_after(30):
+    with anyio.fail_after(HANGING):
         results = await gather(
             lambda: db.execute("INSERT INTO big VALUES (?)", (blob,)), *[lambda: db.fetch_value("SELECT 1")] * 20
         )
@@ -138,9 +138,7 @@ async def test_999_columns(db: Any) -> None:
     await usable(db)
 
 
-@pytest.mark.parametrize(
-    "name", ['a"b', "a b", "select", "a;b", "é", "a]b", "a`b", "a'b", "--", "/*", "0", "\U0001f4a9"]
-)
+@in_turn("name", ['a"b', "a b", "select", "a;b", "é", "a]b", "a`b", "a'b", "--", "/*", "0", "\U0001f4a9"])
 async def test_names_that_need_quoting(db: Any, name: str) -> None:
     """Tables and columns of any name work when they are quoted as SQL wants it; rows know the names."""
     quoted = '"' + name.replace('"', '""') + '"'
@@ -154,7 +152,7 @@ async def test_names_that_need_quoting(db: Any, name: str) -> None:
         assert result.rowcount == 2
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "sql",
     [
         "SELECT 1\0; DELETE FROM item", "SELECT '\ud800'", "SELECT 1; DELETE FROM item", "SELECT 1 garbage more",
@@ -177,7 +175,7 @@ async def test_texts_that_are_no_statement(db: Any, engine: Engine, sql: str) ->
             async for _ in rows:
                 pass
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         results = await gather(
             lambda: db.execute(sql), lambda: db.fetch_all(sql), lambda: db.execute_many(sql, [()]), stream, offloaded
         )
@@ -188,14 +186,14 @@ async def test_texts_that_are_no_statement(db: Any, engine: Engine, sql: str) ->
     await usable(db)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "sql",
     [
         "COMMIT", "END", "ROLLBACK", "SAVEPOINT s", "RELEASE level_1", "ROLLBACK TO level_1", "BEGIN", "COMMIT --*",
         "commit;", "/* x */ COMMIT", "-- x\nROLLBACK", "BEGIN IMMEDIATE --*", "ROLLBACK --*", "RELEASE level_0 --*",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("path", ["execute", "script", "run", "run-script", "offload", "batch", "aiosql"])
+@in_turn("path", ["execute", "script", "run", "run-script", "offload", "batch", "aiosql"])
 async def test_control_of_transactions_as_text(db: Any, engine: Engine, sql: str, path: str) -> None:
     """BEGIN, COMMIT and the like sent as text inside a transaction are refused with a word on what to use instead, and
     the transaction is what it was. In a function given to `db.run()` they have their meaning within the function.

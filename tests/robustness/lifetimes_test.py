@@ -17,6 +17,7 @@ import pytest
 from database import get_db, transactional
 from database.driver.wakeup import on_trio
 from tests.contract.support import (
+    HANGING,
     SLOW_ROWS,
     SLOW_SELECT,
     Engine,
@@ -25,6 +26,7 @@ from tests.contract.support import (
     errors,
     eventually,
     gather,
+    in_turn,
     is_idle,
     names,
     usable,
@@ -42,7 +44,7 @@ def texts(caplog: pytest.LogCaptureFixture, logger: str) -> list[str]:
 # --- closing ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", ["read", "write", "many", "run", "offload", "stream"])
+@in_turn("work", ["read", "write", "many", "run", "offload", "stream"])
 async def test_close_drains_until_its_deadline(db: Any, engine: Engine, work: str) -> None:
     """A statement that runs when the pool is closed may go on for `drain` seconds, then it is interrupted and its
     caller told; waiters are told at once, and nothing of the interrupted work is kept.
@@ -71,7 +73,7 @@ async def test_close_drains_until_its_deadline(db: Any, engine: Engine, work: st
     async def run() -> None:
         results.extend(await gather(slow))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(run)
             await eventually(lambda: db.stats().readers_in_use or db.stats().writer_in_use)
@@ -123,7 +125,7 @@ async def test_close_gives_up_on_a_function_that_cannot_be_stopped(
         async with anyio.create_task_group() as group:
             group.start_soon(db.run, stubborn)
             await anyio.to_thread.run_sync(entered.wait, 5)
-            with anyio.fail_after(5):
+            with anyio.fail_after(HANGING):
                 await db.close(drain=0.05)
             group.cancel_scope.cancel()
         assert await names(db) == []
@@ -136,7 +138,7 @@ async def test_close_gives_up_on_a_function_that_cannot_be_stopped(
     )
 
 
-@pytest.mark.parametrize("times", range(3))
+@in_turn("times", range(3))
 async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: int) -> None:
     """Writers on all paths while the pool is closed again and again: what was answered is there, what was refused
     is not.
@@ -168,7 +170,7 @@ async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: in
                 refused.add(name)
             await anyio.sleep(0)
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             for number in range(8):
                 group.start_soon(writer, number)
@@ -184,7 +186,7 @@ async def test_close_under_load_loses_nothing(db: Any, engine: Engine, times: in
     await usable(db)
 
 
-@pytest.mark.parametrize("readonly", [False, True], ids=["writing", "reading"])
+@in_turn("readonly", [False, True], ids=["writing", "reading"])
 async def test_closing_hits_no_stranger(db: Any, readonly: bool) -> None:
     """A transaction whose worker has ended it is forgotten; closing the pool does not stop whatever runs there now."""
     for _ in range(5):
@@ -202,7 +204,7 @@ async def test_closing_hits_no_stranger(db: Any, readonly: bool) -> None:
         else:
             found.append((await db.execute(f"INSERT INTO item (value) {bounded}")).rowcount)
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
             group.start_soon(stranger)
             await eventually(lambda: db.stats().readers_in_use if readonly else db.stats().writer_in_use)
@@ -226,7 +228,7 @@ async def test_a_stream_thrown_away(db: Any, caplog: pytest.LogCaptureFixture) -
         await anext(stream)
 
     for _ in range(4):  # more than there are readers
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             await forget()
         await collected(lambda: is_idle(db), "the reader is back")
     await eventually(lambda: len(texts(caplog, "database.transaction")) == 4)
@@ -250,7 +252,7 @@ async def test_an_abandoned_generator(db: Any) -> None:
         return None
 
     for _ in range(4):
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             assert await first() == 1
         await collected(lambda: is_idle(db), "the reader is back")
     await usable(db)
@@ -272,7 +274,7 @@ async def test_a_transaction_thrown_away(
     for _ in range(3):
         async with anyio.create_task_group() as group:
             group.start_soon(forget)
-        with anyio.fail_after(5):
+        with anyio.fail_after(HANGING):
             await collected(lambda: is_idle(db), "the connection is back")
     assert engine.committed() == []
     await eventually(lambda: len(texts(caplog, "database.transaction")) == 3)
@@ -519,7 +521,7 @@ def test_the_startup_check_warns_once(tmp_path: Path, version: tuple[int, int, i
 # --- garbage ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", ["statement", "interactive", "nested", "offload", "manual", "stream", "rolled back"])
+@in_turn("work", ["statement", "interactive", "nested", "offload", "manual", "stream", "rolled back"])
 async def test_leaves_nothing_to_the_garbage_collector(db: Any, work: str) -> None:
     """What a call has used is freed when it returns: nothing of it refers to itself, so the collector has no work."""
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from database import errors, transactional
 from database.sqlite3 import close_all, configure, get_db
-from tests.contract.support import SLOW_SELECT
+from tests.contract.support import HANGING, SLOW_SELECT
 from tests.robustness.faults import FAULTS, Fault, faulty
 from tests.robustness.support import FIGURES
 
@@ -107,7 +107,7 @@ class Machine(RuleBasedStateMachine):
             async with receive:
                 async for call, future in receive:
                     try:
-                        with anyio.fail_after(10):
+                        with anyio.fail_after(HANGING):
                             future.set_result(await call())
                     except BaseException as error:
                         future.set_exception(error)
@@ -447,13 +447,13 @@ class Machine(RuleBasedStateMachine):
         pytest.param(("trio", {}), id="trio"),
     ],
 )
-def test_state_machine(backend: Any) -> None:
+def test_state_machine(backend: Any, pytestconfig: pytest.Config) -> None:
     """Whatever tasks do, in whatever order, with whatever going wrong: everybody sees what the model says."""
     machine = type("Machine", (Machine,), {"backend": backend})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=max(1, EXAMPLES // (4 if pytestconfig.getoption("quick") else 1)),
             stateful_step_count=40,
             deadline=None,
             derandomize="STATEFUL_EXAMPLES" not in os.environ,

@@ -13,6 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.contract.support import HANGING
+from tests.programs import prepared
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FIGURES: Counter[str] = Counter()
@@ -64,6 +67,7 @@ class Program:
             env=environment,
             cwd=path.parent,
             start_new_session=True,
+            preexec_fn=prepared,
         )
         self.began = time.monotonic()
         self.lines: list[str] = []
@@ -84,7 +88,7 @@ class Program:
     def kill(self, signum: int = signal.SIGKILL) -> None:
         self.process.send_signal(signum)
 
-    def end(self, within: float = 30) -> Ended:
+    def end(self, within: float = HANGING) -> Ended:
         """Waits for its end; a program that hangs is killed, with all that it started, and fails the test."""
         began = time.monotonic() if any(line.strip() == "end" for line in self.lines) else self.began
         hung = False

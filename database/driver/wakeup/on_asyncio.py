@@ -17,7 +17,7 @@ import anyio
 
 from database.driver.request import COMMIT, Request
 from database.driver.wakeup import waker
-from database.driver.wakeup.waker import FAR_AWAY, Timer, Waker
+from database.driver.wakeup.waker import FAR_AWAY, Notice, Timer, Waker
 
 __all__ = ["AsyncioWaker"]
 
@@ -185,6 +185,10 @@ class _AsyncioRequest(Request):
             self.waiter = None
 
 
+_NOBODYS = Context()
+"""A context for callbacks that concern no task."""
+
+
 class AsyncioWaker(Waker):
     """asyncio, uvloop and every other loop of that interface."""
 
@@ -197,7 +201,9 @@ class AsyncioWaker(Waker):
         loop = asyncio.get_running_loop()
         self.loop = weakref.ref(loop)
         # A class for each loop: asyncio asks a request for its loop, and no request needs a slot for the answer.
-        self.request = type("AsyncioRequest", (_AsyncioRequest,), {"__slots__": (), "get_loop": staticmethod(self.loop)})
+        self.request = type(
+            "AsyncioRequest", (_AsyncioRequest,), {"__slots__": (), "get_loop": staticmethod(self.loop)}
+        )
         if hasattr(os, "eventfd"):
             descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             try:
@@ -255,6 +261,9 @@ class AsyncioWaker(Waker):
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise
+
+    def next_turn(self, function: Notice) -> None:
+        asyncio.get_running_loop().call_soon(function, context=_NOBODYS)
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         # In a context of nobody's: the timer would keep the caller's, and all that it holds, for its time.

@@ -14,7 +14,7 @@ import trio
 
 from database.driver.request import COMMIT, Request
 from database.driver.wakeup import waker
-from database.driver.wakeup.waker import Timer, Waker
+from database.driver.wakeup.waker import Notice, Timer, Waker
 
 __all__ = ["TrioWaker"]
 
@@ -200,6 +200,9 @@ class TrioWaker(Waker):
             if task is not None:
                 request.waiter = None
                 reschedule(task, answer)
+
+    def next_turn(self, function: Notice) -> None:
+        self._token.run_sync_soon(function)
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         return _call_later_in_trio(seconds, function)

@@ -84,6 +84,7 @@ class Waker:
         "_posted",
         "_scheduled",
         "_sleepers",
+        "crowd",
         "loop",
         "request",
     )
@@ -103,6 +104,8 @@ class Waker:
         self._descriptor = -1
         self._lock = Lock()
         self._delivering = False
+        self.crowd = 0
+        """Answers that are being handed out together."""
         self._sleepers: list[Notice] = []
 
     def rouse(self, wake: Notice) -> None:
@@ -143,9 +146,11 @@ class Waker:
                 answered, notice = posted.popleft()
                 if notice is not None:
                     notice()
+                self.crowd = len(answered)
                 self._wake(answered)
         finally:
             self._delivering = False
+            self.crowd = 0
             sleepers = self._sleepers
             if sleepers:
                 for wake in sleepers:
@@ -157,6 +162,10 @@ class Waker:
     def wake(self, answered: list[Request]) -> None:
         """Has the tasks of these requests go on, at the loop's next turn. Loop thread, also within a task."""
         self.post(answered)
+
+    def answer(self, request: Request) -> None:
+        """Has the task of this request go on. Loop thread, in a callback of the loop's."""
+        self._wake([request])
 
     def dispose(self) -> None:
         """No worker will post any more: gives the descriptor back. What has been posted is still delivered."""
@@ -174,7 +183,8 @@ class Waker:
 
     def task_of(self, request: Request) -> object | None:
         """The task that waits for the request, if one does. Any thread; for comparing."""
-        return request.waiter
+        waiter: object | None = request.waiter
+        return waiter
 
     def _schedule(self) -> None:
         """Has the loop call `deliver` where there is no descriptor."""
@@ -182,6 +192,10 @@ class Waker:
 
     def _wake(self, answered: list[Request]) -> None:
         """Marks requests as done and lets their tasks go on."""
+        raise NotImplementedError
+
+    def next_turn(self, function: Notice) -> None:
+        """Calls the function at the loop's next turn. Loop thread."""
         raise NotImplementedError
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:

@@ -1,0 +1,209 @@
+"""Programs run in processes of their own, without each of them importing the world anew.
+
+`python -m tests.programs` imports what programs use most and then forks for every program that it is told to run: a
+child is `__main__` with nothing run before it, has its own working directory and streams, and ends as any interpreter
+does. Whoever asks lives on; when he is gone, so are the server (its standard input ends) and its children.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests import watchdog
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTED = (
+    "asyncio", "trio", "anyio._backends._asyncio", "anyio._backends._trio", "uvloop", "yaml", "aiosql", "sqlite3",
+    "database.cli", "database.sqlite3.engine", "database.sqlite3.opening", "fastapi", "starlette.testclient",
+    "opentelemetry.sdk.trace",
+)  # fmt: skip
+"""What takes long to import, where it is installed."""
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *(
+    part for name in ("hypothesispytest", "faker", "randomly", "xdist") for part in ("-p", f"no:{name}")
+))  # fmt: skip
+"""A small suite of its own: without the plugins that take longer to import than it takes to run."""
+
+PR_SET_PDEATHSIG = 1
+
+
+def dies_with_us() -> None:
+    """In a child, before it becomes another program: when the thread that started it is gone, it is killed (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def interruptible() -> None:
+    """In a child: Ctrl-C is what it is at a terminal, though the tests run in the background of a shell, which leaves
+    SIGINT ignored to all its children.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def prepared() -> None:
+    """`preexec_fn` for every process that a test starts."""
+    dies_with_us()
+    interruptible()
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ends a process whatever it does, with all of its group if it leads one, and takes its pipes away."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        process.kill()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    process.wait(30)
+
+
+def run(arguments: list[str], folder: Path, *, timeout: float = 120) -> tuple[int, str, str]:
+    """Runs `python -W error ARGUMENTS` in a folder: its status, output and errors. The arguments are `-c CODE …`, `FILE …`
+    or, for a module, which is imported as nothing has been before, `-m MODULE …`.
+    """
+    if not hasattr(os, "fork") or arguments[0] == "-m":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+    streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    request = {"arguments": arguments, "folder": str(folder), "streams": list(map(str, streams)), "timeout": timeout}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the server of programs has died"
+    status = int(answer)
+    return (status, *(stream.read_text("utf-8") for stream in streams))  # type: ignore[return-value]
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.programs"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=prepared,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
+    )  # fmt: skip
+    atexit.register(end, server)
+    watchdog.lasting.add(server.pid)
+    return server
+
+
+def _main(arguments: list[str]) -> None:
+    """In a child: becomes the program."""
+    sys.path[0] = ""
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(arguments[1], "<string>", "exec"), module.__dict__)
+    else:
+        sys.argv = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _become(request: dict[str, Any], server: int) -> list[str]:
+    dies_with_us()
+    if os.getppid() != server:
+        os._exit(1)
+    os.setsid()
+    os.chdir(request["folder"])
+    for descriptor, stream in zip((1, 2), request["streams"], strict=True):
+        opened = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return list(request["arguments"])
+
+
+def _ended(child: int, timeout: float) -> int:
+    """Waits for a child, and kills it with all that it started when its time is over."""
+    until = time.monotonic() + timeout
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        late = time.monotonic() > until
+        if pid or late:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(status if pid else os.waitpid(child, 0)[1])
+        time.sleep(0.002)
+
+
+def _serve() -> list[str]:
+    """Answers requests until there are no more; returns in each child, with its arguments."""
+    import warnings
+
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    warnings.resetwarnings()
+    warnings.simplefilter("error")
+    sys.warnoptions[:] = ["error"]
+    gc.collect()
+    gc.freeze()
+    server = os.getpid()
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            return _become(request, server)
+        print(_ended(child, request["timeout"]), flush=True)
+    os._exit(0)
+
+
+def _end_of_child() -> NoReturn:
+    """Ends as an interpreter does, but for taking apart what the server had imported: that takes longer than most programs
+    (`robustness/exit_test.py` is about whole interpreters).
+    """
+    arguments = _serve()
+    status: Any = 0
+    try:
+        _main(arguments)
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if not isinstance(status, int):
+        if status is not None:
+            print(status, file=sys.stderr)
+        status = int(status is not None)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.modules["__main__"].__dict__.clear()
+    gc.collect()  # what was left open says so
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    from tests import programs  # this module by its own name: `__main__` is the program's
+
+    programs._end_of_child()

@@ -1,0 +1,78 @@
+"""Which tests `make test` leaves out: those that repeat, on another event loop or engine, what the others have shown.
+
+With `--quick`, a test function that has cases of its own runs each of them on every engine it concerns, by turns on one
+event loop and the next; all of its cases together meet every event loop. A test without cases runs on every event loop,
+and on PostgreSQL with one of them. What is marked `slow` is left to `make test-all`, which runs everything everywhere.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from typing import Any
+
+import pytest
+
+LOOPS = ("anyio_backend", "backend")
+"""Parameters that name an event loop: of a fixture, or of a test that starts a program."""
+
+
+def _coordinates(item: pytest.Item) -> tuple[str, str, str]:
+    """The case, the engine and the event loop of a test."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return "", "", ""
+    params: dict[str, Any] = callspec.params
+    engine = str(params.get("engine", ""))
+    loop = next((_loop(params[name]) for name in LOOPS if name in params), "")
+    case = f"-{callspec.id}-".replace(f"-{loop}-", "-", 1).replace(f"-{engine}-", "-", 1)
+    return case, engine, loop
+
+
+def _loop(param: Any) -> str:
+    """The id of an event loop: `asyncio+uvloop` is AnyIO's ("asyncio", {"use_uvloop": True})."""
+    if isinstance(param, tuple):
+        name, options = param
+        return f"{name}+uvloop" if isinstance(options, dict) and options.get("use_uvloop") else str(name)
+    return str(param)
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The items that `--quick` leaves out."""
+    functions: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        functions[_function(item)].append(item)
+    out: list[pytest.Item] = []
+    for name, group in functions.items():
+        kept = _covering(group, zlib.crc32(name.encode()))  # so that not all begin with the same event loop
+        out += [item for item in group if item not in kept]
+    return out
+
+
+def _covering(group: list[pytest.Item], turn: int) -> set[pytest.Item]:
+    """Items of one function that hold every case with every engine, and every event loop with the first engine."""
+    places: dict[tuple[str, str], list[tuple[str, pytest.Item]]] = defaultdict(list)
+    for item in group:
+        if item.get_closest_marker("slow") is None:
+            case, engine, loop = _coordinates(item)
+            places[case, engine].append((loop, item))
+    kept: set[pytest.Item] = set()
+    if not places:
+        return kept
+    met: set[str] = set()
+    first = next(iter(places))[1]
+    for number, ((_, engine), choices) in enumerate(places.items()):
+        loop, item = choices[(turn + number) % len(choices)]
+        kept.add(item)
+        if engine == first:
+            met.add(loop)
+    for (_, engine), choices in places.items():
+        for loop, item in choices:
+            if engine == first and loop not in met:
+                met.add(loop)
+                kept.add(item)
+    return kept
