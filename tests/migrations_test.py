@@ -263,7 +263,7 @@ async def test_foreign_keys_that_cannot_be_enforced_again() -> None:
     """A connection that lost its foreign keys raises the error for which the driver gives it up."""
 
     class Deaf:
-        def execute(self, _sql: str) -> Any:
+        def control(self, _sql: str) -> None:
             raise sqlite3.OperationalError("interrupted")
 
     with pytest.raises(sqlite3.InternalError) as caught:

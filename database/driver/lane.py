@@ -215,6 +215,9 @@ class ReadLane:
                     break
                 if queue and (len(answers) >= BATCH_SIZE or perf_counter() - since > BATCH_SECONDS):
                     worker.flush()  # where nothing more waits, the worker goes to sleep first: see `Worker`
+                    room = worker.room
+                    if room is not None and room.held:
+                        room.wait()
                     since = perf_counter()
         except BaseException as defect:
             worker.fail(defect, [request])
@@ -283,6 +286,7 @@ class WriteLane:
         worker.attend()
         queue = self.queue
         popleft = queue.popleft
+        room = self.pool.room
         while True:
             try:
                 item = popleft()
@@ -299,11 +303,13 @@ class WriteLane:
                     self.lease = item
                     item.serve(worker)
                     self.lease = None
-                elif item.kind <= UNIT and self._is_groupable(queue) and worker.session.may_group():  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+                elif item.kind <= UNIT and self._is_groupable(queue):
                     self._group(worker, item)
                 else:
                     worker.perform(item, readonly=False)
                     worker.answers.append(item)
+                if room is not None and perf_counter() > room.next_look:
+                    room.look(worker)
             except BaseException as defect:
                 self.lease = None
                 if isinstance(item, Lease):
@@ -379,13 +385,14 @@ class WriteLane:
         began = perf_counter()
         try:
             session = worker.begin(first, readonly=False)
+            session.share(True)
         except BaseException as error:
             first.error = worker.translate(error, first)
+            worker.rollback()
             worker.answers.append(first)
             if isinstance(first.error, (DatabaseBusyError, ConnectionPoolExhaustedError)):
                 self._fail_those_who_waited_too(worker, error, began)
             return
-        session.share(True)
         queue = self.queue
         alone: Request | None = None
         request = first

@@ -26,8 +26,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
 from functools import partial
 from threading import Thread, get_ident
 from time import perf_counter
@@ -41,6 +41,7 @@ from database.driver.lane import ReadLane, WriteLane
 from database.driver.lease import Lease
 from database.driver.observer import Observer, aside
 from database.driver.request import STATEMENT, Request, text_of
+from database.driver.room import Room
 from database.driver.shared_lane import SharedLane
 from database.driver.wakeup import Timer, Waker
 from database.driver.worker import Worker, again, here
@@ -99,6 +100,19 @@ class PoolStats:
     replaced_total: int = 0
     inline_total: int = 0
 
+    @staticmethod
+    def of(pools: Iterable[Pool]) -> PoolStats:
+        """The sums over several pools. Any thread: what belongs to their loops may change while it is looked at."""
+        found: list[PoolStats] = []
+        for pool in pools:
+            for _ in range(20):
+                try:
+                    found.append(pool.stats())
+                    break
+                except RuntimeError:  # a collection has changed while it was walked
+                    continue
+        return PoolStats(*(sum(values) for values in zip(*map(astuple, found), strict=True)))
+
 
 class Pool:
     """The connections of one database on one event loop. Made on that loop; opens itself."""
@@ -150,6 +164,7 @@ class Pool:
         self._disposed = False
         self._closers: list[Request] = []
 
+        self.room = None if backend.log is None else Room(self, backend.log)
         self.single_writer = backend.single_writer
         self.reads: ReadLane
         self.writes: WriteLane | SharedLane
@@ -689,8 +704,8 @@ class Pool:
         self.closing = self.closed = True
         self._end.cancel()
         self._on_closed(self)
-        for queue in (self._line, self.reads.queue, self.writes.queue):
-            queue.clear()
+        # Told, not only forgotten: while trio ends, shielded tasks of it may still wait for an answer.
+        self._refuse_all(self._closed_error)
         self._end_leases()
         deadline = time.monotonic() + JOIN_SECONDS
         ended = True

@@ -148,6 +148,7 @@ class Worker:
         "retried",
         "role",
         "rollbacks",
+        "room",
         "session",
         "sleeping",
         "statements",
@@ -167,6 +168,8 @@ class Worker:
         self.backend = backend
         self.waker = waker
         self.observer = observer
+        self.room = pool.room if role == "reader" else None
+        """Where it waits before it takes a snapshot."""
         self.inbox: SimpleQueue[Servable] = SimpleQueue()
         self.sleeping = True
         """Whether it waits at its inbox, its lane being empty."""
@@ -357,6 +360,9 @@ class Worker:
     def attend(self, on_slow: Callable[[], None] | None = None) -> None:
         """Called when a lane or a lease begins to be served: settles what is looked up once a batch."""
         self._on_slow = on_slow
+        room = self.room
+        if room is not None and room.held:
+            room.wait()
         try:
             self.threshold = self.observer.threshold()
         except BaseException as error:
@@ -469,7 +475,7 @@ class Worker:
         try:
             result = request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
-            request.error = self.translate(error, request)
+            request.error = self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
             result = None
         if threshold is not None:
             seconds = perf_counter() - started
@@ -516,6 +522,8 @@ class Worker:
             raise self.translate(error, None) from error
 
     def _failed(self, request: Request, error: BaseException, started: float) -> None:
+        if isinstance(error, Interrupted):  # the operation has looked by itself, in the middle of its work
+            error = QueryExecutionError("interrupted, for its caller no longer waits", sql=text_of(request))
         # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
         again = request.kind == STATEMENT or request.kind == ALONE
         if again and self.backend.is_busy(error) and not request.cancelled:

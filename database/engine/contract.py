@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from database.engine.statement import Statement
 
-__all__ = ["Alone", "Backend", "Engine", "Interrupted", "Operation", "Role", "Session", "load"]
+__all__ = ["Alone", "Backend", "Engine", "Interrupted", "Log", "Operation", "Role", "Session", "load"]
 
 Role = str
 """`"reader"` or `"writer"`; `"shared"` where all connections do both."""
@@ -91,10 +91,6 @@ class Session(Protocol):
         """From now on several callers' statements share the open transaction, each with its own verdict; or no longer."""
         ...
 
-    def may_group(self) -> bool:
-        """Whether statements of several callers may share a transaction now. Asked of a single writer before it is begun."""
-        ...
-
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """Maps the driver's error to the package's; gives other exceptions back as they are.
 
@@ -116,6 +112,22 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Log:
+    """A write-ahead log that grows while anybody reads from it.
+
+    Attributes:
+        limit: Bytes from which on the pool makes room in it.
+        size: Its length in bytes. Any thread.
+        empty: Empties it, given the writer's session, which must be outside any transaction; False if somebody still
+            reads from it.
+    """
+
+    limit: int
+    size: Callable[[], int]
+    empty: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     """How to reach one database.
 
@@ -130,6 +142,7 @@ class Backend:
         busy_slice: Of these, the seconds for which a single try waits by itself.
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
+        log: The write-ahead log, if the pool is to keep it short.
         excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a session keeps a lock
             just now. None where they do not.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
@@ -148,6 +161,7 @@ class Backend:
     busy_slice: float = 0.0
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
+    log: Log | None = None
     excludes: Callable[[Any], bool] | None = None
     single_writer: bool = True
     may_join: Callable[[Any], bool] | None = None

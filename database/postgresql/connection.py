@@ -1205,10 +1205,6 @@ class PostgresqlSession:
     def share(self, shared: bool) -> None:
         """See `Session`. Here transactions are not shared."""
 
-    def may_group(self) -> bool:
-        """See `Session`."""
-        return False
-
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
         if self._failing is not None:

@@ -52,7 +52,7 @@ from database.session.propagation import (
     run_behind,
 )
 from database.session.retry import attempts, leave_behind, note
-from database.session.statements import CHANGING, TypedQuery, still
+from database.session.statements import TypedQuery, still
 from database.session.stream import Stream
 from database.session.transaction import Detached, Transaction, give_back, step_back
 
@@ -282,12 +282,11 @@ class Database:
         self, level: Transaction | Detached | None, operation: Any, statement: Statement, params: Any, extra: Any
     ) -> Awaitable[Any]:
         """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
-        if type(params) is tuple:  # mostly; the rest of `still` for it is this loop
-            for value in params:
-                if type(value) in CHANGING:
-                    params = still(params)
-                    break
-        elif params is not None:
+        # As they are now; another task may go on to change them. To look for buffers among the values would cost too much.
+        kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+        if kind is dict:
+            params = params.copy()
+        elif kind is not tuple and params is not None:
             params = still(params)
         if level is not None:
             if level.ended:
@@ -309,19 +308,13 @@ class Database:
             if pool.inline is None or not pool.inline.read(request):
                 pool.reads.submit(request)
         else:
-            kind = STATEMENT if statement.kind == WRITE else ALONE
-            request = pool.request(kind, operation, statement, params, extra)
-            self._submit_write(level, pool, request)
+            if level is not None:
+                refuse_waiting_for_itself(level, pool)
+            request = pool.request(STATEMENT if statement.kind == WRITE else ALONE, operation, statement, params, extra)
+            if attempts:
+                note(request)
+            pool.writes.submit(request)
         return request
-
-    @staticmethod
-    def _submit_write(level: Detached | None, pool: Pool, request: Request) -> None:
-        """Hands over a write outside of any transaction."""
-        if level is not None:
-            refuse_waiting_for_itself(level, pool)
-        if attempts:
-            note(request)
-        pool.writes.submit(request)
 
     async def execute(self, query: Query, params: Parameters = None) -> Result:
         """Executes a statement for what it does.
@@ -473,7 +466,11 @@ class Database:
         if readonly:
             pool.reads.submit(request)
         else:
-            self._submit_write(level, pool, request)
+            if level is not None:
+                refuse_waiting_for_itself(level, pool)
+            if attempts:
+                note(request)
+            pool.writes.submit(request)
         return request
 
     async def execute_script(self, sql: str | Callable[..., Any]) -> None:
@@ -573,23 +570,30 @@ class Database:
                 refuse_isolation(level, options)
             pool = level.pool
             job.parent = level
-            callbacks = level.callbacks
+            behind: list[Any] | None = level.callbacks
         else:
             pool = self.reading_pool(options) if readonly else self.pool()
             if options is not None:
                 job.isolation = options.isolation
-            callbacks = [] if limit is None else limit.callbacks
+            behind = None if limit is None else limit.callbacks
         request = pool.request(UNIT, job.drive, job, None, None, job)
         try:
-            callbacks += job.answered(await self._send_request(level, pool, request, readonly=readonly))
+            result, callbacks = await self._send_request(level, pool, request, readonly=readonly)
         except BaseException as error:
-            callbacks += job.failed(request, error)
-            if callbacks and limit is None and job.parent is None:
+            callbacks = job.failed(request, error)
+            if behind is not None:
+                behind += callbacks
+            elif callbacks:
                 await run_behind(self, callbacks, shield=not isinstance(error, Exception))
             raise
-        if callbacks and limit is None and job.parent is None:
-            await run_behind(self, callbacks)
-        return job.result
+        if job.parent is None:
+            job.committed = True
+        if callbacks:
+            if behind is not None:
+                behind += callbacks
+            else:
+                await run_behind(self, callbacks)
+        return result
 
     async def call_aiosql(
         self, method: Any, sql: str, params: Any, record_class: Any = None, *, record: bool = False
@@ -860,12 +864,15 @@ class Database:
         return statement, record_class, self._operations
 
     def stats(self) -> PoolStats:
-        """What this database's pool on the running event loop is doing; all zero if none is open."""
+        """What this database's pool on the running event loop is doing; all zero if none is open.
+
+        Where it has no pool (another thread, another loop), of all its pools together: for a monitor, or a metrics thread.
+        """
         loop = current_loop()
         pool = self._pools.get(id(loop))
-        if pool is None or pool.loop() is not loop:
-            return PoolStats()
-        return pool.stats()
+        if pool is not None and pool.loop() is loop:
+            return pool.stats()
+        return PoolStats.of(tuple(self._pools.values()))
 
     async def open(self) -> None:
         """Opens the pool now instead of at its first use: an application that cannot reach its data need not start."""

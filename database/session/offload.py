@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from database.driver.worker import here
 from database.errors import TransactionError
@@ -88,19 +88,13 @@ class Job:
         """What is called."""
         return self.offloaded.function
 
-    def answered(self, answer: tuple[Any, list[Callable[[], Any]]]) -> list[Callable[[], Any]]:
-        """It has succeeded; gives what is to run behind its commit. Loop thread."""
-        self.result, callbacks = answer
-        if self.parent is None:
-            self.committed = True
-        return callbacks
-
     def failed(self, request: Request, error: BaseException) -> list[Callable[[], Any]]:
         """It has failed, or its caller has been cancelled; gives what is to run all the same. Loop thread."""
         self.running = request.cancelled and not request.answered
         if self.parent is None and request.answered and request.error is None:
-            self.whole = True  # committed already when its caller was cancelled
-            return self.answered(request.result)
+            self.whole = self.committed = True  # already when its caller was cancelled
+            self.result, callbacks = request.result
+            return list(callbacks)
         if self.parent is not None and self.dooms and not self.parent.ended:
             self.parent.dooms_the_whole(error)
         return self.kept or []
@@ -162,7 +156,8 @@ class Job:
         if root.top is not root:
             raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
         root.settle_inline()
-        return result, root.callbacks if job.kept is None else [*job.kept, *root.callbacks]
+        kept = cast("list[Callable[[], Any]] | None", job.kept)  # set by `commit()` meanwhile
+        return result, root.callbacks if kept is None else [*kept, *root.callbacks]
 
 
 def _foreign(job: Job) -> TransactionError:

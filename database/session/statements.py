@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
-__all__ = ["CHANGING", "Query", "TypedQuery", "still"]
+__all__ = ["Query", "TypedQuery", "still"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -15,8 +15,12 @@ Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
 
-CHANGING: Final = frozenset({bytearray, memoryview, array})
+_CHANGING: Final = frozenset({bytearray, memoryview, array})
 """Values whose contents may be others by the time they are bound."""
+
+
+_UNTOUCHED: Final[tuple[type[Any], ...]] = (Sequence, Set, type)
+"""Immutable, like a row; or refused when it is bound."""
 
 
 def still(params: Any) -> Any:
@@ -24,15 +28,15 @@ def still(params: Any) -> Any:
 
     What holds them is copied; of the values, buffers are. Other values that change are nobody's parameters.
     """
-    kind = type(params)
+    kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
     if kind is dict:
         for value in params.values():
-            if type(value) in CHANGING:
+            if type(value) in _CHANGING:
                 return {name: _still(value) for name, value in params.items()}
         return params.copy()
     if kind is tuple or kind is list:
         for value in params:
-            if type(value) in CHANGING:
+            if type(value) in _CHANGING:
                 return [_still(value) for value in params]
         return params if kind is tuple else params.copy()
     if params is None:
@@ -41,21 +45,21 @@ def still(params: Any) -> Any:
 
 
 def _still(value: Any) -> Any:
-    return bytes(value) if type(value) in CHANGING else value
+    return bytes(value) if type(value) in _CHANGING else value
 
 
 def _still_object(params: Any) -> Any:
     """The same for what is no plain container: an object with attributes, a mapping or a sequence of some class."""
-    kind = type(params)
+    kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
     if isinstance(params, Mapping):
-        return {name: _still(value) for name, value in params.items()}
+        return {name: _still(value) for name, value in cast("Mapping[str, Any]", params).items()}
+    if isinstance(params, _UNTOUCHED):
+        return cast("object", params)
     try:
-        if isinstance(params, (Sequence, Set, type)):
-            return params  # immutable, or what is refused when it is bound
         attributes = getattr(params, "__dict__", None)
         if attributes is None:
             return copy(params)
-        found = object.__new__(kind)
+        found: Any = object.__new__(kind)
         found.__dict__.update((name, _still(value)) for name, value in attributes.items())
         return found
     except Exception:  # a class that makes its objects in its own way: bound as it will be

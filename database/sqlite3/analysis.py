@@ -44,9 +44,9 @@ _TOKEN = re.compile(
       --[^\n]*                       # comment to the end of the line
     | /\*.*?(?:\*/|\Z)               # comment
     | (?P<quoted>
-        '(?:[^']|'')*(?:'|\Z)        # string
-      | "(?:[^"]|"")*(?:"|\Z)        # quoted names
-      | `(?:[^`]|``)*(?:`|\Z)
+        '[^']*+(?:''[^']*+)*+(?:'|\Z)        # string
+      | "[^"]*+(?:""[^"]*+)*+(?:"|\Z)        # quoted names
+      | `[^`]*+(?:``[^`]*+)*+(?:`|\Z)
       | \[[^\]]*(?:\]|\Z)
       )
     | (?P<parameter>[:@$\#][\w$]+(?:::[\w$]+)*|\?\d*)  # never keywords
@@ -264,7 +264,7 @@ def control(sql: str) -> tuple[str, str]:
     if verb == "PRAGMA":
         if len(pieces) > 3 and pieces[2] == ".":
             del pieces[1:3]
-        return ("PRAGMA", pieces[1].lower()) if len(pieces) > 3 and pieces[2] in ("=", "(") else ("", "")
+        return ("PRAGMA", pieces[1].lower()) if len(pieces) > 2 and pieces[2] in ("=", "(") else ("", "")
     rest = words[1:]
     if verb == "BEGIN":
         if rest and rest[0] in ("DEFERRED", "IMMEDIATE", "EXCLUSIVE"):

@@ -35,7 +35,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from database import errors
-from database.engine.contract import Alone
+from database.engine.contract import Alone, Interrupted
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -48,7 +48,7 @@ from database.sqlite3.failures import (
     of_one_connection,
     read_only,
 )
-from database.sqlite3.raw import Lent
+from database.sqlite3.raw import ENDED_BY_ITSELF, Lent
 from database.sqlite3.values import Chunk, Feed, Row, bind
 
 if TYPE_CHECKING:
@@ -79,9 +79,23 @@ _CHANGES: Final = frozenset(
         sqlite3.SQLITE_CREATE_TEMP_TABLE,
         sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
         sqlite3.SQLITE_CREATE_TEMP_VIEW,
+        sqlite3.SQLITE_DROP_TEMP_INDEX,
+        sqlite3.SQLITE_DROP_TEMP_TABLE,
+        sqlite3.SQLITE_DROP_TEMP_TRIGGER,
+        sqlite3.SQLITE_DROP_TEMP_VIEW,
     }
 )
 """What belongs to one connection; and PRAGMAs, of which it is looked which."""
+_CREATIONS: Final = frozenset(
+    {
+        sqlite3.SQLITE_CREATE_INDEX,
+        sqlite3.SQLITE_CREATE_TABLE,
+        sqlite3.SQLITE_CREATE_TRIGGER,
+        sqlite3.SQLITE_CREATE_VIEW,
+        sqlite3.SQLITE_CREATE_VTABLE,
+    }
+)
+"""The same, where the schema is `temp`."""
 _OF_TABLES: Final = frozenset(
     {
         sqlite3.SQLITE_CREATE_TABLE,
@@ -114,6 +128,7 @@ class SqliteSession:
         "_alone",
         "_changed",
         "_cursor",
+        "_deferred",
         "_deferring",
         "_failing",
         "_identity",
@@ -125,6 +140,7 @@ class SqliteSession:
         "_reopen",
         "_restricted",
         "_rowids",
+        "_schema",
         "_schema_writable",
         "_shared",
         "_streams",
@@ -173,8 +189,12 @@ class SqliteSession:
         """Whether the connection is to be exchanged when its transaction has ended."""
         self._rowids: dict[str, bool] = {}
         """Of INSERTs, by their text: whether the table has row ids."""
-        self._deferring: tuple[int, bool] = (-1, False)
-        """The schema's version, and whether it has foreign keys that are checked with the commit."""
+        self._schema = -1
+        """The schema's version when it was looked through for foreign keys that are checked with the commit."""
+        self._deferred: dict[str, frozenset[str | None]] = {}
+        """Tables that such keys lead from or to, and their columns in them."""
+        self._deferring = True
+        """Whether statements may be prepared already that change such tables."""
         files.opened[identity] += 1
         self._take(raw)
 
@@ -238,21 +258,35 @@ class SqliteSession:
         finally:
             self._admitting = False
 
-    def share(self, shared: bool) -> None:
-        """See `Session`."""
-        self._shared = shared
-
-    def may_group(self) -> bool:
-        """See `Session`. Not where foreign keys are checked with the commit: one member could make up for another."""
-        cursor = self._cursor
+    def empty_log(self) -> bool:
+        """Checkpoints, and cuts the WAL off; False if somebody reads from it. Outside any transaction."""
+        self._admitting = True
         try:
-            version = cursor.execute("PRAGMA schema_version").fetchall()[0][0]
-            if version != self._deferring[0]:
-                found = cursor.execute("SELECT 1 FROM sqlite_master WHERE sql LIKE '%DEFERRED%' LIMIT 1").fetchall()
-                self._deferring = version, bool(found)
-        except sqlite3.Error:
-            return False  # somebody holds the file: each will find out for itself
-        return not self._deferring[1]
+            busy = self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]
+        except sqlite3.OperationalError:  # another process holds a lock: there will be another time
+            return False
+        finally:
+            self._admitting = False
+        return not busy
+
+    def share(self, shared: bool) -> None:
+        """See `Session`.
+
+        A foreign key that is checked with the commit is checked for all members at once: one could make up for what
+        another leaves behind. So what may leave something behind gets a transaction of its own. The authorizer sees it, if
+        it is asked, and of statements that it has admitted before it is asked again.
+        """
+        self._shared = shared
+        if not shared:
+            return
+        version = self._cursor.execute("PRAGMA schema_version").fetchall()[0][0]
+        if version != self._schema:
+            self._deferred = _deferred(self.raw.plain_cursor())
+            self._schema = version
+            self._deferring = True
+        if self._deferring and self._deferred:
+            self._deferring = False
+            self.raw.install()
 
     # For the connection, while it is lent: see `Keeper`
 
@@ -260,7 +294,11 @@ class SqliteSession:
         """See `Keeper`. Under a text that is nobody else's: what is cached is not shown to the authorizer again."""
         self._admitting = True
         try:
-            sqlite3.Cursor.execute(self._cursor if cursor is None else cursor, f"{sql} {_MARK}")
+            text = f"{sql} {_MARK}"
+            if cursor is None:
+                self._cursor.execute(text)
+            else:
+                self.raw.module.Cursor.execute(cursor, text)
         finally:
             self._admitting = False
 
@@ -341,11 +379,13 @@ class SqliteSession:
         if self._admitting:
             return sqlite3.SQLITE_OK
         if not self._restricted:
+            if self._deferred and action in _WRITE_ACTIONS and str(first).lower() in self._deferred:
+                return self._defer(action, str(first).lower(), second)
             if action in _OF_TABLES:
                 self._rowids.clear()
             if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
                 self._schema_writable = True
-            if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES:
+            if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES or (schema == "temp" and action in _CREATIONS):
                 return self._judge(action, str(first).lower(), second)
             return sqlite3.SQLITE_OK
         # Virtual tables and table-valued functions (FTS5, json_each, pragma_table_info) ask for writes that they never
@@ -361,6 +401,18 @@ class SqliteSession:
             if first.lower() in known:
                 return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
+
+    def _defer(self, action: int, table: str, column: str | None) -> int:
+        """What the authorizer says to a change that may leave a foreign key to be checked with the commit."""
+        if action == sqlite3.SQLITE_UPDATE:
+            columns = self._deferred[table]
+            if str(column).lower() not in columns and None not in columns:
+                return sqlite3.SQLITE_OK
+        if self._shared:
+            self._alone = True
+            return sqlite3.SQLITE_DENY
+        self._deferring = True
+        return sqlite3.SQLITE_OK
 
     def _judge(self, action: int, first: str, second: str | None) -> int:
         """What the authorizer says to something that may change this connection."""
@@ -387,34 +439,38 @@ class SqliteSession:
         if hint and hint != HINT_INSERT:
             return self._vacuum(statement, params) if hint == HINT_VACUUM else self._count(statement, params)
         sql = statement.sql
+        known: bool | None = True
+        if hint:
+            known = self._rowids.get(sql)
+            if known is None:
+                known = self._has_rowids(sql)  # before: behind a write nothing more may fail
         cursor.execute(sql, bind(params, sql))
         if statement.returns_rows:
             self._end(statement)
         rowcount = cursor.rowcount
-        lastrowid = None
-        if hint and rowcount > 0:
-            known = self._rowids.get(sql)
-            if known or (known is None and self._has_rowids(sql)):
-                lastrowid = cursor.lastrowid
         # The tuple's own `__new__`: a NamedTuple's is Python code, and this is run for every write.
-        return _new_tuple(Result, (rowcount, lastrowid))
+        return _new_tuple(Result, (rowcount, cursor.lastrowid if hint and known and rowcount > 0 else None))
 
     def _count(self, statement: Statement, params: Any) -> Result:
         """Runs an upsert, or a write that begins with WITH, which `sqlite3` does not know for one."""
         cursor, sql = self._cursor, statement.sql
+        inserts = statement.verb in ("INSERT", "REPLACE")
+        known = inserts and self._has_rowids(sql)
         before = cursor.execute("SELECT last_insert_rowid()").fetchall()[0][0]
+        total = self.raw.total_changes
         cursor.execute(sql, bind(params, sql))
         if statement.returns_rows:
             self._end(statement)
-        rowcount, lastrowid = cursor.rowcount, None
+        rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
         if statement.hint != HINT_UPSERT:
-            rowcount = self.raw.plain_cursor().execute("SELECT changes()").fetchall()[0][0]
-        if rowcount > 0 and statement.verb in ("INSERT", "REPLACE"):
-            lastrowid = cursor.lastrowid
-            if lastrowid == before and (statement.hint == HINT_UPSERT or "CONFLICT" in sql.upper()):
-                lastrowid = None  # an update leaves it as it was; only if it moves has a row been added for certain
-            elif not self._has_rowids(sql):
-                lastrowid = None
+            try:
+                rowcount = self.raw.plain_cursor().execute("SELECT changes()").fetchall()[0][0]
+            except sqlite3.Error:  # interrupted, but the write is done: so what is known without a statement
+                rowcount = self.raw.total_changes - total
+        if not known or rowcount <= 0:
+            return Result(rowcount, None)
+        if lastrowid == before and (statement.hint == HINT_UPSERT or "CONFLICT" in sql.upper()):
+            lastrowid = None  # an update leaves it as it was; only if it moves has a row been added for certain
         return Result(rowcount, lastrowid)
 
     def _has_rowids(self, sql: str) -> bool:
@@ -428,7 +484,11 @@ class SqliteSession:
                     probe = f"SELECT rowid, _rowid_, oid FROM {table} LIMIT 0"  # noqa: S608  - quoted as a name
                     self.raw.plain_cursor().execute(probe).close()
                 except sqlite3.OperationalError as error:
+                    if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+                        raise
                     known = "no such column" not in str(error)
+                    if known:  # there is no such table: the INSERT itself will say so
+                        return True
             if len(self._rowids) >= REMEMBERED:
                 self._rowids.clear()
             if len(sql) <= 10_000:
@@ -488,6 +548,8 @@ class SqliteSession:
     def execute_batch(self, items: Any, _params: Any = None, _extra: Any = None) -> int:
         """Runs (statement, parameters) pairs; gives how many."""
         for number, (statement, params) in enumerate(items):
+            if number % 16 == 0 and self._progress():
+                raise Interrupted
             try:
                 sql = statement.sql
                 self._cursor.execute(sql, bind(params, sql))
@@ -504,6 +566,8 @@ class SqliteSession:
         statement: Statement | None = None
         try:
             for text in analysis.split(sql):
+                if self._progress():
+                    raise Interrupted
                 statement = analysis.analyse(text)
                 if statement.hint == HINT_VACUUM:
                     self._vacuum(statement, None)
@@ -629,6 +693,8 @@ class SqliteSession:
             raw.take_back(keep=False)
             raise
         raw.take_back(keep=True)
+        if not raw.in_transaction:  # and the function has taken no notice of it
+            raise errors.TransactionError(ENDED_BY_ITSELF)
         return result
 
     # The rest
@@ -778,6 +844,17 @@ class SqliteSession:
             "BEGIN, COMMIT, ROLLBACK, SAVEPOINT and RELEASE are the package's own business: it has a transaction open"
             " around this code. Use db.transaction(), or db.begin() and db.commit(), outside it."
         )
+
+
+def _deferred(cursor: sqlite3.Cursor) -> dict[str, frozenset[str | None]]:
+    """Tables with foreign keys that are checked with the commit, and the tables that these lead to, with the columns."""
+    found: dict[str, set[str | None]] = {}
+    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'")
+    for (name,) in cursor.fetchall():
+        for key in cursor.execute("SELECT * FROM pragma_foreign_key_list(?)", (name,)).fetchall():
+            found.setdefault(name.lower(), set()).add(key["from"].lower())
+            found.setdefault(key["table"].lower(), set()).add(key["to"] and key["to"].lower())
+    return {table: frozenset(columns) for table, columns in found.items()}
 
 
 def _names(cursor: sqlite3.Cursor) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
-from database.engine.contract import Backend, Engine, Role
+from database.engine.contract import Backend, Engine, Log, Role
 from database.settings import MEMORY, SqliteSettings
 from database.sqlite3 import analysis
 from database.sqlite3.connection import SqliteSession
@@ -73,8 +73,16 @@ def _backend(settings: SqliteSettings) -> Backend:
         busy_slice=BUSY_SLICE,
         dispose=dispose,
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
+        log=_log(settings, f"{path}-wal"),
         excludes=None if settings.journal_mode == "WAL" else lambda session: session.excludes,
     )
+
+
+def _log(settings: SqliteSettings, path: str) -> Log | None:
+    limit: float | None = getattr(settings, "wal_limit", 64)
+    if limit is None or settings.journal_mode != "WAL":
+        return None
+    return Log(limit=int(limit * 2**20), size=lambda: _size(path), empty=lambda session: session.empty_log())
 
 
 def _size(path: str) -> int:

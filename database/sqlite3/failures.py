@@ -30,7 +30,6 @@ __all__ = [
 BUSY_SLICE = 0.02
 """Seconds for which SQLite's own busy handler waits: it cannot be interrupted, so the driver waits in slices."""
 
-_BUSY_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _BROKEN = frozenset(
     {
         sqlite3.SQLITE_IOERR,
@@ -66,11 +65,25 @@ def read_only(text: str | None) -> errors.ReadOnlyTransactionError:
 
 
 def is_busy(error: BaseException) -> bool:
-    """Whether somebody else holds a lock. Not BUSY_SNAPSHOT: that one never goes away by waiting."""
+    """Whether somebody else holds a lock. Not BUSY_SNAPSHOT, nor one's own open statement: these never go away by waiting."""
     if isinstance(error, sqlite3.OperationalError):
         code = getattr(error, "sqlite_errorcode", None)
-        return code is not None and code & 0xFF in _BUSY_CODES and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+        return (
+            code is not None
+            and code & 0xFF == sqlite3.SQLITE_BUSY
+            and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+            and not _is_in_its_own_way(error, code)
+        )
     return False
+
+
+def _is_in_its_own_way(error: BaseException, code: int | None) -> bool:
+    """Whether another statement of this very connection, still open, is what is in the way."""
+    # SQLITE_LOCKED is about one connection (or a shared cache, which is not used here); sqlite.org/rescode.html#locked
+    return code is not None and (
+        code & 0xFF == sqlite3.SQLITE_LOCKED
+        or (code & 0xFF == sqlite3.SQLITE_BUSY and "SQL statements in progress" in str(error))
+    )
 
 
 def is_broken(error: BaseException) -> bool:
@@ -136,7 +149,12 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
             message = f"a parameter cannot be stored: {message}"
     elif primary == sqlite3.SQLITE_CONSTRAINT:
         kind = errors.IntegrityError
-    elif primary in _BUSY_CODES:
+    elif _is_in_its_own_way(error, code):
+        message = (
+            f"another statement of the same transaction is still open ({message}): read its stream or cursor to the end, or"
+            " leave it, before this one"
+        )
+    elif primary == sqlite3.SQLITE_BUSY:
         kind = errors.DatabaseBusyError
         message = f"another process kept its lock for longer than busy_timeout ({message})"
     elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

@@ -39,7 +39,16 @@ from database.engine.contract import Alone
 from database.errors import TransactionError
 from database.sqlite3 import analysis
 
-__all__ = ["CACHED", "Keeper", "Lent", "RawConnection", "RawCursor", "connection_class"]
+__all__ = [
+    "CACHED",
+    "ENDED_BY_ITSELF",
+    "Keeper",
+    "Lent",
+    "LentCursor",
+    "RawConnection",
+    "RawCursor",
+    "connection_class",
+]
 
 if TYPE_CHECKING:
     _Connection = sqlite3.Connection
@@ -552,6 +561,13 @@ class Lent(_Connection):
         self._handlers = self.lent
         super().set_trace_callback(trace_callback)
 
+    def deserialize(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refused: what the function has done so far would be gone, and the file with it."""
+        raise self.module.NotSupportedError(
+            "deserialize() would exchange the pool's database for a copy in memory: use a connection of your own,"
+            " sqlite3.connect(':memory:')"
+        )
+
     def _install_again(self, otherwise: Callable[[], None]) -> None:
         if self._guard is None:
             otherwise()
@@ -575,7 +591,6 @@ for _name in (
     "create_collation",
     "create_function",
     "create_window_function",
-    "deserialize",
     "enable_load_extension",
     "load_extension",
     "setconfig",
@@ -630,7 +645,7 @@ def connection_class(module: ModuleType) -> type[Lent]:
     body: dict[str, Any] = {"module": module, "cursor_class": cursor_class, "ended_class": _ended_class(module)}
     if hasattr(module.Connection, "autocommit"):
         body["autocommit"] = _Autocommit()
-    for name in ("create_window_function", "blobopen", "setlimit", "setconfig", "deserialize", "enable_load_extension"):
+    for name in ("create_window_function", "blobopen", "setlimit", "setconfig", "enable_load_extension"):
         if not hasattr(module.Connection, name) and hasattr(Lent, name):
             body[name] = _missing(name)
     return type("RawConnection", (Lent, module.Connection), body)

@@ -16,7 +16,6 @@ from pathlib import PurePath
 from typing import Any, cast
 from uuid import UUID
 
-from database.engine.contract import Interrupted
 from database.sqlite3.analysis import placeholders
 
 __all__ = ["Chunk", "Feed", "Row", "bind"]
@@ -292,7 +291,7 @@ class Feed:
         sql, rows = self._sql, iter(self._rows)
         while chunk := list(islice(rows, MANY)):
             if self._gone():
-                raise Interrupted
+                raise _interrupted()
             self._before += self._size
             self._size = len(chunk)
             self._chunk = iter(chunk)
@@ -323,10 +322,18 @@ class Feed:
                 self.raised = error
                 raise
             if gone():
-                raise Interrupted
+                raise _interrupted()
             self._before += 1
             self._last = row
             yield bind(row, sql)
+
+
+def _interrupted() -> sqlite3.OperationalError:
+    """What SQLite says, had it been asked while a statement ran."""
+    error = sqlite3.OperationalError("interrupted")
+    error.sqlite_errorcode = sqlite3.SQLITE_INTERRUPT
+    error.sqlite_errorname = "SQLITE_INTERRUPT"
+    return error
 
 
 _SEQUENCES: set[type] = {tuple, list}

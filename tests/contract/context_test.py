@@ -85,7 +85,7 @@ async def test_records_see_their_callers_context(db: Any, notes: _Notes) -> None
 @pytest.mark.parametrize("readonly", [True, False])
 async def test_records_of_those_who_waited_too_long(make_db: Any, notes: _Notes, readonly: bool) -> None:
     """The ERROR record of a wait that ran out of time has the context of the one who waited."""
-    db = await make_db(pool_timeout=0.1)
+    db = await make_db(pool_timeout=0.5)
 
     async def wait(number: int) -> None:
         request_id.set(f"request {number}")

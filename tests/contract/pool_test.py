@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
 from database import get_db, transactional
@@ -678,3 +679,41 @@ async def test_odd_paths(make_db: Any, engine: Engine, name: str) -> None:
     assert path.exists()
     await db.close()
     assert [file.name for file in path.parent.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("other", ["asyncio", "trio"])
+def test_stats_from_elsewhere(configured: Any, engine: Engine, other: str) -> None:
+    """Asked from a thread without a loop, or from a loop on which nobody uses the database, `stats()` gives the sums over
+    its pools; asked from a loop that uses it, that loop's alone.
+    """
+    configured()
+    db = get_db()
+    found: dict[str, Any] = {}
+    ready, leave = threading.Barrier(3), threading.Event()
+
+    async def use(times: int) -> None:
+        for _ in range(times):
+            await db.fetch_value("SELECT 1")
+        await anyio.to_thread.run_sync(ready.wait)
+        found[f"own {times}"] = db.stats().statements_total
+        await anyio.to_thread.run_sync(leave.wait)
+
+    async def look() -> None:
+        found["loop"] = db.stats().statements_total
+
+    threads = [threading.Thread(target=anyio.run, args=(use, times)) for times in (3, 4)]
+    for thread in threads:
+        thread.start()
+    try:
+        ready.wait(20)
+        found["thread"] = db.stats().statements_total
+        found["readers"] = db.stats().readers_open
+        anyio.run(look, backend=other)
+        while len(found) < 5:
+            time.sleep(0.001)
+    finally:
+        leave.set()
+        for thread in threads:
+            thread.join(20)
+    assert found == {"own 3": 3, "own 4": 4, "thread": 7, "loop": 7, "readers": 2}
+    assert db.stats() == type(db.stats())()

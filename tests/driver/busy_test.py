@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -176,14 +177,29 @@ async def test_ones_own_open_statement(make_db: Any, engine: Engine) -> None:
     db = await make_db(busy_timeout=20_000)
     await db.execute_many("INSERT INTO jobs (name) VALUES (:name)", [{"name": f"{n}"} for n in range(3000)])
     began = time.monotonic()
-    async with db.transaction():
-        async with db.stream("SELECT * FROM jobs", chunk_size=10) as rows:
-            async for _ in rows:
-                with pytest.raises(errors.QueryExecutionError) as caught:
-                    await db.execute("DROP TABLE jobs")
-                break
-    assert "another process" not in str(caught.value)
-    assert "stream" in str(caught.value)
-    assert not isinstance(caught.value, errors.DatabaseBusyError)
+    for in_the_way, sql in (
+        ("SELECT * FROM jobs", "DROP TABLE jobs"),
+        ("UPDATE jobs SET enabled = 0 RETURNING id", "DROP TABLE jobs"),
+        ("UPDATE jobs SET enabled = 0 RETURNING id", None),
+    ):
+        caught: list[errors.DatabaseError] = []
+        with suppress(errors.TransactionError):
+            async with db.transaction(), db.stream(in_the_way, chunk_size=10) as rows:
+                async for _ in rows:
+                    try:
+                        if sql is None:
+                            async with db.transaction():
+                                await db.execute("INSERT INTO item (value) VALUES ('x')")
+                        else:
+                            await db.execute(sql)
+                    except errors.DatabaseError as error:
+                        caught.append(error)
+                    break
+        for error in caught:
+            assert "another process" not in str(error), in_the_way
+            assert "still open" in str(error), in_the_way
+            assert type(error) is errors.QueryExecutionError, in_the_way
+        assert caught or sql is None, (in_the_way, sql)
+        assert await db.fetch_value("SELECT count(*) FROM jobs") == 3000
     assert time.monotonic() - began < 8
     await usable(db)

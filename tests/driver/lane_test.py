@@ -120,7 +120,7 @@ async def test_python_code_on_a_reader_holds_no_other_read_up(db: Any, kind: str
 @pytest.mark.anyio
 async def test_python_code_on_the_only_reader(make_db: Any) -> None:
     """Where there is no other reader, reads behind a function wait for `pool_timeout`, and the error names it."""
-    db = await make_db(pool_size=1, pool_timeout=0.2)
+    db = await make_db(pool_size=1, pool_timeout=0.5)
     inside, go_on = threading.Event(), threading.Event()
 
     def compute(_connection: Any) -> None:

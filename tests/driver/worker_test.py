@@ -111,7 +111,7 @@ async def test_a_handler_that_ends_the_program(
 @pytest.mark.anyio
 async def test_a_handler_that_ends_the_program_and_those_who_wait(make_db: Any) -> None:
     """Waits that run out of time are answered, although the handler of their record raises."""
-    db = await make_db(pool_timeout=0.1)
+    db = await make_db(pool_timeout=0.5)
     async with held(db):
         with handler(SystemExit), anyio.fail_after(10):
             found = await gather(lambda: add(db, "x"), lambda: add(db, "y"))

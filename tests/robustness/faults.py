@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from database.sqlite3.raw import LentCursor, RawConnection
+
 CODES = {
     "busy": (sqlite3.SQLITE_BUSY, "SQLITE_BUSY", "database is locked"),
     "io": (sqlite3.SQLITE_IOERR_WRITE, "SQLITE_IOERR_WRITE", "disk I/O error"),
@@ -100,17 +102,16 @@ class Faults:
             fault.struck.append(what)
             return fault
 
-    def through(self, connection: sqlite3.Connection, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    def through(self, connection: Any, what: str, call: Callable[..., Any], *args: Any) -> Any:
         fault = self.hit(what)
         if fault is None:
             return call(*args)
         if fault.moment == "after":
             call(*args)
         elif fault.moment == "rolled back" and connection.in_transaction:
-            authorizer = getattr(connection, "authorizer", None)
             sqlite3.Connection.set_authorizer(connection, None)  # SQLite itself asks nobody
             sqlite3.Connection.rollback(connection)
-            sqlite3.Connection.set_authorizer(connection, authorizer)
+            connection.install()
         raise make_error(fault.error)
 
 
@@ -136,8 +137,14 @@ class Cursor(sqlite3.Cursor):
         return FAULTS.through(self.connection, "fetch", super().fetchall)
 
 
-class Connection(sqlite3.Connection):
+class LentFaultyCursor(LentCursor, Cursor):
+    """The same for the cursors of a function that has been lent the connection."""
+
+
+class Connection(RawConnection):
     """Fails like its cursors, and in `close`."""
+
+    cursor_class = LentFaultyCursor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -146,20 +153,15 @@ class Connection(sqlite3.Connection):
         FAULTS.open.add(id(self))
         FAULTS.opened += 1
 
-    def set_authorizer(self, callback: Any) -> None:
-        self.authorizer = callback
-        super().set_authorizer(callback)
-
-    def cursor(self, factory: Any = Cursor) -> Any:
-        made = super().cursor(factory)
+    def plain_cursor(self) -> sqlite3.Cursor:
+        made = sqlite3.Connection.cursor(self, Cursor)
         self.cursors.add(made)
         return made
 
-    def execute(self, sql: str, parameters: Any = ()) -> Any:
-        return self.cursor().execute(sql, parameters)
-
-    def executemany(self, sql: str, parameters: Any) -> Any:
-        return self.cursor().executemany(sql, parameters)
+    def cursor(self, factory: Any = None) -> Any:
+        made = super().cursor(factory)
+        self.cursors.add(made)
+        return made
 
     def close(self) -> None:
         # However it fails: the real close_v2 always frees the connection.
@@ -181,7 +183,8 @@ def faulty() -> Iterator[Faults]:
         fault = FAULTS.hit("connect")
         if fault is not None:
             raise make_error(fault.error)
-        kwargs.setdefault("factory", Connection)
+        if kwargs.get("factory") is RawConnection:
+            kwargs["factory"] = Connection
         return real(*args, **kwargs)
 
     FAULTS.plan(None)
