@@ -407,7 +407,7 @@ def parse_arguments() -> Options:
         parser.error("--uvloop goes with --backend asyncio")
     for module, wanted in (("trio", options.backend == "trio"), ("uvloop", options.uvloop)):
         if wanted and importlib.util.find_spec(module) is None:
-            parser.error(f"{module} is not installed: it comes with this package's extra {module!r}")
+            parser.error(f"{module} is not installed: install the extra `{module}` of this package")
     return options
 
 
