@@ -105,6 +105,7 @@ def test_the_reference_has_every_method() -> None:
     listed = set(re.findall(r"^(?:::: database\.sqlite3\.Database\.|### )(\w+)(?: \{.*)?$", text, re.M))
     public = {name for name, _ in inspect.getmembers(Database) if not name.startswith("_")}
     assert public - listed <= inside
+    assert listed <= public
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
