@@ -51,6 +51,12 @@ def on_page_content(content: str, **_: Any) -> str:
     return content.replace('<pre class="diagram">', '<pre class="diagram" data-search-exclude>')
 
 
+def breakable(code: re.Match[str]) -> str:
+    """Lets a long identifier in a table break between its words, so that a phone shows the cells beside it."""
+    word = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_.])(?=\w)", "<wbr>", code[1])
+    return f"<code>{word}</code>"
+
+
 def on_post_page(output: str, *, config: Any, **_: Any) -> str:
     """Sends the search to the language's own index, and takes `<link rel=alternate>` out.
 
@@ -58,6 +64,9 @@ def on_post_page(output: str, *, config: Any, **_: Any) -> str:
     not need them: its links lead to the same page already.
     """
     here = language(config)
+    output = re.sub(
+        r"<td[ >].*?</td>", lambda cell: re.sub(r"<code>([\w.]{9,})</code>", breakable, cell[0]), output, flags=re.S
+    )
     if here != DEFAULT:  # "base" is what the search takes its index and the places of its results from
         output = re.sub(
             r'(<script id="?__config"?[^>]*>\{.*?"base": ")([./]+)"',

@@ -23,6 +23,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests import watchdog
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = os.environ.get("SCREENSHOTS")
 """A folder for pictures of all pages."""
@@ -123,7 +125,13 @@ def browser(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(chromedriver)) as driver:
         driver.set_script_timeout(30)
-        yield driver
+        process = driver.service.process
+        assert process is not None
+        watchdog.lasting.add(process.pid)
+        try:
+            yield driver
+        finally:
+            watchdog.lasting.discard(process.pid)
 
 
 @pytest.fixture
@@ -280,7 +288,7 @@ def test_search_by_parts(site: Path) -> None:
         places = {entry["location"].partition("#")[0] for entry in index["docs"]}
         files = {str(file.relative_to(pages)) for file in pages.rglob("*.html")}
         assert places == {file for file in files if not file.startswith("ko/")} - {"404.html"}
-        [keys] = [entry for entry in index["docs"] if entry["location"] == "guides/configuration.html#keys"] or [{}]
+        [keys] = [entry for entry in index["docs"] if entry["location"] == "guides/configuration.html#the-pool"] or [{}]
         assert "timeout" in keys.get("parts", "").split()
         assert not [entry["location"] for entry in index["docs"] if "accTitle" in entry["text"]]
 
