@@ -223,8 +223,8 @@ class Database:
             settings.release(ticket)
             raise
         pools[key] = pool
-        pattern = getattr(chosen, "pattern", None)
-        if pattern is not None:
+        configuration = settings.current()
+        if configuration.patterns and (pattern := configuration.pattern_of(self.name, self.engine.name)) is not None:
             from database.session import tenants  # noqa: PLC0415  - few programs have any
 
             tenants.admit(pool, pattern, chosen.max_open)  # type: ignore[attr-defined]

@@ -126,6 +126,12 @@ class Configuration:
             text += "; it takes a path directly below the engine's section"
         raise ConfigurationError(f"{text} (known: {', '.join(map(repr, known)) or 'none'})")
 
+    def pattern_of(self, name: str, engine: str) -> str | None:
+        """The pattern by which that database is found; None where its own name stands here."""
+        if name in self.engines.get(engine, ()):
+            return None
+        return next((each for each in self.patterns.get(engine, ()) if fits(name, each)), None)
+
     def _of_pattern(self, name: str, engine: str | None) -> tuple[str, Settings] | None:
         """The settings of a database that only a pattern knows."""
         for package, patterns in self.patterns.items():

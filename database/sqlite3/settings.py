@@ -102,12 +102,9 @@ class SqliteSettings:
     max_open: int = MAX_OPEN
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
-    pattern: str | None = None
-    """The pattern that this database was found by, if its name stands nowhere."""
-
     def named(self, name: str) -> SqliteSettings:
         """The settings of one database of this pattern."""
-        return replace(self, name=name, path=self.path.replace(NAME, name), pattern=self.name)
+        return replace(self, name=name, path=self.path.replace(NAME, name))
 
     @property
     def encrypted(self) -> bool:
