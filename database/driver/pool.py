@@ -146,6 +146,8 @@ class Pool:
         self.failure: BaseException | None = None
         self.closing = False
         self.closed = False
+        self.evicted = False
+        """Whether it is closed only to make room: whoever comes opens another."""
         self.transactions: set[Lease] = set()
         """Leases that have been granted or wait, for messages and for closing."""
 
@@ -580,6 +582,19 @@ class Pool:
             replaced_total=sum(worker.replaced for worker in workers),
             inline_total=0 if self.inline is None else self.inline.total,
         )
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nobody uses it or waits for it. Loop thread."""
+        if self.transactions or self._line or self.reads.queue or self.writes.queue or not self.opened:
+            return False
+        readers = int(self.reader_limiter.borrowed_tokens) - self.reads.idle
+        return not readers and not (isinstance(self.writes, WriteLane) and self.writes.active)
+
+    def close_at_rest(self) -> None:
+        """Closes a pool that nobody uses; goes on by itself. Loop thread."""
+        self.evicted = True
+        self._begin_to_close()
 
     def _writers_in_use(self) -> int:
         """Connections that serve writes among those that could read as well."""

@@ -238,6 +238,11 @@ class Database:
             settings.release(ticket)
             raise
         pools[key] = pool
+        configuration = settings.current()
+        if configuration.patterns and (pattern := configuration.pattern_of(self.name, self.engine.name)) is not None:
+            from database.session import tenants  # noqa: PLC0415  - few programs have any
+
+            tenants.admit(pool, pattern, chosen.max_open)  # type: ignore[attr-defined]
         if monitor is not None:
             monitor.offer(chosen.monitor, pool)  # type: ignore[attr-defined]
         return pool

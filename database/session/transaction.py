@@ -252,6 +252,8 @@ class Transaction:
 
     def _new_lease(self) -> Lease:
         pool = self.pool
+        if pool.evicted:  # before this transaction had done anything: it begins on the pool that has come after
+            pool = self.pool = self.database.pool()
         if pool.closing:
             raise PoolClosedError(f"the pool of database {self.database.name!r} was closed while this was open")
         return Lease(pool, self.origin, number=self.number, readonly=self.readonly)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, replace
+from dataclasses import Field, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 from database.errors import ConfigurationError
 from database.settings.words import closest
 
-__all__ = ["DEFAULT", "MEMORY", "Configuration", "LoggingSettings", "Settings", "Step", "steps_of", "with_step"]
+__all__ = ["DEFAULT", "MEMORY", "NAME", "Configuration", "LoggingSettings", "Settings", "Step", "steps_of", "with_step"]
 
 DEFAULT = "default"
 MEMORY = ":memory:"
+NAME = "{name}"
+"""What a pattern's path has in place of the database's name."""
 
 Step: TypeAlias = "str | Callable[[Any], object]"
 """What prepares a new connection: a function, or where it is (`"package.module:function"`)."""
@@ -82,10 +85,12 @@ class Configuration:
     Attributes:
         engines: The databases' settings by engine package (`"sqlite3"`) and name.
         source: Where it comes from: the file's path as it was given, or `"configure(mapping)"`.
+        patterns: Likewise what stands for many databases, chosen at run time: `"tenant-*"`. By engine and pattern.
     """
 
     engines: Mapping[str, Mapping[str, Settings]]
     source: str
+    patterns: Mapping[str, Mapping[str, Settings]] = field(default_factory=lambda: MappingProxyType({}))
 
     def find(self, name: str, engine: str | None = None) -> tuple[str, Settings]:
         """Finds a database by its name.
@@ -103,6 +108,8 @@ class Configuration:
         found = [each for each, databases in self.engines.items() if name in databases and engine in (None, each)]
         if len(found) == 1:
             return found[0], self.engines[found[0]][name]
+        if not found and (fitting := self._of_pattern(name, engine)) is not None:
+            return fitting
         if found:
             packages = " or ".join(f"database.{each}" for each in found)
             raise ConfigurationError(
@@ -119,12 +126,51 @@ class Configuration:
             text += "; it takes a path directly below the engine's section"
         raise ConfigurationError(f"{text} (known: {', '.join(map(repr, known)) or 'none'})")
 
+    def pattern_of(self, name: str, engine: str) -> str | None:
+        """The pattern by which that database is found; None where its own name stands here."""
+        if name in self.engines.get(engine, ()):
+            return None
+        return next((each for each in self.patterns.get(engine, ()) if fits(name, each)), None)
+
+    def _of_pattern(self, name: str, engine: str | None) -> tuple[str, Settings] | None:
+        """The settings of a database that only a pattern knows."""
+        for package, patterns in self.patterns.items():
+            if engine not in (None, package):
+                continue
+            for pattern, settings in patterns.items():
+                if fits(name, pattern):
+                    return package, cast("Any", settings).named(name)
+                head, _, tail = pattern.partition("*")
+                if name.startswith(head) and name.endswith(tail):
+                    raise ConfigurationError(
+                        f"{self.source}: the name {name!r} does not fit {pattern!r}: for the * stand letters, digits, `-`,"
+                        f" `_` and `.`, {MOST_OF_A_NAME} at the most and no `.` first, for it becomes a part of a file's name"
+                    )
+        return None
+
     def with_step(self, step: Step) -> Configuration:
         """The same, where one more function prepares the connections of each database that knows such functions."""
-        engines: dict[str, Mapping[str, Settings]] = {}
-        for engine, databases in self.engines.items():
-            engines[engine] = MappingProxyType({name: with_step(each, step) for name, each in databases.items()})
-        return Configuration(MappingProxyType(engines), self.source)
+
+        def stepped(of: Mapping[str, Mapping[str, Settings]]) -> Mapping[str, Mapping[str, Settings]]:
+            engines: dict[str, Mapping[str, Settings]] = {}
+            for engine, databases in of.items():
+                engines[engine] = MappingProxyType({name: with_step(each, step) for name, each in databases.items()})
+            return MappingProxyType(engines)
+
+        return Configuration(stepped(self.engines), self.source, stepped(self.patterns))
+
+
+MOST_OF_A_NAME = 100
+"""Characters."""
+
+_PART = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MOST_OF_A_NAME - 1}}}")
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a database's name is one of a pattern's: what stands for the `*` is safe in a file's name."""
+    head, _, tail = pattern.partition("*")
+    part = name[len(head) : len(name) - len(tail)]
+    return name.startswith(head) and name.endswith(tail) and _PART.fullmatch(part) is not None
 
 
 def steps_of(on_connect: Any) -> tuple[Step, ...]:

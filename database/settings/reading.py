@@ -70,10 +70,14 @@ def _read_document(root: Item) -> Configuration:
     if not sections:
         raise fields["database"].error(f"empty; expected one of {', '.join(SECTIONS)}")
     engines: dict[str, Mapping[str, Settings]] = {}
+    patterns: dict[str, Mapping[str, Settings]] = {}
     for key, item in sections.items():
         found = section(key)
-        engines[found.engine] = MappingProxyType(_read_section(found, item))
-    return Configuration(MappingProxyType(engines), root.source)
+        databases = _read_section(found, item)
+        engines[found.engine] = MappingProxyType({each: databases[each] for each in databases if "*" not in each})
+        if len(engines[found.engine]) < len(databases):
+            patterns[found.engine] = MappingProxyType({each: databases[each] for each in databases if "*" in each})
+    return Configuration(MappingProxyType(engines), root.source, MappingProxyType(patterns))
 
 
 def _read_section(section: Section, item: Item) -> dict[str, Settings]:

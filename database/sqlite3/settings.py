@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from database.errors import ConfigurationError
-from database.settings.model import MEMORY, LoggingSettings, Step
+from database.settings.model import MEMORY, NAME, LoggingSettings, Step
 from database.settings.rules import (
     Section,
     Unfit,
@@ -36,6 +36,10 @@ __all__ = ["MONITOR_PATH_LIMIT", "SECTION", "SqliteSettings"]
 
 MONITOR_PATH_LIMIT = 70
 """Bytes: the system allows a socket's path 103 (macOS) or 107 (Linux), of which its name takes up to 32."""
+
+
+MAX_OPEN = 100
+"""Databases of a pattern that are open at once on one event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class SqliteSettings:
         init_sql: Path of the file that creates the schema; `""`: none; None: the packaged one, or none where
             `migrations` makes the schema.
         migrations: Folder of the numbered SQL files that bring the schema up to date; None: there are none.
+        max_open: Of a pattern (`tenant-*`): how many of its databases may be open at once on one event loop; then the one
+            that has been at rest for longest is closed.
         auto_migrate: Whether they are applied whenever a pool opens.
         monitor: Folder in which this process offers its pools' statistics on a Unix socket; None: it does not.
         logging: What is logged.
@@ -94,7 +100,12 @@ class SqliteSettings:
     migrations: str | None = None
     auto_migrate: bool = False
     monitor: str | None = None
+    max_open: int = MAX_OPEN
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def named(self, name: str) -> SqliteSettings:
+        """The settings of one database of this pattern."""
+        return replace(self, name=name, path=self.path.replace(NAME, name))
 
     @property
     def encrypted(self) -> bool:
@@ -274,6 +285,8 @@ def _identity(path: str) -> str:
 
 def _check(settings: SqliteSettings) -> tuple[str, str] | None:
     """What does not go together: the key at fault, and why."""
+    if (fault := _check_pattern(settings)) is not None:
+        return fault
     if settings.attach:
         places = {_identity(settings.path): f"the database itself ({settings.name!r})"}
         for name, attached in settings.attach.items():
@@ -307,6 +320,24 @@ def _check(settings: SqliteSettings) -> tuple[str, str] | None:
     return None
 
 
+def _check_pattern(settings: SqliteSettings) -> tuple[str, str] | None:
+    """A pattern stands for a file each; what is no pattern is one file."""
+    if "*" not in settings.name:
+        if NAME in settings.path:
+            return (
+                "path",
+                f"{NAME} stands for the name of a database that a pattern gives (`databases: {{tenant-*: …}}`)",
+            )
+        if settings.max_open != MAX_OPEN:
+            return "max_open", "only a pattern (`databases: {tenant-*: …}`) stands for several databases"
+        return None
+    if settings.name.count("*") != 1:
+        return "path", f"expected one * in the pattern {settings.name!r}"
+    if NAME not in settings.path:
+        return "path", f"expected {NAME} in it, which stands for the database's name: ./data/{NAME}.db"
+    return None
+
+
 SECTION = Section(
     engine="sqlite3",
     build=SqliteSettings,
@@ -333,10 +364,11 @@ SECTION = Section(
         "migrations": migrations,
         "auto_migrate": boolean,
         "monitor": _monitor,
+        "max_open": whole(1, 100_000),
     },
     own=("path",),
     identity=_file_identity,
-    private=("migrations",),
+    private=("migrations", "max_open"),
     merged=("pragmas",),
     replaces=(("key_env", "key_file"),),
     check=_check,

@@ -76,7 +76,7 @@ def test_the_shipped_file_is_the_defaults():
     text = (REPOSITORY / "config/database.yaml").read_text(encoding="utf-8")
     assert default(text) == SqliteSettings(name="default", path="./data/jobu.db")
     written = yaml.safe_load(text)["database"]["sqlite"]
-    assert {*written} == {f.name for f in fields(SqliteSettings)} - {"name"} | {"databases"}
+    assert {*written} == {f.name for f in fields(SqliteSettings)} - {"name", "max_open"} | {"databases"}
     assert {*written["logging"]} == {f.name for f in fields(LoggingSettings)}
 
 
@@ -427,7 +427,7 @@ LEVELS = "expected one of CRITICAL, FATAL, ERROR, WARNING, WARN, INFO, DEBUG, NO
 KEYS = (
     "unknown key; known: path, pool_size, pool_timeout, busy_timeout, journal_mode, synchronous, cache_size, "
     "foreign_keys, pragmas, extensions, attach, on_connect, module, key_env, key_file, wal_limit, wal_autocheckpoint, "
-    "inline_reads, init_sql, migrations, auto_migrate, monitor, logging"
+    "inline_reads, init_sql, migrations, auto_migrate, monitor, max_open, logging"
 )
 SYNCHRONOUS = "expected one of OFF, NORMAL, FULL, EXTRA"
 SQL_FOLDER = "expected the path of a folder of SQL files, or null for none"
