@@ -128,15 +128,26 @@ class ReadLane:
         """
         worker, seen = self.resident, self._seen
         self._seen = None
-        if not self.queue:
+        answers = () if worker is None else worker.answers
+        if not self.queue and not answers:
             return
-        self.pool.watch()
+        if self.queue:
+            self.pool.watch()
         if worker is None or worker.sleeping:
             return
         current = worker.current
         if current is None or current is not seen:
             self._seen = current
             return
+        if answers:
+            # What has been answered before this one shall not wait for it. Taken out one by one, which is atomic: what the
+            # worker posts meanwhile, or adds, is in the same list and delivered by this thread, later.
+            taken: list[Request] = []
+            while worker.answers:
+                taken.append(worker.answers.pop(0))
+            self.pool.waker.wake(taken)
+            if not self.queue:
+                return
         worker.yielding = True  # when it is through with this, it need not come back
         self.resident = None
         if worker.sleeping:  # it has just got through; looked at second, as in `spare`

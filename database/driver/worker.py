@@ -445,7 +445,7 @@ class Worker:
             request.error = Interrupted()
             return
         try:
-            request.result = request.context.run(  # type: ignore[union-attr]
+            request.result = request.context.run(  # type: ignore[union-attr]  # pyright: ignore
                 request.operation,  # type: ignore[arg-type]
                 self.session or self.ready(),
                 request.sql,
