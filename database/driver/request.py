@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from enum import IntEnum
 from typing import Any, Final, Protocol
 
@@ -121,7 +121,7 @@ class Request:
         self.queued_at: float
         """Set where it is queued."""
         self.waiter: Any = None
-        self.context: Context | None = copy_context()
+        self.context: Any = copy_context()
         """A copy of the caller's, in which everything of the user's is called: functions, handlers. None once answered."""
 
         self.result: Any = None

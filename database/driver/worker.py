@@ -445,8 +445,8 @@ class Worker:
             request.error = Interrupted()
             return
         try:
-            request.result = request.context.run(  # type: ignore[union-attr]  # pyright: ignore
-                request.operation,  # type: ignore[arg-type]
+            request.result = request.context.run(
+                request.operation,
                 self.session or self.ready(),
                 request.sql,
                 request.params,
