@@ -297,6 +297,12 @@ class Pool:
         """A worker has been put to work: from now on somebody looks whether it lets others wait, until all are at rest."""
         self._courtesy.begin()
 
+    def look(self) -> None:
+        """Such a look. Loop thread."""
+        for worker in (self.writer, *self._readers):
+            worker.look()
+        self.reads.look()
+
     @property
     def working(self) -> bool:
         """Whether a worker has something to do, and so needs the GIL."""
