@@ -491,7 +491,9 @@ class Pool:
                 f" (pool_timeout is {self.timeout:g} s); without a WAL reading and writing exclude one another. Held by:"
                 f" {holders}."
             )
-        return max(deadline, until)
+        return (
+            now + self.backend.busy_timeout
+        )  # they may have ended a moment ago: then it is only others' turn to be waited for
 
     def _locked_by(self, worker: Worker) -> list[tuple[Lease | None, str]]:
         """Which other connections of this process keep a lock on the file. Any thread."""

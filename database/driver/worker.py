@@ -621,7 +621,7 @@ class Worker:
                     if not self.backend.is_busy(error):
                         raise
                     if self.backend.excludes is not None:
-                        deadline = self.pool.deadline_of(self, request, began, until)
+                        deadline = max(deadline, self.pool.deadline_of(self, request, began, until))
                     if until >= deadline:
                         raise
                 self.flush()

@@ -120,7 +120,9 @@ async def test_python_code_on_a_reader_holds_no_other_read_up(db: Any, kind: str
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("readonly", [True, False])
-async def test_what_is_answered_does_not_wait_for_python_code(db: Any, monkeypatch: pytest.MonkeyPatch, readonly: bool) -> None:
+async def test_what_is_answered_does_not_wait_for_python_code(
+    db: Any, monkeypatch: pytest.MonkeyPatch, readonly: bool
+) -> None:
     """Statements that were executed just before a function that takes its time are answered while it runs."""
     inside, go_on = threading.Event(), threading.Event()
     answered = 0
