@@ -463,7 +463,7 @@ class Worker:
             request.error = Interrupted()
             return
         try:
-            request.result = request.context.run(  # type: ignore[union-attr]
+            request.result = request.context.run(  # type: ignore[union-attr]  # pyright: ignore[reportCallIssue]
                 request.operation,  # type: ignore[arg-type]
                 self.session or self.ready(),
                 request.sql,
