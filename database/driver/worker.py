@@ -465,7 +465,7 @@ class Worker:
         try:
             request.result = request.context.run(  # type: ignore[union-attr]  # pyright: ignore[reportCallIssue]
                 request.operation,  # type: ignore[arg-type]
-                self.session or self.ready(),
+                self.session or self.ready(),  # pyright: ignore[reportCallIssue]
                 request.sql,
                 request.params,
                 request.extra,
