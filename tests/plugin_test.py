@@ -560,8 +560,9 @@ def test_the_guide(project: Project) -> None:
     """The guide's test modules pass as they stand there."""
     guide = Path(__file__).parent.parent / "docs" / "guides" / "pytest-plugin.md"
     modules = re.findall(r'```python title="(\w+\.py)"\n(.*?)```', guide.read_text("utf-8"), re.DOTALL)
+    modules = [each for each in modules if each[0] in ("jobs.py", "conftest.py", "test_jobs.py")]
     for name, text in modules:
         project.write(name, text)
-    assert len(modules) == 2
+    assert len(modules) == 3
     project.passes(6)
     assert project.leaves() == []

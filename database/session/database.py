@@ -215,6 +215,8 @@ class Database:
                         del each[key]
                 if self._recent is pool:
                     self._recent = None
+                if not self._pools:
+                    self._statements.clear()  # the next configuration may give this name to another engine
 
             backend = backend or self.engine.backend(chosen, self._adapters)
             observer = cast("Observer", self.observer)

@@ -210,7 +210,8 @@ class Lent(_Connection):
     _thread = 0
     _based = _kept = _began = False
     _over: str | None = None
-    _references = 0
+    _references = sys.maxsize
+    """How many there are at the least while nobody else refers to it: a traceback that is about to go may hold more."""
     _handlers = False
     _guard: Any = None
     _progress: Any = None
@@ -276,7 +277,7 @@ class Lent(_Connection):
         """From now on a function of the user's has the connection."""
         self._isolation, self._autocommit = None, -1
         self._over = self.failure = None
-        self._references = sys.getrefcount(self)
+        self._references = min(self._references, sys.getrefcount(self))
         self.lent = True
 
     def take_back(self, *, keep: bool) -> None:

@@ -131,10 +131,9 @@ async def test_a_full_disk_by_file_size(make_db: Any, engine: Engine) -> None:
 
 async def test_a_full_disk_by_pages(make_db: Any, engine: Engine) -> None:
     """SQLITE_FULL refuses writes whole on every path; the limit lifted, all is well."""
-    db = await make_db()
-    await db.execute("PRAGMA max_page_count = 120")
+    db = await make_db(pragmas={"max_page_count": 120})
     await check_full_disk(db, engine.path(), contextlib.nullcontext)
-    await db.execute("PRAGMA max_page_count = 1000000")
+    db = await make_db(schema=False)
     await usable(db)
 
 

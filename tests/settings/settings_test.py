@@ -359,9 +359,9 @@ def test_migrations_are_not_inherited():
     """Each database has a schema of its own, so a folder of migrations is for the database that names it."""
     os.mkdir("sql")
     configuration = load(
-        "database: {sqlite: {path: x, migrations: sql, auto_migrate: true, monitor: run, databases: {a: {path: y}}}}"
+        "database: {sqlite: {path: x, migrations: sql, auto_migrate: true, monitor: /run, databases: {a: {path: y}}}}"
     )
-    common = {"auto_migrate": True, "monitor": "run"}
+    common = {"auto_migrate": True, "monitor": "/run"}
     assert configuration.engines["sqlite3"] == {
         "default": SqliteSettings("default", "x", migrations="sql", **common),
         "a": SqliteSettings("a", "y", **common),
