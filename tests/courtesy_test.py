@@ -25,10 +25,6 @@ class World:
         monkeypatch.setattr(courtesy, "thread_time", lambda: self.computed)
         monkeypatch.setattr(courtesy.time, "sleep", self._sleep)
 
-    @property
-    def reads(self) -> World:
-        return self
-
     def look(self) -> None:
         """What the pool does at each look."""
 

@@ -75,10 +75,10 @@ class Courtesy:
     def _look(self) -> None:
         if self._timer is None or self._pool.closed:
             return
+        self._pool.look()
         if not self._pool.working:
             self._timer = None
             return
-        self._pool.reads.look()
         late = perf_counter() - self._due
         computed = thread_time() - self._computed
         if computed < (MOST if late < LATE else MUCH) * (self._seconds + late):

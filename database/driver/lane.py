@@ -46,13 +46,11 @@ GROUP_SECONDS = 0.002
 class ReadLane:
     """Autocommit reads."""
 
-    __slots__ = ("_seen", "claiming", "pool", "queue", "resident", "serving")
+    __slots__ = ("claiming", "pool", "queue", "resident", "serving")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.queue: deque[Request] = deque()
-        self._seen: Request | None = None
-        """What the resident was running at the last look, while others waited."""
         self.serving: set[Worker] = set()
         self.resident: Worker | None = None
         """The one of `serving` that is not held up by a slow statement."""
@@ -126,28 +124,12 @@ class ReadLane:
 
         SQLite's progress handler tells of a slow statement sooner, but not of a function that spends its time in Python.
         """
-        worker, seen = self.resident, self._seen
-        self._seen = None
-        answers = () if worker is None else worker.answers
-        if not self.queue and not answers:
+        if not self.queue:
             return
-        if self.queue:
-            self.pool.watch()
-        if worker is None or worker.sleeping:
+        self.pool.watch()
+        worker = self.resident
+        if worker is None or worker.sleeping or not worker.dwells:
             return
-        current = worker.current
-        if current is None or current is not seen:
-            self._seen = current
-            return
-        if answers:
-            # What has been answered before this one shall not wait for it. Taken out one by one, which is atomic: what the
-            # worker posts meanwhile, or adds, is in the same list and delivered by this thread, later.
-            taken: list[Request] = []
-            while worker.answers:
-                taken.append(worker.answers.pop(0))
-            self.pool.waker.wake(taken)
-            if not self.queue:
-                return
         worker.yielding = True  # when it is through with this, it need not come back
         self.resident = None
         if worker.sleeping:  # it has just got through; looked at second, as in `spare`

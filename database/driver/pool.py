@@ -297,6 +297,12 @@ class Pool:
         """A worker has been put to work: from now on somebody looks whether it lets others wait, until all are at rest."""
         self._courtesy.begin()
 
+    def look(self) -> None:
+        """Such a look. Loop thread."""
+        for worker in (self.writer, *self._readers):
+            worker.look()
+        self.reads.look()
+
     @property
     def working(self) -> bool:
         """Whether a worker has something to do, and so needs the GIL."""
@@ -485,7 +491,9 @@ class Pool:
                 f" (pool_timeout is {self.timeout:g} s); without a WAL reading and writing exclude one another. Held by:"
                 f" {holders}."
             )
-        return max(deadline, until)
+        return (
+            now + self.backend.busy_timeout
+        )  # they may have ended a moment ago: then it is only others' turn to be waited for
 
     def _locked_by(self, worker: Worker) -> list[tuple[Lease | None, str]]:
         """Which other connections of this process keep a lock on the file. Any thread."""

@@ -146,6 +146,7 @@ class SharedLane(ReadLane):
                     break
                 if request.kind != STATEMENT:
                     on_slow()
+                    worker.flush()  # what is answered already need not wait for this one
                     worker.perform(request, readonly=self.readonly)
                     worker.answers.append(request)
                 elif may_join is not None and may_join(request) and not self._is_alone(request):

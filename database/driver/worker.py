@@ -125,6 +125,7 @@ class Worker:
 
     __slots__ = (
         "__weakref__",
+        "_before",
         "_guard",
         "_last",
         "_on_slow",
@@ -136,6 +137,7 @@ class Worker:
         "backend",
         "commits",
         "current",
+        "dwells",
         "grouped",
         "grouping",
         "inbox",
@@ -178,6 +180,10 @@ class Worker:
         self.session: Session | None = None
         self._last: Session | None = None
         self.current: Request | None = None
+        self._before: Request | None = None
+        """What was current at the last look."""
+        self.dwells = False
+        """Whether it still was at the next one."""
         self.answers: list[Request] = []
         self.threshold: float | None = None
         self.statements = self.commits = self.rollbacks = self.replaced = self.grouped = self.acquired = 0
@@ -224,6 +230,18 @@ class Worker:
                 current.cancelled = True
                 if self.current is current:  # looked at once more, after `cancelled` has been set
                     session.interrupt()
+
+    def look(self) -> None:
+        """Called now and then: has the worker been at one thing since the last time? Loop thread.
+
+        Then those whose answers it has collected are woken, for who knows how long it takes: a function in Python tells
+        nobody. The worker posts the same answers again when it gets to that, which wakes nobody twice.
+        """
+        current, before = self.current, self._before
+        self._before = current
+        self.dwells = current is not None and current is before
+        if self.dwells and self.answers:
+            self.waker.wake(list(self.answers))
 
     def wake(self) -> None:
         """Tells it that there is something in its lane."""
@@ -603,7 +621,7 @@ class Worker:
                     if not self.backend.is_busy(error):
                         raise
                     if self.backend.excludes is not None:
-                        deadline = self.pool.deadline_of(self, request, began, until)
+                        deadline = max(deadline, self.pool.deadline_of(self, request, began, until))
                     if until >= deadline:
                         raise
                 self.flush()

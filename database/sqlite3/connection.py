@@ -84,7 +84,6 @@ class SqliteSession(Guard):
         "_connect",
         "_counts",
         "_failing",
-        "_identities",
         "_lock",
         "_locked",
         "_patience",
@@ -93,6 +92,7 @@ class SqliteSession(Guard):
         "_row_class",
         "_streams",
         "_users",
+        "identities",
     )
 
     def __init__(
@@ -112,7 +112,7 @@ class SqliteSession(Guard):
         super().__init__(readonly=readonly)
         self._patience = patience
         """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
-        self._identities = identities
+        self.identities = identities
         """Of its files: the database and what is attached to it."""
         self._row_class = row_class
         """`Row`, on top of the library that this connection is of."""
@@ -618,7 +618,7 @@ class SqliteSession(Guard):
     def close(self) -> None:
         """See `Session`. The last one out checkpoints, and only one may do so at a time."""
         held = self._locked or self.readonly or self.try_lock(1.0)
-        files.opened.subtract(self._identities)
+        files.opened.subtract(self.identities)
         try:
             # A cursor that some traceback keeps alive would keep its statement, and that the files open.
             self._close_streams()
@@ -633,7 +633,7 @@ class SqliteSession(Guard):
         """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
         # An extra reference, never given back: not even the child's own exit may finalize the connection.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
-        files.inherited.update(self._identities)
+        files.inherited.update(self.identities)
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""

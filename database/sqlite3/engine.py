@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from database import errors
 from database.engine.contract import Backend, Engine, Log, Role
 from database.logs import say
 from database.settings import MEMORY, SqliteSettings
-from database.sqlite3 import analysis
+from database.sqlite3 import analysis, files
 from database.sqlite3.connection import SqliteSession
 from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
 from database.sqlite3.library import classes, load
@@ -47,15 +48,25 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
     if settings.journal_mode == "WAL":
         _warn_of_known_bugs(library.version, library.version_info)
     dispose: Callable[[], None] = lambda: None  # noqa: E731  - replaced below
+    shown, settings = settings.path, _absolute(settings)
     path = settings.path
+    opened: tuple[int, int] | None = None
     if path == MEMORY:
         from database.sqlite3 import memory  # noqa: PLC0415  - it needs modules that a file does not
 
         path, dispose = memory.acquire(settings.name)
 
     def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
+        nonlocal opened
+        if role == "reader" and opened is not None and os.path.exists(path) and files.identity(Path(path)) != opened:
+            raise errors.ConnectionFailedError(
+                shown,
+                "another file has been put in its place since this pool opened it: what is written goes to the old one, and is"
+                " lost with it. Close the pool before a database is replaced (`await db.close()`), or restart",
+            )
         session = open_session(settings, path, role, progress, adapters=adapters)
         if role == "writer":
+            opened = session.identities[0]
             try:
                 _initialise(session, settings)
                 if settings.auto_migrate and settings.migrations is not None:
@@ -65,12 +76,12 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
             except BaseException as error:
                 session.close()
                 if isinstance(error, classes.Error):
-                    raise errors.ConnectionFailedError(settings.path, f"the schema cannot be made: {error}") from error
+                    raise errors.ConnectionFailedError(shown, f"the schema cannot be made: {error}") from error
                 raise
         return session
 
     return Backend(
-        description=settings.path,
+        description=shown,
         connect=connect,
         is_busy=is_busy,
         is_broken=is_broken,
@@ -80,6 +91,24 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
         log=_log(settings, f"{path}-wal"),
         excludes=None if settings.journal_mode == "WAL" else lambda session: session.excludes,
+    )
+
+
+def _absolute(settings: SqliteSettings) -> SqliteSettings:
+    """Where the files are, seen from the working directory of this moment: a program may change that, as daemons do."""
+
+    def place(path: str | None) -> str | None:
+        return os.path.abspath(path) if path else path
+
+    if settings.path != MEMORY:
+        settings = replace(settings, path=os.path.abspath(settings.path))
+    return replace(
+        settings,
+        attach={name: os.path.abspath(path) for name, path in settings.attach.items()},
+        init_sql=None if settings.init_sql is None else place(os.path.expanduser(settings.init_sql)),
+        migrations=place(settings.migrations),
+        key_file=place(settings.key_file),
+        extensions=tuple(os.path.abspath(each) if os.sep in each else each for each in settings.extensions),
     )
 
 

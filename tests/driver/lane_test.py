@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from database import errors, transactional_readonly
@@ -115,6 +116,40 @@ async def test_python_code_on_a_reader_holds_no_other_read_up(db: Any, kind: str
         go_on.set()
     await usable(db)
     assert db.stats().readers_open <= 2
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("readonly", [True, False])
+async def test_what_is_answered_does_not_wait_for_python_code(
+    db: Any, monkeypatch: pytest.MonkeyPatch, readonly: bool
+) -> None:
+    """Statements that were executed just before a function that takes its time are answered while it runs."""
+    inside, go_on = threading.Event(), threading.Event()
+    answered = 0
+
+    def wait(_connection: Any) -> None:
+        inside.set()
+        assert go_on.wait(20), "nobody let it go on"
+
+    async def statement(number: int) -> None:
+        nonlocal answered
+        await (db.fetch_value(f"SELECT {number}") if readonly else db.execute_script("DELETE FROM item WHERE id = 1"))
+        answered += 1
+
+    async with anyio.create_task_group() as group:
+        for number in range(5):
+            group.start_soon(statement, number)
+        if db.engine.name == "sqlite3":
+            await anyio.lowlevel.checkpoint()
+        group.start_soon(lambda: db.run(wait, readonly=readonly))
+        await eventually(inside.is_set)
+        try:
+            await eventually(lambda: answered >= 1, "those before it are answered", within=10)
+            if readonly:
+                await eventually(lambda: answered == 5, "all of them", within=10)
+        finally:
+            go_on.set()
+    await usable(db)
 
 
 @pytest.mark.anyio

@@ -34,7 +34,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from database.driver.request import Request
 
@@ -239,7 +239,7 @@ def _in_trio() -> bool:
 def current_loop() -> object | None:
     """The identity of the event loop that runs the caller: an asyncio loop, a trio token, or None."""
     if (_lowlevel is not None or "trio" in _modules) and _in_trio():
-        token: object = cast("Any", _lowlevel).current_trio_token()
+        token: object = _lowlevel.current_trio_token()  # pyright: ignore[reportOptionalMemberAccess]
         return token
     return _running_loop()
 
