@@ -29,7 +29,7 @@ from database.driver.lease import Lease
 from database.driver.request import STATEMENT, UNIT, Request
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, CLOSED, WAKE, Servable, Worker, again
 from database.engine.contract import Alone, Interrupted
-from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, PoolClosedError
+from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, DatabaseError, PoolClosedError
 
 if TYPE_CHECKING:
     from database.driver.pool import Pool
@@ -221,6 +221,16 @@ class ReadLane:
         """After a slow statement: whether the reader that has taken over copes alone, or somebody else waits for this one."""
         other = self.resident
         return other is None or other is worker or other.ticks == 0 or self.pool.first_lease() is not None
+
+
+def _was_done(member: Request) -> bool:
+    """Whether a write has succeeded although its caller gets an error: only its rows could not be made into records."""
+    error = member.error
+    return member.kind == STATEMENT and not (isinstance(error, (Alone, Interrupted)) or _is_the_engines(error))
+
+
+def _is_the_engines(error: BaseException | None) -> bool:
+    return isinstance(error, DatabaseError) and error.__cause__ is not None
 
 
 class WriteLane:
@@ -437,7 +447,7 @@ class WriteLane:
                 return
             translated = worker.translate(error, None)
             for member in members:
-                if member.error is None:
+                if member.error is None or _was_done(member):
                     member.error = translated
         else:
             worker.grouped += len(members)
@@ -451,8 +461,8 @@ class WriteLane:
         if culprit is not None:
             worker.answers.append(culprit)
         for member in members:
-            if member.error is None and not member.cancelled:
-                member.result = None
+            if (member.error is None or _was_done(member)) and not member.cancelled:
+                member.result = member.error = None
                 if not self._lock(worker, member):  # the connection may be another one by now
                     continue
                 worker.perform(member, readonly=False)

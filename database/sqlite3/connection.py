@@ -661,7 +661,7 @@ class SqliteSession(Guard):
             if refused is not None:
                 return of_one_connection(refused, text)
             return self._forbidden(statement, text)
-        if primary == sqlite3.SQLITE_READONLY and self._restricted:
+        if primary == sqlite3.SQLITE_READONLY and self._restricted and not is_busy(error):
             return read_only(text)
         return explain(error, text, parameters, which)
 

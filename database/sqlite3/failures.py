@@ -69,13 +69,32 @@ def is_busy(error: BaseException) -> bool:
     """Whether somebody else holds a lock. Not BUSY_SNAPSHOT, nor one's own open statement: these never go away by waiting."""
     if isinstance(error, classes.OperationalError):
         code = getattr(error, "sqlite_errorcode", None)
-        return (
+        return is_passing(code) or (
             code is not None
             and code & 0xFF == sqlite3.SQLITE_BUSY
             and code != sqlite3.SQLITE_BUSY_SNAPSHOT
             and not _is_in_its_own_way(error, code)
         )
     return False
+
+
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_READONLY_CANTLOCK,
+        sqlite3.SQLITE_READONLY_RECOVERY,
+        sqlite3.SQLITE_READONLY_ROLLBACK,
+    }
+)
+"""What a read-only connection says when it takes a journal for one that was left behind.
+
+It looks for the file first and for its owner second, and between these one commit may end and the next begin. A connection
+that can write looks again under a lock; this one cannot, and has to be asked again.
+"""
+
+
+def is_passing(code: int | None) -> bool:
+    """Whether this is only for a moment, although SQLite speaks of a file that cannot be written."""
+    return code in _PASSING
 
 
 def _is_in_its_own_way(error: BaseException, code: int | None) -> bool:
@@ -156,7 +175,7 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
             f"another statement of the same transaction is still open ({message}): read its stream or cursor to the end, or"
             " leave it, before this one"
         )
-    elif primary == sqlite3.SQLITE_BUSY:
+    elif primary == sqlite3.SQLITE_BUSY or is_passing(code):
         kind = errors.DatabaseBusyError
         message = f"another process kept its lock for longer than busy_timeout ({message})"
     elif primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

@@ -228,6 +228,7 @@ class Lent(_Connection):
         self._made: list[ref[Any]] = []
         self._names: list[str] = []
         self._pragmas: list[tuple[str, int]] = []
+        self._limits: list[tuple[int, int]] = []
 
     def __call__(self, sql: str, /) -> Any:
         """Prepares a statement: what the statement cache calls for a text that it does not hold."""
@@ -287,6 +288,8 @@ class Lent(_Connection):
             sqlite3.Error: What it did can neither be kept nor undone; the whole transaction has to be rolled back.
         """
         self.lent = False
+        while self._limits:  # first: our own statements are bound by them, too
+            super().setlimit(*self._limits.pop())
         living = self.end_cursors() if self._made else 0
         if keep:
             self.failure = None
@@ -572,6 +575,14 @@ class Lent(_Connection):
         self._handlers = self.lent
         super().set_trace_callback(trace_callback)
 
+    def setlimit(self, category: int, limit: int, /) -> int:
+        """As `sqlite3.Connection.setlimit`; behind the function the limit is what it was."""
+        self.check()
+        before = super().setlimit(category, limit)
+        if self.lent:
+            self._limits.append((category, before))
+        return before
+
     def deserialize(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: what the function has done so far would be gone, and the file with it."""
         raise self.module.NotSupportedError(
@@ -605,7 +616,6 @@ _ALTERING = (
     "enable_load_extension",
     "load_extension",
     "setconfig",
-    "setlimit",
 )
 
 for _name in _ALTERING:

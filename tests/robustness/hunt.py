@@ -76,7 +76,7 @@ class World:
         self.kept: list[Any] = []
         """Cursors, iterators and connections that functions have kept although they should not."""
         self.moves: collections.Counter[str] = collections.Counter()
-        self.oracle = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        self.oracle = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.2)
 
     def tokens(self, count: int) -> list[str]:
         with self.lock:
@@ -93,8 +93,13 @@ class World:
         self.units.append((move, tokens, outcome))
         self.look(move, tokens, outcome)
 
-    def look(self, move: str, tokens: list[str], outcome: str) -> None:
-        found = self.seen(tokens)
+    def look(self, move: str, tokens: list[str], outcome: str, *, surely: bool = False) -> None:
+        try:
+            found = self.seen(tokens)
+        except sqlite3.OperationalError as error:
+            if surely or "locked" not in str(error):
+                raise
+            return  # without a WAL, a commit waits for a reader, which waits for this very thread: `settle` looks again
         if outcome == PRESENT and found != len(tokens):
             raise Finding(f"{move}: answered, but only {found} of {len(tokens)} rows are in the file")
         if outcome == ABSENT and found:
@@ -105,7 +110,7 @@ class World:
     def settle(self) -> None:
         """At the end: all that was ever said still holds; every row is somebody's, and there once."""
         for move, tokens, outcome in self.units:
-            self.look(f"{move} (at the end)", tokens, outcome)
+            self.look(f"{move} (at the end)", tokens, outcome, surely=True)
         known = {token for _, tokens, _ in self.units for token in tokens}
         rows = [row[0] for row in self.oracle.execute("SELECT token FROM ledger")]
         if len(rows) != len(set(rows)):
@@ -508,8 +513,9 @@ async def left_generator(world: World, tokens: list[str]) -> str:
             raise Finding("the task is still inside the transaction of a generator that was closed")
         return ABSENT
     await generator.aclose()  # type: ignore[attr-defined]
+    world.units.append(("after a generator", [f"after-{tokens[0]}"], EITHER))
     await db.execute(INSERT, (f"after-{tokens[0]}", 0))
-    world.units.append(("after a generator", [f"after-{tokens[0]}"], PRESENT))
+    world.said("after a generator", [f"after-{tokens[0]}"], PRESENT)
     return ABSENT
 
 
@@ -638,7 +644,7 @@ async def neighbour(world: World, tokens: list[str]) -> str:
 
 @move
 async def backup(world: World, tokens: list[str]) -> str:
-    target = world.path.with_name("copy.db")
+    target = world.path.with_name(f"copy-{tokens[0]}.db")
     if world.rng.random() < 0.3:
         try:
             await db.backup(world.path)

@@ -1,0 +1,21 @@
+"""The hunt by rude users, for a moment; `python -m tests.robustness.hunt` runs it for as long as one likes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.robustness.hunt import hunt
+
+
+def test_a_few_episodes() -> None:
+    """Nothing lost, doubled or half done, and every connection as configured, whatever the users do."""
+    moves = hunt(int(os.environ.get("HUNT_SEED", "1")), episodes=12)
+    assert moves["episodes"] == 12
+
+
+@pytest.mark.slow
+def test_for_a_while() -> None:
+    """The same for `HUNT_S` seconds."""
+    assert hunt(1000, seconds=float(os.environ.get("HUNT_S", "20")))["episodes"] > 10
