@@ -10,7 +10,7 @@ PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 1) --maxpr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-postgresql test test-all fix check docs bench clean
+.PHONY: help demo demo-postgresql test test-all test-main test-others fix check docs bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -28,11 +28,15 @@ demo-postgresql: $(VENV)/.test  ## the same job service on PostgreSQL, by config
 test: $(VENV)/.test  ## the tests, in two minutes: each behaviour on every event loop and engine once (ARGS="-k pool" goes to pytest)
 	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
 
-test-all: $(VENV)/.check  ## all tests in all combinations, the long ones too, with branch coverage; then on each other Python found
+test-all: test-main test-others  ## all tests in all combinations, the long ones too, with branch coverage; then on each other Python found
+
+test-main: $(VENV)/.check  # all tests, on the main Python
 	rm -f .coverage .coverage.*
 	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+test-others: $(VENV)/.test  # all tests, on each other Python found
 	.ci/interpreters test $(PARALLEL) $(ARGS)
 
 fix: $(VENV)/.check  ## format, and mend what ruff can mend
