@@ -751,6 +751,7 @@ def episode(seed: int, directory: Path) -> World:
                     "synchronous": "OFF",
                     "init_sql": "",
                     "busy_timeout": 10000,
+                    "inline_reads": rng.random() < 0.4,
                 }
             }
         }
