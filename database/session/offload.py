@@ -73,7 +73,6 @@ class Job:
         self.kwargs = kwargs
         self.dooms = dooms
         """Whether its failure is one of its caller's transaction (`required`)."""
-        self.context = copy_context()
 
     def __str__(self) -> str:
         return f"offloaded {self.offloaded.origin()}"
@@ -123,7 +122,7 @@ class Job:
             restricted = offloaded.readonly and not parent.readonly
             if restricted:
                 worker.step(session, "restrict", True)
-        context = job.context.copy()
+        context = copy_context()  # of the request's, which is a copy of the caller's: it may have to be run again
         context.run(database.current.set, root)
         coroutine = offloaded.function(*job.args, **job.kwargs)
         returned = False
