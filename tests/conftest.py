@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -39,6 +40,24 @@ MakeDb = Callable[..., Awaitable[Any]]
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Each asynchronous test runs on every event loop there is."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """What a test does to the package's loggers is undone, for these are the process's."""
+    names = ["database", *(name for name in logging.root.manager.loggerDict if name.startswith("database."))]
+    before = [
+        (logger, logger.level, logger.disabled, logger.propagate, [*logger.handlers])
+        for logger in map(logging.getLogger, names)
+    ]
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+    for logger, level, off, propagate, handlers in before:
+        if (logger.level, logger.disabled, logger.propagate, logger.handlers) != (level, off, propagate, handlers):
+            logger.setLevel(level)
+            logger.disabled, logger.propagate = off, propagate
+            logger.handlers[:] = handlers
 
 
 @pytest.fixture(params=["sqlite3", "postgresql"])
