@@ -797,15 +797,22 @@ def hunt(first: int, *, seconds: float | None = None, episodes: int | None = Non
     """Runs episodes until the time or their number is used up; gives how often each move was made."""
     moves: collections.Counter[str] = collections.Counter()
     began = time.monotonic()
-    logging.getLogger("database").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder:
-        seed = first
-        while (episodes is None or seed < first + episodes) and (seconds is None or time.monotonic() - began < seconds):
-            moves.update(episode(seed, Path(folder)).moves)
-            moves["episodes"] += 1
-            seed += 1
-            if seed % 50 == 0:
-                gc.collect()
+    logger = logging.getLogger("database")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            seed = first
+            while (episodes is None or seed < first + episodes) and (
+                seconds is None or time.monotonic() - began < seconds
+            ):
+                moves.update(episode(seed, Path(folder)).moves)
+                moves["episodes"] += 1
+                seed += 1
+                if seed % 50 == 0:
+                    gc.collect()
+    finally:
+        logger.setLevel(level)
     return moves
 
 

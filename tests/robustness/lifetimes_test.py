@@ -347,14 +347,12 @@ async def test_the_wal_stays_small_under_load(make_db: Any, engine: Engine) -> N
     async with anyio.create_task_group() as group:
         for _ in range(4):
             group.start_soon(read)
-        until = time.monotonic() + 1.5
-        while time.monotonic() < until:
+        while written * 1000 / 4096 <= 4000:
             result = await db.execute("UPDATE item SET value = value || '' WHERE id % 7 = ?", (written % 7,))
             written += result.rowcount
             largest = max(largest, Path(f"{engine.path()}-wal").stat().st_size)
         stop = True
     pages = written * 1000 / 4096
-    assert pages > 4000, "it was not much of a load"
     assert largest < max(30_000_000, pages * 4096 / 2), f"{largest:,} bytes of WAL after {written:,} rows"
 
 
