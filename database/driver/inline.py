@@ -30,7 +30,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from database.driver.request import Request
+from database.driver.request import Request, taken_from
 
 if TYPE_CHECKING:
     from database.driver.lane import ReadLane
@@ -119,11 +119,7 @@ class Inline:
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
-        try:
-            self.queue.remove(request)
-        except ValueError:
-            return False
-        return True
+        return taken_from(self.queue, request)
 
     def stop(self, request: Request) -> None:
         """See `Home`. What runs here runs on the thread that would stop it."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 
 from database.driver.inline import learning
 from database.driver.lease import Lease
-from database.driver.request import STATEMENT, UNIT, Request
+from database.driver.request import STATEMENT, UNIT, Request, taken_from
 from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, CLOSED, WAKE, Servable, Worker, again
 from database.engine.contract import Alone, Interrupted
 from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, DatabaseError, PoolClosedError
@@ -79,11 +79,7 @@ class ReadLane:
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
-        try:
-            self.queue.remove(request)
-        except ValueError:
-            return False
-        return True
+        return taken_from(self.queue, request)
 
     def stop(self, request: Request) -> None:
         """See `Home`."""
@@ -266,11 +262,7 @@ class WriteLane:
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
-        try:
-            self.queue.remove(request)
-        except ValueError:
-            return False
-        return True
+        return taken_from(self.queue, request)
 
     def stop(self, request: Request) -> None:
         """See `Home`."""

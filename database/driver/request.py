@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Sequence
 from contextvars import copy_context
 from enum import IntEnum
@@ -23,6 +24,7 @@ __all__ = [
     "Home",
     "Kind",
     "Request",
+    "taken_from",
     "text_of",
 ]
 
@@ -137,3 +139,12 @@ def text_of(request: Request) -> str:
     """What is to be run, for messages: a statement's text, or else the name of the work."""
     statement = request.sql
     return statement.sql if isinstance(statement, Statement) else str(request.label or statement)
+
+
+def taken_from(queue: deque[Any], request: Request) -> bool:
+    """Takes a request back that nobody has begun; False if it is not in the queue any more. `remove` is atomic."""
+    try:
+        queue.remove(request)
+    except ValueError:
+        return False
+    return True

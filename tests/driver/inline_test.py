@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -40,6 +42,24 @@ async def quick(db: Any, times: int = 40) -> None:
         assert await db.fetch_value(NAME, (number % 3 + 1,)) == "abc"[number % 3]
 
 
+@asynccontextmanager
+async def counted_turns() -> AsyncIterator[list[None]]:
+    """An item for each turn that another task has had meanwhile."""
+    turns: list[None] = []
+    done = False
+
+    async def count() -> None:
+        while not done:
+            turns.append(None)
+            await anyio.sleep(0)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(count)
+        await anyio.lowlevel.checkpoint()
+        yield turns
+        done = True
+
+
 async def test_what_is_quick_runs_on_the_loops_thread(db: Any) -> None:
     """A text that was quick on the worker runs inline, sees what was committed before, and counts as a statement."""
     before = db.stats()
@@ -69,40 +89,17 @@ async def test_what_turns_out_to_be_slow_goes_to_the_worker(db: Any) -> None:
     steps = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < ?) SELECT count(*) FROM c"
     for _ in range(10):
         assert await db.fetch_value(steps, (3,)) == 3
-    turns = 0
-    done = False
-
-    async def count() -> None:
-        nonlocal turns
-        while not done:
-            turns += 1
-            await anyio.sleep(0)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(count)
-        await anyio.lowlevel.checkpoint()
+    async with counted_turns() as turns:
         assert await db.fetch_value(steps, (300_000,)) == 300_000
-        done = True
-    assert turns > 3
+    assert len(turns) > 3
 
 
 async def test_others_have_their_turn(db: Any) -> None:
     """A task that does nothing but read does not keep the loop for itself."""
     await quick(db)
-    turns = 0
-    done = False
-
-    async def count() -> None:
-        nonlocal turns
-        while not done:
-            turns += 1
-            await anyio.sleep(0)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(count)
+    async with counted_turns() as turns:
         await quick(db, 600)
-        done = True
-    assert turns > 10
+    assert len(turns) > 10
 
 
 async def test_errors_cancellation_and_closing(db: Any) -> None:
