@@ -181,10 +181,9 @@ class Engine:
         operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
         backend: Makes the driver's backend from a database's settings, and from the functions that say how types of the
             user's are stored; of these, more may come later.
-        adapts: Whether it heeds those functions.
         adapter: aiosql's synchronous adapter for this engine.
         pins: What a snapshot that stays open holds back, for the log.
-        replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
+        replica_backend: The same for the database's replicas; None (or it gives None) where there are none.
     """
 
     name: str
@@ -194,8 +193,7 @@ class Engine:
     backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend]
     adapter: Any
     pins: str
-    replica_backend: Callable[[Any], Backend | None] | None = None
-    adapts: bool = True
+    replica_backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend | None] | None = None
 
 
 def load(name: str) -> Engine:

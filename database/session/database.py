@@ -143,8 +143,6 @@ class Database:
             self._operations = self._engine.operations
             self._statements.clear()
         self._observer = logs.LogObserver(self.name, self._settings.logging, self._engine.pins)
-        if self._adapters:
-            self._refuse_adapting()
 
     def pin(self, engine: str) -> bool:
         """Makes sure that this handle is of that engine; False if it is of another one already."""
@@ -180,7 +178,7 @@ class Database:
         pool = self._replica_pools.get(id(loop))
         if pool is not None and pool.loop() is loop:
             return pool
-        backend = cast("Any", self.engine.replica_backend)(self._settings)
+        backend = cast("Any", self.engine.replica_backend)(self._settings, self._adapters)
         return self.pool() if backend is None else self._make_pool(loop, backend, self._replica_pools, "-replica")
 
     def _open_pool(self, loop: object | None) -> Pool:
@@ -791,7 +789,7 @@ class Database:
     def adapt(self, kind: type[T], function: Callable[[T], Any]) -> None:
         """Says how values of a type of yours are stored by this database; those of subclasses, too.
 
-        `sqlite3.register_adapter` would say so to everybody in the process. Example::
+        `sqlite3.register_adapter`, or psycopg's adapters, would say so to others in the process as well. Example::
 
             db.adapt(dict, json.dumps)
             db.adapt(Money, lambda money: money.cents)
@@ -801,7 +799,7 @@ class Database:
             function: Makes of a value what can be stored: a number, a text, bytes, None, or whatever the package knows.
 
         Raises:
-            ConfigurationError: SQLite stores the type as it is; or this database is of an engine that cannot do this.
+            ConfigurationError: The type is stored as it is.
         """
         if not isinstance(kind, type) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"database {self.name!r}: adapt() takes a class and a function")
@@ -809,15 +807,7 @@ class Database:
             raise ConfigurationError(
                 f"database {self.name!r}: {kind.__name__} is stored as it is; convert such values where they are given"
             )
-        if self._engine is not None:
-            self._refuse_adapting()
         self._adapters[kind] = function
-
-    def _refuse_adapting(self) -> None:
-        if not self.engine.adapts:
-            raise ConfigurationError(
-                f"database {self.name!r}: adapt() is for SQLite; on PostgreSQL, psycopg's own adapters say how types are stored"
-            )
 
     def on_connect(self, function: C) -> C:
         """Has each new connection prepared by a function, before anybody uses it; also serves as a decorator.

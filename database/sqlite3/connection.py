@@ -35,8 +35,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from database import errors
+from database.engine.adapting import Adapters, taken
 from database.engine.contract import Alone, Interrupted
 from database.engine.records import records
+from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -52,7 +54,7 @@ from database.sqlite3.failures import (
 from database.sqlite3.guard import MARK, Guard
 from database.sqlite3.library import classes
 from database.sqlite3.raw import ENDED_BY_ITSELF, Lent
-from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
+from database.sqlite3.values import Chunk, Feed, Row, bind
 
 if TYPE_CHECKING:
     from database.engine.migrations import Applied, MigrationReport, Order
@@ -419,7 +421,7 @@ class SqliteSession(Guard):
         cursor.execute(sql, bind(params, sql, self._adapters))
         try:
             if record_class is None:
-                return cursor.fetchall()
+                return Rows(cursor)  # reads as `fetchall` does, without another list
             cursor.row_factory = None
             try:
                 tuples = cursor.fetchall()
@@ -637,9 +639,10 @@ class SqliteSession(Guard):
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Session`."""
-        if error is self._users:
-            self._users = None
-            return error
+        theirs = taken() or (error if error is self._users else None)
+        if theirs is not None:
+            self._users = self._failing = self.raw.failure = None
+            return theirs
         which = ""
         failure, self.raw.failure = self.raw.failure, None
         if self._failing is not None:

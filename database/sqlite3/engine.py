@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.engine.contract import Backend, Engine, Log, Role
 from database.logs import say
 from database.settings import MEMORY, SqliteSettings
@@ -19,7 +20,6 @@ from database.sqlite3.connection import SqliteSession
 from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
 from database.sqlite3.library import classes, load
 from database.sqlite3.opening import open_session, resolved
-from database.sqlite3.values import Adapters
 
 __all__ = ["ENGINE"]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.engine.contract import Role
 from database.settings import SqliteSettings
 from database.settings.model import steps_of
@@ -30,7 +31,6 @@ from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
 from database.sqlite3.raw import CACHED, Lent, connection_class
-from database.sqlite3.values import Adapters
 
 __all__ = ["connect", "journal_mode", "look", "open_prepared", "open_session", "prepare", "resolved"]
 
