@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -23,13 +20,18 @@ def backup(target: Target, place: str, *, force: bool, verify: bool, as_json: bo
     """Makes a copy of one database."""
     began = time.perf_counter()
 
+    engine, settings = target.settings()
+
     async def work() -> Path:
         db = target.open()
         file = file_in(place, db.name)
         await copy(db, file, force=force)
         if verify:
+            faults = import_module(f"database.{engine}.checkup").faults
             with err().status("verifying …"):
-                await in_thread(lambda stopped: _verify(file, stopped))
+                found = await in_thread(lambda stopped: faults(settings, file, stopped=stopped))
+            if found:
+                fail(f"{file} is damaged: {found[0]}", "`python -m database check` tells whether the original is, too")
         return file
 
     file = run(work)
@@ -66,15 +68,3 @@ async def copy(db: Database, file: Path, *, force: bool) -> None:
             bar.update(task, completed=total - remaining, total=total)
 
         await db.backup(file, progress=progress)
-
-
-def _verify(file: Path, stopped: Callable[[], Any]) -> None:
-    # Immutable, so that no -wal is made beside the copy, which nobody else has open.
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as raw:
-        raw.set_progress_handler(stopped, 10_000)
-        try:
-            found = [str(row[0]) for row in raw.execute("PRAGMA quick_check(10)")]
-        except sqlite3.Error as error:
-            found = [str(error)]
-    if found != ["ok"]:
-        fail(f"{file} is damaged: {found[0]}", "`python -m database check` tells whether the original is, too")

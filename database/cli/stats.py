@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sqlite3
 from typing import Any
 
 from rich import box
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from database.cli.support import Status, Target, clean, err, fail, in_thread, out, out_json, run, size
+from database.errors import ConnectionFailedError
 from database.settings import MEMORY
 
 __all__ = ["stats"]
@@ -33,8 +33,8 @@ def stats(target: Target, *, count: bool, as_json: bool) -> None:
 
     try:
         figures = run(look)
-    except (sqlite3.Error, OSError) as error:
-        fail(f"{settings.path}: {error}", "`python -m database check` looks closer")
+    except (ConnectionFailedError, OSError) as error:
+        fail(f"{settings.path}: {getattr(error, 'reason', error)}", "`python -m database check` looks closer")
     if as_json:
         out_json({"name": settings.name, "engine": engine, **figures})
         return

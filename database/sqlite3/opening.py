@@ -141,7 +141,7 @@ def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float =
 
 
 def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
-    """A connection for looking only: with key, extensions and functions, whatever journal mode the file has.
+    """A connection for looking only: with key, attached files, extensions and functions, whatever journal mode a file has.
 
     Raises:
         ConnectionFailedError: There is no key, or it does not fit; an extension cannot be loaded, or `on_connect` failed.
@@ -152,6 +152,11 @@ def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
     try:
         raw = connect(settings, file, mode, timeout=settings.busy_timeout / 1000)
         raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        for name, place in settings.attach.items():
+            try:
+                encryption.attach(raw, settings, files.uri(Path(place), "ro"), name)
+            except classes.Error as error:
+                raise _not_attached(settings, name, place, error) from error
         extensions.load(raw, settings, str(path))
         _run_steps(raw, settings, str(path))
         return raw
@@ -248,9 +253,14 @@ def _attach(raw: Any, settings: SqliteSettings, name: str, place: str, attached:
     except classes.Error as error:
         if isinstance(error, classes.OperationalError) and file.exists() and is_busy(error):
             raise  # it is waited for
-        raise errors.ConnectionFailedError(
-            place, f"it cannot be attached as {name!r}: {_reason(file, settings, error)}"
-        ) from error
+        raise _not_attached(settings, name, place, error) from error
+
+
+def _not_attached(
+    settings: SqliteSettings, name: str, place: str, error: BaseException
+) -> errors.ConnectionFailedError:
+    why = _reason(Path(place).absolute(), settings, error)
+    return errors.ConnectionFailedError(place, f"it cannot be attached as {name!r}: {why}")
 
 
 def _reason(file: Path, settings: SqliteSettings, error: BaseException) -> str:
