@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["Rows", "table"]
 
@@ -42,7 +42,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return "<td><em>NULL</em></td>"
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return f"<td><em>{len(bytes(value)):,} bytes</em></td>"
+        return f"<td><em>{len(bytes(cast("Any", value))):,} bytes</em></td>"
     return f"<td>{escape(_short(str(value)))}</td>"
 
 

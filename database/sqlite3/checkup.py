@@ -339,12 +339,13 @@ def faults(settings: SqliteSettings, file: Path, *, stopped: Callable[[], bool])
         file: The copy.
         stopped: Whether to give up.
     """
+    unreadable: tuple[type[BaseException], ...] = (errors.ConnectionFailedError, *classes.Error)
     try:
         # Immutable, so that no -wal is made beside it.
         with closing(look(settings, file, "ro&immutable=1")) as raw:
             raw.set_progress_handler(stopped, 10_000)
             found = [str(row[0]) for row in raw.execute("PRAGMA quick_check(10)")]
-    except (errors.ConnectionFailedError, *classes.Error) as error:
+    except unreadable as error:
         return [str(error)]
     return [] if found == ["ok"] else found
 

@@ -1,4 +1,4 @@
-"""Every command on a database whose connections need preparing: encrypted, with an extension, an attached file and functions."""
+"""Every command on a database whose connections need preparing: encrypted, with an extension, an attached file, functions."""
 
 from __future__ import annotations
 
