@@ -42,7 +42,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return "<td><em>NULL</em></td>"
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return f"<td><em>{len(bytes(cast("Any", value))):,} bytes</em></td>"
+        return f"<td><em>{len(bytes(cast('Any', value))):,} bytes</em></td>"
     return f"<td>{escape(_short(str(value)))}</td>"
 
 
