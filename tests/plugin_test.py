@@ -400,7 +400,7 @@ def test_connections_that_need_preparing(project: Project, monkeypatch: pytest.M
             def database_config(tmp_path_factory):
                 folder = tmp_path_factory.mktemp("real")
                 return {"database": {"sqlite": {
-                    "path": str(folder / "x.db"), "init_sql": "", "module": "sqlcipher3", "key_env": "TEST_KEY",
+                    "path": str(folder / "x.db"), "pool_size": 1, "init_sql": "", "module": "sqlcipher3", "key_env": "TEST_KEY",
                     "pragmas": {"kdf_iter": 1000, "cipher_page_size": 8192}, "extensions": ["sqlite_vec"],
                     "attach": {"archive": str(folder / "archive.db")}, "on_connect": prepare,
                 }}}

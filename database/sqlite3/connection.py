@@ -46,6 +46,7 @@ from database.sqlite3.failures import (
     Patience,
     control_error,
     explain,
+    is_broken,
     is_busy,
     is_undecodable,
     of_one_connection,
@@ -93,6 +94,7 @@ class SqliteSession(Guard):
         "_reopen",
         "_row_class",
         "_streams",
+        "_unopened",
         "_users",
         "identities",
     )
@@ -134,6 +136,8 @@ class SqliteSession(Guard):
         """What has just failed, and which of many it was, where the request does not say it."""
         self._users: BaseException | None = None
         """What the user's own code has just raised."""
+        self._unopened: errors.ConnectionFailedError | None = None
+        """Why there is no new connection in the place of the one that was given up."""
         files.opened.update(identities)
         self._take(raw)
 
@@ -156,9 +160,9 @@ class SqliteSession(Guard):
                 old.close()  # nobody else could open the file
         try:
             self._take(self._reopen())
-        except Exception:
+        except errors.ConnectionFailedError as error:
             # What was to be done is done. The next statement fails for a closed connection, and the driver opens another.
-            self._changed = False
+            self._unopened = error
         finally:
             old.close()
 
@@ -656,6 +660,8 @@ class SqliteSession(Guard):
             if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, *classes.Warning)):
                 return error
             return explain(error, text, parameters, which)
+        if self._unopened is not None and is_broken(error):
+            return self._unopened
         primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if primary == sqlite3.SQLITE_AUTH:
             refused, self._refused = self._refused, None

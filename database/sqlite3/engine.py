@@ -50,7 +50,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
     dispose: Callable[[], None] = lambda: None  # noqa: E731  - replaced below
     shown, settings = settings.path, _absolute(settings)
     path = settings.path
-    opened: tuple[int, int] | None = None
+    opened: tuple[tuple[int, int], ...] = ()
     if path == MEMORY:
         from database.sqlite3 import memory  # noqa: PLC0415  - it needs modules that a file does not
 
@@ -58,15 +58,16 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
 
     def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
         nonlocal opened
-        if role == "reader" and opened is not None and os.path.exists(path) and files.identity(Path(path)) != opened:
+        for file, identity in zip((path, *settings.attach.values()), opened, strict=False):
+            if not os.path.exists(file) or files.identity(Path(file)) == identity:
+                continue
             raise errors.ConnectionFailedError(
-                shown,
+                shown if file == path else file,
                 "another file has been put in its place since this pool opened it: what is written goes to the old one, and is"
                 " lost with it. Close the pool before a database is replaced (`await db.close()`), or restart",
             )
-        session = open_session(settings, path, role, progress, adapters=adapters)
+        session = open_session(settings, path, role, progress, create=not opened, adapters=adapters)
         if role == "writer":
-            opened = session.identities[0]
             try:
                 _initialise(session, settings)
                 if settings.auto_migrate and settings.migrations is not None:
@@ -78,6 +79,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
                 if isinstance(error, classes.Error):
                     raise errors.ConnectionFailedError(shown, f"the schema cannot be made: {error}") from error
                 raise
+            opened = session.identities
         return session
 
     return Backend(

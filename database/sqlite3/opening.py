@@ -73,6 +73,11 @@ def open_session(
             raise errors.ConnectionFailedError(path if each is file else str(each), reason(each, error)) from error
         if identities[-1] in files.inherited:
             raise errors.ConnectionFailedError(path if each is file else str(each), _FORKED)
+    for number, each in enumerate(attached, 1):
+        if identities[number] in identities[:number]:
+            raise errors.ConnectionFailedError(
+                str(each), "it is attached twice, or the database itself, by another name of the same file (a hard link)"
+            )
 
     def reopen() -> Lent:
         return open_prepared(settings, path, progress, readonly=readonly)
@@ -193,7 +198,9 @@ def prepare(
     """
     _apply(raw, settings, path, progress, readonly=readonly)
     extensions.load(raw, settings, path)
-    _run_steps(raw, settings, path)
+    if settings.on_connect is not None:
+        _run_steps(raw, settings, path)
+        _look_again(raw, settings, path)
     raw.end_cursors()
 
 
@@ -304,8 +311,6 @@ def _function(name: str) -> Callable[[Any], object]:
 
 
 def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
-    if settings.on_connect is None:
-        return
     for step in steps_of(resolved(settings).on_connect):
         function = cast("Callable[[Any], object]", step)
         name = getattr(function, "__qualname__", None) or type(function).__qualname__
@@ -320,9 +325,38 @@ def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
             raise errors.ConnectionFailedError(
                 path, f"on_connect: {name} is a coroutine function; make it a plain `def`"
             )
-        if raw.in_transaction:
+        try:
+            open_still = raw.in_transaction
+        except classes.ProgrammingError as error:
+            raise errors.ConnectionFailedError(path, f"on_connect: {name} closed the connection") from error
+        if open_still:
             raise errors.ConnectionFailedError(path, f"on_connect: {name} left a transaction open; commit or roll back")
         raw.isolation_level = None  # the package begins and ends transactions itself
+
+
+_AS_IT_WAS: list[tuple[str, Value]] = [("locking_mode", "normal"), ("query_only", False), ("read_uncommitted", False)]
+"""What the package depends on, and no configuration can set."""
+
+
+def _look_again(raw: Any, settings: SqliteSettings, path: str) -> None:
+    """Behind functions of the user's, whether the connection still is what the configuration says."""
+    cursor = raw.plain_cursor()
+    cursor.row_factory = None  # whatever they have set
+    factory, raw.text_factory = raw.text_factory, str
+    try:
+        for name, value in (*own_pragmas(settings), *more_pragmas(settings), *_AS_IT_WAS):
+            try:
+                read_back(cursor, path, name, value)
+            except errors.ConnectionFailedError as error:
+                raise errors.ConnectionFailedError(
+                    path, f"on_connect has changed a setting: {str(error.reason).replace('did not take: it is', 'is now')}"
+                ) from None
+        there = {row[0].lower() for row in cursor.execute("SELECT name FROM pragma_database_list")}
+    finally:
+        raw.text_factory = factory
+        cursor.close()
+    if missing := [name for name in settings.attach if name.lower() not in there]:
+        raise errors.ConnectionFailedError(path, f"on_connect has detached {missing[0]!r}")
 
 
 _FORKED = (
