@@ -18,7 +18,7 @@ from psycopg import pq
 from database import errors
 from database.driver.request import Request
 from database.engine.adapting import Adapters, taken
-from database.engine.records import records
+from database.engine.records import of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.postgresql import analysis, bulk, together
@@ -435,7 +435,7 @@ class Connection(Sender):
         theirs = taken() or (error if error is self.theirs else None)
         if theirs is not None:
             self.theirs = self.failing = None
-            return theirs
+            return of_statement(theirs, sql, parameters)
         if self.failing is not None:
             sql, parameters = self.failing
             self.failing = None

@@ -19,11 +19,12 @@ from database.engine.migrations import load, pending
 from database.settings import MEMORY, SqliteSettings
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
+from database.sqlite3.connection import SqliteSession
 from database.sqlite3.encryption import of_attached
 from database.sqlite3.engine import WAL_RESET_FIXED
 from database.sqlite3.library import classes
 from database.sqlite3.migrate import applied
-from database.sqlite3.opening import connect, look, open_session
+from database.sqlite3.opening import connect, journal_mode, look, open_session
 
 __all__ = ["Finding", "checkup", "faults", "measure"]
 
@@ -88,30 +89,34 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
         return
     yield _file(path)
     yield from _place(path)
-    tidy = _Tidied(settings, path)
-    try:
-        session = open_session(settings, str(path), "reader", stopped)
-    except errors.ConnectionFailedError as error:
-        yield from _unopened(settings, path, error)
-        return
-    with tidy, closing(session):
-        raw = session.raw
+    with _Tidied(settings, path):
         try:
-            where = yield from _writer(raw, settings, path, stopped)
-            yield from _prepared(settings, where)
-            yield from _pages(raw, path)
-            yield from _wal(path, settings)
-            yield from _integrity(raw, quick=quick)
-            yield from _references(raw, settings)
-            yield from _migrations(session, settings)
-        except classes.OperationalError as error:
-            if stopped():
-                return
-            yield Finding("read", FAILED, str(error))
-        except classes.DatabaseError as error:
-            yield Finding(
-                "integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell"
-            )
+            session = open_session(settings, str(path), "reader", stopped)
+        except errors.ConnectionFailedError as error:
+            yield from _unopened(settings, path, error)
+            return
+        with closing(session):
+            yield from _opened(session, settings, path, quick=quick, stopped=stopped)
+
+
+def _opened(
+    session: SqliteSession, settings: SqliteSettings, path: Path, *, quick: bool, stopped: Callable[[], bool]
+) -> Iterator[Finding]:
+    raw = session.raw
+    try:
+        where = yield from _writer(raw, settings, path, stopped)
+        yield from _prepared(settings, where)
+        yield from _pages(raw, path)
+        yield from _wal(path, settings)
+        yield from _integrity(raw, quick=quick)
+        yield from _references(raw, settings)
+        yield from _migrations(session, settings)
+    except classes.OperationalError as error:
+        if stopped():
+            return
+        yield Finding("read", FAILED, str(error))
+    except classes.DatabaseError as error:
+        yield Finding("integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell")
 
 
 class _Tidied:
@@ -201,21 +206,24 @@ def _file_system(path: Path) -> str | None:
 def _unopened(settings: SqliteSettings, path: Path, error: errors.ConnectionFailedError) -> Iterator[Finding]:
     """Why a connection could not be opened as the settings want it."""
     unreadable: tuple[type[BaseException], ...] = (errors.ConnectionFailedError, *classes.Error)
-    try:
-        with closing(connect(settings, path.absolute(), "ro")) as raw:
-            mode = str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper()
-    except unreadable:
-        yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
-        return
-    if mode != settings.journal_mode:
-        yield Finding(
-            "PRAGMAs",
-            WARNING,
-            f"the file's journal_mode is {mode}, the configuration's {settings.journal_mode}",
-            "the next program that opens it with this configuration changes the file; then check again",
-        )
-    else:
-        yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
+    attached = of_attached(settings)
+    files = {"the file's journal_mode": (path, settings)} | {
+        f"the journal_mode of {name!r}": (Path(place), attached) for name, place in settings.attach.items()
+    }
+    for what, (file, how) in files.items():
+        try:
+            mode = journal_mode(how, file)
+        except unreadable:
+            continue  # of which the error speaks
+        if (mode == "WAL") != (settings.journal_mode == "WAL"):
+            yield Finding(
+                "PRAGMAs",
+                WARNING,
+                f"{what} is {mode}, the configuration's {settings.journal_mode}",
+                "the next program that opens it with this configuration changes the file; then check again",
+            )
+            return
+    yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
 
 
 def _advice(settings: SqliteSettings, error: errors.ConnectionFailedError) -> str:

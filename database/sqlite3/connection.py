@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, cast
 from database import errors
 from database.engine.adapting import Adapters, taken
 from database.engine.contract import Alone, Interrupted
-from database.engine.records import records
+from database.engine.records import of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
@@ -646,7 +646,7 @@ class SqliteSession(Guard):
         theirs = taken() or (error if error is self._users else None)
         if theirs is not None:
             self._users = self._failing = self.raw.failure = None
-            return theirs
+            return of_statement(theirs, sql, parameters)
         which = ""
         failure, self.raw.failure = self.raw.failure, None
         if self._failing is not None:

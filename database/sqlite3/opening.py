@@ -76,7 +76,8 @@ def open_session(
     for number, each in enumerate(attached, 1):
         if identities[number] in identities[:number]:
             raise errors.ConnectionFailedError(
-                str(each), "it is attached twice, or the database itself, by another name of the same file (a hard link)"
+                str(each),
+                "it is attached twice, or the database itself, by another name of the same file (a hard link)",
             )
 
     def reopen() -> Lent:
@@ -349,7 +350,8 @@ def _look_again(raw: Any, settings: SqliteSettings, path: str) -> None:
                 read_back(cursor, path, name, value)
             except errors.ConnectionFailedError as error:
                 raise errors.ConnectionFailedError(
-                    path, f"on_connect has changed a setting: {str(error.reason).replace('did not take: it is', 'is now')}"
+                    path,
+                    f"on_connect has changed a setting: {str(error.reason).replace('did not take: it is', 'is now')}",
                 ) from None
         there = {row[0].lower() for row in cursor.execute("SELECT name FROM pragma_database_list")}
     finally:
