@@ -17,7 +17,7 @@ Value = bool | int | str
 _OWN = "it has a setting of its own"
 _FILE = "it belongs to the file, not to a connection: set it once, in init_sql or a migration"
 _ACTION = "it does something once, and is no setting: run it by db.execute()"
-_KEY = "a key does not belong into a configuration: key_env or key_file says where it is"
+_KEY = "a key does not belong in a configuration: key_env or key_file says where it is"
 _PACKAGE = "the package depends on it: "
 _DEPRECATED = "SQLite keeps it for old programs only"
 
