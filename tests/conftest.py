@@ -112,7 +112,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="no repetition on other event loops and engines that finds nothing new, and nothing slow",
     )
-    parser.addoption("--beyond-quick", action="store_true", help="what `--quick` leaves out or shortens, and nothing else")
+    parser.addoption(
+        "--beyond-quick", action="store_true", help="what `--quick` leaves out or shortens, and nothing else"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
