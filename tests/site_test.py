@@ -189,8 +189,8 @@ const ground = (each) => !each ? [255, 255, 255]
   : over(numbers(getComputedStyle(each).backgroundColor), ground(each.parentElement))
 const seen = new Set()
 for (const each of document.querySelectorAll("article *, .md-nav *, .md-footer *")) {
-  if (each.closest("svg, .headerlink") || !shown(each) || ![...each.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()))
-    continue
+  const words = [...each.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
+  if (!words || each.closest("svg, .headerlink") || !shown(each)) continue
   const color = numbers(getComputedStyle(each).color), behind = ground(each)
   const key = `${color} on ${behind.map(Math.round)}`
   if (seen.has(key)) continue
