@@ -67,7 +67,7 @@ _BAD = pq.ConnStatus.BAD
 
 
 class Connection(Sender):
-    """See `database.engine.contract.Session`."""
+    """See `database.engine.contract.Connection`."""
 
     __slots__ = ("failing",)
 
@@ -428,7 +428,7 @@ class Connection(Sender):
         )
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
-        """See `Session`."""
+        """See `Connection`."""
         if error is self.theirs:
             self.theirs = self.failing = None
             return error

@@ -18,7 +18,7 @@ try:
 
     from database.postgresql.connection import Connection, may_join
     from database.postgresql.failures import control_error, is_broken, is_busy
-    from database.postgresql.opening import Replicas, describe, open_session
+    from database.postgresql.opening import Replicas, describe, open_connection
 except ImportError as error:
     raise errors.ConfigurationError(
         f"PostgreSQL needs the extra `postgresql` of this package: install it (psycopg cannot be imported: {error})"
@@ -38,7 +38,7 @@ def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
 
     def connect(role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal good
-        session = open_session(settings, role, progress, lambda: good)
+        session = open_connection(settings, role, progress, lambda: good)
         if not good:
             try:
                 _initialise(session, settings)
@@ -68,7 +68,7 @@ def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
 
     def connect(_role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal good
-        session = open_session(settings, "reader", progress, lambda: good, replicas)
+        session = open_connection(settings, "reader", progress, lambda: good, replicas)
         good = True
         return session
 
@@ -152,7 +152,7 @@ ENGINE = Engine(
     name="postgresql",
     analyse=analysis.analyse,
     control_error=control_error,
-    operations=Connection,
+    connection=Connection,
     backend=cast("Any", _backend),
     adapter=_adapter,
     adapts=False,

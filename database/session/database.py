@@ -140,7 +140,7 @@ class Database:
             self._settings = with_step(self._settings, function)
         if self._engine is None or self._engine.name != name:
             self._engine = contract.load(name)
-            self._operations = self._engine.operations
+            self._operations = self._engine.connection
             self._statements.clear()
         self._observer = logs.LogObserver(self.name, self._settings.logging, self._engine.pins)
         if self._adapters:

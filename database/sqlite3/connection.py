@@ -57,7 +57,7 @@ from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
 if TYPE_CHECKING:
     from database.engine.migrations import Applied, MigrationReport, Order
 
-__all__ = ["SqliteSession"]
+__all__ = ["Connection"]
 
 PROGRESS_STEPS = 10_000
 """Steps of SQLite's machine between two calls of the progress handler: some 80 µs of the CPU's time."""
@@ -76,8 +76,8 @@ _RELEASE = f"RELEASE level_0 {MARK}"
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
 
-class SqliteSession(Guard):
-    """See `database.engine.contract.Session`."""
+class Connection(Guard):
+    """See `database.engine.contract.Connection`."""
 
     __slots__ = (
         "_adapters",
@@ -111,7 +111,7 @@ class SqliteSession(Guard):
     ) -> None:
         super().__init__(readonly=readonly)
         self._patience = patience
-        """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
+        """Seconds to wait for another process's lock, where the worker does not do that: in scripts."""
         self.identities = identities
         """Of its files: the database and what is attached to it."""
         self._row_class = row_class
@@ -155,7 +155,7 @@ class SqliteSession(Guard):
         try:
             self._take(self._reopen())
         except Exception:
-            # What was to be done is done. The next statement fails for a closed connection, and the driver opens another.
+            # What was to be done is done. The next statement fails for a closed connection, and the pool opens another.
             self._changed = False
         finally:
             old.close()
@@ -164,7 +164,7 @@ class SqliteSession(Guard):
 
     @property
     def in_transaction(self) -> bool:
-        """See `Session`. A connection that was given up has none."""
+        """See `Connection`. A connection that was given up has none."""
         try:
             return self.raw.in_transaction
         except classes.ProgrammingError:
@@ -176,14 +176,14 @@ class SqliteSession(Guard):
         return bool(self._streams) or self.in_transaction
 
     def try_lock(self, seconds: float) -> bool:
-        """See `Session`."""
+        """See `Connection`."""
         if self._locked:
             return True
         self._locked = self._lock.acquire(timeout=seconds) if seconds else self._lock.acquire(blocking=False)
         return self._locked
 
     def unlock(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         if self._locked:
             self._locked = False
             self._lock.release()
@@ -213,13 +213,13 @@ class SqliteSession(Guard):
     # Within a transaction
 
     def begin(self, *, readonly: bool) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self._control(_BEGIN)
         if readonly and not self.readonly:
             self.restrict(True)
 
     def commit(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self._close_streams()
         self._control(_COMMIT)
         if self._restricted and not self.readonly:
@@ -228,7 +228,7 @@ class SqliteSession(Guard):
             self._exchange()
 
     def rollback(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self._close_streams()
         if self.raw.in_transaction:
             self._control(_ROLLBACK)
@@ -238,20 +238,20 @@ class SqliteSession(Guard):
             self._exchange()
 
     def savepoint(self, number: int) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {MARK}")
 
     def release(self, number: int) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {MARK}")
 
     def undo(self, number: int) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self._control(f"ROLLBACK TO level_{number} {MARK}")
         self._control(f"RELEASE level_{number} {MARK}")
 
     def isolation(self, level: str) -> None:
-        """See `Session`. There is but one level here, and it is the strictest."""
+        """See `Connection`. There is but one level here, and it is the strictest."""
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
 
@@ -611,12 +611,12 @@ class SqliteSession(Guard):
         copy(path, run, self._connect)
 
     def interrupt(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         with contextlib.suppress(*classes.ProgrammingError):  # it is just being exchanged
             self.raw.interrupt()
 
     def close(self) -> None:
-        """See `Session`. The last one out checkpoints, and only one may do so at a time."""
+        """See `Connection`. The last one out checkpoints, and only one may do so at a time."""
         held = self._locked or self.readonly or self.try_lock(1.0)
         files.opened.subtract(self.identities)
         try:
@@ -630,13 +630,13 @@ class SqliteSession(Guard):
                 self.unlock()
 
     def disown(self) -> None:
-        """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
+        """See `Connection`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
         # An extra reference, never given back: not even the child's own exit may finalize the connection.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
         files.inherited.update(self.identities)
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
-        """See `Session`."""
+        """See `Connection`."""
         if error is self._users:
             self._users = None
             return error

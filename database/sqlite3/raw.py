@@ -10,7 +10,7 @@ connection knows when it is lent (`lend`, `take_back`), and meanwhile answers fo
   lock or its snapshot. A cursor that was made behind our back (`sqlite3.Cursor(connection)`) is looked for only where
   more refers to the connection than before, and a statement really runs.
 - What it sets (row and text factory, handlers, limits, functions, PRAGMAs) is put back, or the connection is exchanged
-  for a new one as soon as its transaction has ended: see `SqliteSession.alter`.
+  for a new one as soon as its transaction has ended: see `Connection.alter`.
 - Once SQLite has ended the transaction by itself, every further statement is refused: it would be committed at once.
 
 Before `prepared()` the connection is being made what the configuration says, and what is set then is to stay.
@@ -109,7 +109,7 @@ _known: dict[str, bool] = {}
 
 
 class Keeper(Protocol):
-    """What the connection asks of the session it belongs to."""
+    """What the raw connection asks of the package's `Connection` that it belongs to."""
 
     readonly: bool
 
@@ -201,7 +201,7 @@ class Lent(_Connection):
 
     lent = False
     keeper: Keeper | None = None
-    """The session, once the connection has been prepared."""
+    """The package's `Connection`, once this has been prepared."""
     failure: tuple[BaseException, str, Any] | None = None
     """What a function's last failed statement was."""
     cached = 0
@@ -249,7 +249,7 @@ class Lent(_Connection):
         return made
 
     def prepared(self, keeper: Keeper, guard: Callable[..., int], progress: Callable[[], bool], steps: int) -> None:
-        """The connection is as the configuration wants it: from now on it belongs to that session."""
+        """The connection is as the configuration wants it: from now on it belongs to that keeper."""
         self._guard, self._progress = guard, (progress, steps)
         self._configured = self.row_factory, self.text_factory, self._authorizer, self._tick, self._trace
         self.install()
