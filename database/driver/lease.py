@@ -18,6 +18,7 @@ reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
@@ -201,6 +202,19 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt_current(self)
 
+    async def give_back(self, label: str) -> None:
+        """Ends this, rolling back what is open, and waits until its connection is free. Any thread."""
+        waker = self.pool.waker
+        if waker.is_current():
+            if not self.over():
+                request = self.pool.request(ROLLBACK, None, label=label)
+                self.submit(request)
+                await request
+        elif waker.running:  # on another thread: that loop sees to it
+            waker.post([], partial(self.let_go, _silently))
+        else:  # a coroutine is thrown away, and cannot wait for anything
+            self.let_go(_silently)
+
     # Worker thread
 
     def serve(self, worker: Worker) -> None:
@@ -363,3 +377,7 @@ class Lease:
             else:
                 self.committed = True
         self.ended = True
+
+
+def _silently() -> None:
+    """Nothing to report."""

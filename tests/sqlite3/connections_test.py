@@ -241,7 +241,7 @@ async def test_on_connect(make_db: Any, engine: Any) -> None:
             db.on_connect(prepare)
     finally:
         await db.close()
-        db._steps.clear()
+        db.binding.declared.steps.clear()
 
 
 async def test_on_connect_that_fails(make_db: Any, engine: Any) -> None:
@@ -542,7 +542,7 @@ async def test_adapt(make_db: Any, engine: Any) -> None:
             with pytest.raises(errors.ConfigurationError, match="'default'"):
                 db.adapt(kind, function)
     finally:
-        db._adapters.clear()
+        db.binding.declared.adapters.clear()
 
 
 class Holder:
