@@ -27,9 +27,10 @@ from database.settings.rules import unfit_function
 from database.sqlite3 import encryption, extensions, files
 from database.sqlite3.connection import Connection
 from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
+from database.sqlite3.lending import CACHED
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
-from database.sqlite3.raw import CACHED, Lent, connection_class
+from database.sqlite3.raw import Lent, connection_class
 from database.sqlite3.values import Adapters
 
 __all__ = ["connect", "journal_mode", "look", "open_connection", "open_prepared", "prepare", "resolved"]
