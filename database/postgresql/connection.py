@@ -20,7 +20,6 @@ from database.driver.request import Request
 from database.engine.records import records
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.postgresql import analysis, bulk, together
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import (
     Lost,
     clean,
@@ -34,6 +33,7 @@ from database.postgresql.failures import (
     read_only,
     was_committing,
 )
+from database.postgresql.plan import Plan
 from database.postgresql.raw import Cursor, RawConnection, ServerCursor, rows
 from database.postgresql.redaction import hide
 from database.postgresql.returning import AGAIN_AFTER, UNFIT_FOR_RETURNING, done, with_returning

@@ -10,7 +10,7 @@ from typing import Any, cast
 from database import errors
 from database.engine.contract import Backend, Engine, Role
 from database.postgresql import analysis
-from database.postgresql.analysis import Plan
+from database.postgresql.plan import Plan
 from database.settings import PostgresqlSettings
 
 try:

@@ -25,8 +25,8 @@ from database.engine.migrations import TABLE, Applied, Migration, MigrationRepor
 from database.engine.statement import CONTROL
 from database.errors import DatabaseError, MigrationError
 from database.postgresql import analysis
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import control_error
+from database.postgresql.plan import Plan
 
 if TYPE_CHECKING:
     from database.postgresql.connection import Connection

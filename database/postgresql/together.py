@@ -11,8 +11,8 @@ from psycopg import pq
 
 from database.driver.request import Request
 from database.engine.statement import READ
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import AGAIN, MISTYPED, STALE, Lost, made_from
+from database.postgresql.plan import Plan
 from database.postgresql.returning import UNFIT_FOR_RETURNING, done
 from database.postgresql.sending import is_reshaped, widen
 from database.postgresql.values import bind, coerced
