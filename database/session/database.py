@@ -28,7 +28,7 @@ from database.driver.request import MANY, SCRIPT, UNIT
 from database.engine.contract import Engine
 from database.engine.statement import CONTROL, Result, Row
 from database.errors import ConfigurationError, QueryExecutionError, TransactionError
-from database.session import maintenance, manual
+from database.session import generators, maintenance, manual
 from database.session.batch import Batch
 from database.session.binding import Binding, Declared
 from database.session.level import detached
@@ -297,7 +297,9 @@ class Database:
         It belongs to this task and to tasks started from now on. If the task ends first, it is rolled back with a
         warning.
         """
-        return await manual.begin(self.binding, _origin("db.begin()", 1), readonly=readonly)
+        origin = _origin("db.begin()", 1)
+        origin.generators = generators.around(sys._getframe(1), outlives=True)  # pyright: ignore[reportPrivateUsage]
+        return await manual.begin(self.binding, origin, readonly=readonly)
 
     async def commit(self) -> None:
         """Commits what `begin()` began; inside a decorated function, what was done so far.
@@ -331,7 +333,7 @@ class Database:
 
     def detached(self) -> AbstractContextManager[None]:
         """`with db.detached():` steps outside the current transaction: for tasks that outlive it."""
-        return detached(self.binding.current)
+        return detached(self.binding.current, generators.around(sys._getframe(1)))  # pyright: ignore[reportPrivateUsage]
 
     def batch(self, size: int = 1000) -> Batch:
         """Many writes, sent together and committed every `size`: `async with db.batch() as batch: ...`.
@@ -511,4 +513,7 @@ class Database:
 
 def _origin(what: str, depth: int) -> Origin:
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
-    return Origin(what, frame.f_code, frame.f_lineno)
+    code = frame.f_code
+    if code.co_flags & generators.ASYNC_GENERATOR or code.co_filename == generators.CONTEXTLIB:
+        return Origin(what, code, frame.f_lineno, generators.around(frame))
+    return Origin(what, code, frame.f_lineno)

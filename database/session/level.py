@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from database.driver.wakeup import current_task
+from database.session.generators import Generators, watch
 from database.session.origin import Origin
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ class Level:
     """Where the task that began this is when it is over."""
     ended: bool
     origin: Origin
+    watched: tuple[Any, ...]
+    """Looks after the generators that it was begun in."""
+
+    def left(self) -> None:
+        """A generator that holds this has been left: it is over. Any thread."""
+        raise NotImplementedError
 
     def execute_here(self, operation: Operation, statement: Statement, params: Any, extra: Any) -> Any:
         """Executes a single statement right here. Only where there is a `connection`."""
@@ -50,13 +57,18 @@ Current = ContextVar[Level | None]
 class Detached(Level):
     """Stands in the context variable for "no transaction", and remembers what was stepped out of."""
 
-    __slots__ = ("around", "ended", "origin")
+    __slots__ = ("__weakref__", "around", "ended", "origin", "watched")
 
     def __init__(self, around: Level | None) -> None:
         self.around = around
         self.ended = False
+        self.watched: tuple[Any, ...] = ()
         self.origin = Origin("db.detached()")
         self.origin.set_task()
+
+    def left(self) -> None:
+        """See `Level`."""
+        self.ended = True
 
 
 def step_back(variable: Current, found: Level) -> Level | None:
@@ -80,12 +92,15 @@ def step_out(level: Level, token: Any) -> None:
 
 
 @contextmanager
-def detached(variable: Current) -> Generator[None, None, None]:
+def detached(variable: Current, generators: Generators = ()) -> Generator[None, None, None]:
     """Steps outside the current transaction."""
     found = variable.get()
     if found is not None and found.ended:
         found = step_back(variable, found)
     outside = Detached(found)
+    if generators:
+        watch(outside, generators)
+        generators = ()
     token = variable.set(outside)
     try:
         yield

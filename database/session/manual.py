@@ -18,7 +18,7 @@ from database.errors import TransactionError
 from database.session.binding import Binding
 from database.session.callbacks import Callback
 from database.session.origin import Origin
-from database.session.propagation import enter, run_behind
+from database.session.propagation import enter, run_behind, watch_generators
 from database.session.retry import attempts, leave_behind
 from database.session.sending import nothing, reach
 from database.session.transaction import Transaction
@@ -30,6 +30,8 @@ async def begin(binding: Binding, origin: Origin, *, readonly: bool) -> Transact
     """Opens a level that lasts until it is ended, or its task has gone."""
     entered, _ = await enter(binding, origin, readonly=readonly, propagation="nested", manual=True)
     level = cast("Transaction", entered)
+    if origin.generators:
+        watch_generators(level, origin)
     if level.connection is None:
         level.watch = level.pool.waker.on_task_end(level.roll_back_unattended)
     return level

@@ -18,6 +18,7 @@ from database.errors import ReadOnlyTransactionError, TransactionError, Transact
 from database.session import retry
 from database.session.binding import Binding
 from database.session.callbacks import Callback, run_callbacks
+from database.session.generators import watch
 from database.session.level import Detached, Level, detached, step_back, step_out
 from database.session.origin import Origin
 from database.session.timelimit import TimeLimit
@@ -46,6 +47,7 @@ __all__ = [
     "refuse_writing_in_readonly",
     "run_behind",
     "stop",
+    "watch_generators",
 ]
 
 PROPAGATIONS: Final = frozenset(
@@ -280,6 +282,14 @@ def refuse_waiting_for_itself(found: Level, pool: Pool) -> None:
                 )
 
 
+def watch_generators(entered: Entered, origin: Origin) -> None:
+    """What `enter` has begun in an async generator ends when that is left."""
+    generators, origin.generators = origin.generators, ()
+    level = entered.stepped_out if isinstance(entered, _Joined) else entered
+    if level is not None and level.connection is None:  # on a worker's thread, Python closes generators at once
+        watch(level, generators)
+
+
 async def leave(entered: Entered, token: Any, error: BaseException | None, limit: TimeLimit | None = None) -> None:
     """Ends what `enter` has begun: kept if there was no error.
 
@@ -370,6 +380,8 @@ class TransactionContext:
             raise
         if limit is not None:
             limit.bound(self._entered)
+        if origin.generators:
+            watch_generators(self._entered, origin)
         if isinstance(self._entered, Transaction):
             self._entered.limit = limit
             return self._entered

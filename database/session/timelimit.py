@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -88,6 +89,13 @@ class TimeLimit:
                 return True
             raise self._exceeded(_doing(error)) from error
         return False
+
+    def left(self) -> None:
+        """The generator that the clock runs in has been left: it stops, here, in the task that iterated over that."""
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            with suppress(RuntimeError):  # found by the collector, at another place
+                scope.__exit__(None, None, None)
 
     def _exceeded(self, doing: str) -> TransactionTimeoutError:
         return TransactionTimeoutError(

@@ -91,6 +91,7 @@ class Transaction(Level):
 
     _top: Transaction | None = None
     lease: Lease | None = None
+    watched: tuple[Any, ...] = ()
     doom: str | None = None
     doomed_by: BaseException | None = None
     isolation: str | None = None
@@ -414,9 +415,22 @@ class Transaction(Level):
 
     def roll_back_unattended(self) -> None:
         """Ends a manual level whose task has gone, without waiting for the outcome."""
+        if not self.ended:
+            aside(partial(self.binding.observer.abandoned, self.origin()))
+            self._roll_back_unattended()
+
+    def left(self) -> None:
+        """See `Level`."""
+        if self.is_elsewhere:
+            self.pool.waker.post([], self._roll_back_unattended)
+            return
+        if self.limit is not None and self.origin.is_of(current_task()):
+            self.limit.left()
+        self._roll_back_unattended()
+
+    def _roll_back_unattended(self) -> None:
         if self.ended:
             return
-        aside(partial(self.binding.observer.abandoned, self.origin()))
         if self.parent is not None:
             self._close_level(keep=False)
             return
@@ -540,4 +554,8 @@ class Pausable(Protocol):
 
     def go_on(self) -> None:
         """It runs again."""
+        ...
+
+    def left(self) -> None:
+        """It is needed no more, and nobody comes to stop it."""
         ...
