@@ -15,7 +15,7 @@ import yaml
 from database import settings
 from database.sqlite3 import Database
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LANGUAGES = ["", ".ko"]
 
 

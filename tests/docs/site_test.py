@@ -25,7 +25,7 @@ import pytest
 
 from tests import watchdog
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHOTS = os.environ.get("SCREENSHOTS")
 """A folder for pictures of all pages."""
 PHONE, DESKTOP = (360, 740), (1280, 900)
