@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.compare <before> <after> [--rounds 5] [--seconds 0.5] [--only WORKLOAD …] [--backend asyncio]
 
-Each measurement is an interpreter of its own, on a fresh copy of one database file. The two checkouts take turns within
-each round, and who begins changes from round to round, so that what else the machine does meets both alike. Medians over
-the rounds are compared: calls per second, and the CPU's time per call of the whole process, both threads, which is what to go
-by on a machine that others use, too. The least of the CPU's times stands beside it: noise only ever adds to that.
+In each round each checkout has an interpreter of its own, on a fresh copy of one database file. Both are there at the same
+time and take turns in slices of a tenth of a second, so that what else the machine does meets both alike. Compared are
+neighbouring slices: the table gives medians of both sides, and the median of the changes with how sure that is (the standard
+error). Calls per second say what a user sees; the CPU's time per call, of the whole process with its threads, is what to go by
+on a machine that others use, too. With `--rounds 10` the uncertainty is that of five divided by 1.4.
 
 Statements answered wrongly, or writes that are not in the database afterwards, end the run.
 """
@@ -13,7 +14,9 @@ Statements answered wrongly, or writes that are not in the database afterwards, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +24,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
+from typing import Any
 
 from . import store
 from .contenders import BACKENDS
@@ -43,10 +47,13 @@ WORKLOADS: dict[str, tuple[str, int]] = {
 }
 """What one task does, and how many tasks do it."""
 
+SLICE = 0.1
+"""Seconds of one turn."""
+
 
 @dataclass(frozen=True)
-class Measured:
-    """What one interpreter measured."""
+class Slice:
+    """What one interpreter measured in one slice."""
 
     rate: float
     """Calls per second."""
@@ -56,70 +63,104 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rounds of one workload on both checkouts."""
+    """All slices of one workload on both checkouts, in pairs."""
 
     workload: str
-    before: list[Measured]
-    after: list[Measured]
+    pairs: list[tuple[Slice, Slice]]
 
     def line(self) -> str:
-        """A row of the table; changes in per cent, what is slower or dearer with a plus before the CPU's time."""
-        rates = [median(each.rate for each in side) for side in (self.before, self.after)]
-        times = [median(each.cpu for each in side) for side in (self.before, self.after)]
-        least = [min(each.cpu for each in side) for side in (self.before, self.after)]
-        return (
-            f"{self.workload:16}{rates[0]:10,.0f}{rates[1]:10,.0f}{_change(*rates):>9}"
-            f"{times[0]:10.1f}{times[1]:10.1f}{_change(*times):>9}{least[0]:10.1f}{least[1]:10.1f}{_change(*least):>9}"
+        """A row of the table; changes are those of the second checkout against the first, in per cent."""
+        text = f"{self.workload:16}"
+        for name in ("rate", "cpu"):
+            before = [getattr(pair[0], name) for pair in self.pairs]
+            after = [getattr(pair[1], name) for pair in self.pairs]
+            changes = [100 * (new / old - 1) for old, new in zip(before, after, strict=True)]
+            text += (
+                f"{median(before):11,.1f}{median(after):11,.1f}{median(changes):+8.1f} ±{_uncertainty(changes):4.1f}"
+            )
+        return text
+
+
+HEAD = f"{'workload':16}{'calls/s':>11}{'after':>11}{'% change':>14}{'µs CPU':>11}{'after':>11}{'% change':>14}"
+
+
+def _uncertainty(values: Sequence[float]) -> float:
+    """The standard error of the median, from the quartiles, which outliers do not move."""
+    if len(values) < 2:
+        return float("nan")
+    low, _, high = quantiles(values, n=4)
+    return 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))
+
+
+class Checkout:
+    """One checkout at one workload, in an interpreter of its own; the database is looked at when that has ended."""
+
+    def __init__(self, checkout: Path, workload: str, path: Path, backend: str) -> None:
+        self.operation, tasks = WORKLOADS[workload]
+        self.path = path
+        self.title = f"{checkout} at {workload}"
+        order = {
+            "checkout": str(checkout.resolve()),
+            "path": str(path),
+            "operation": self.operation,
+            "tasks": tasks,
+            "backend": backend,
+            "statements": STATEMENTS,
+            "names": [store.name_of(key) for key in range(KEYS + 1)],
+        }
+        self.errors = path.with_suffix(".err")
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(CHILD), json.dumps(order)],
+                cwd=path.parent,
+                env={**os.environ, "PYTHONPATH": str(checkout.resolve())},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            raise RuntimeError(f"{self.title}: {self.errors.read_text().strip()}")
+        return json.loads(line)
+
+    def measure(self, seconds: float) -> Slice:
+        """One slice."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it has ended, and `_answer` says why
+            pass
+        calls, passed, computed = self._answer()
+        return Slice(calls / passed, 1e6 * computed / calls)
+
+    def finish(self) -> None:
+        """Has it close its pool, and looks whether all is there that was acknowledged."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        answered = self._answer()
+        self.process.wait()
+        store.verify(
+            self.path,
+            transactions=answered if self.operation in {"offloaded", "interactive"} else 0,
+            inserts=answered if self.operation == "insert" else 0,
+            bulk=0,
         )
 
-
-HEAD = (
-    f"{'workload':16}{'before/s':>10}{'after/s':>10}{'change':>9}"
-    f"{'µs CPU':>10}{'after':>10}{'change':>9}{'least':>10}{'after':>10}{'change':>9}"
-)
-
-
-def _change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %"
-
-
-def once(checkout: Path, workload: str, template: Path, *, seconds: float, backend: str) -> Measured:
-    """One checkout at one workload, in an interpreter of its own; the database is looked at afterwards."""
-    operation, tasks = WORKLOADS[workload]
-    path = template.with_name("compare.db")
-    store.remove(path)
-    store.copy(template, path)
-    order = {
-        "checkout": str(checkout.resolve()),
-        "path": str(path),
-        "operation": operation,
-        "tasks": tasks,
-        "seconds": seconds,
-        "backend": backend,
-        "statements": STATEMENTS,
-        "names": [store.name_of(key) for key in range(KEYS + 1)],
-    }
-    done = subprocess.run(
-        [sys.executable, "-P", str(CHILD), json.dumps(order)],
-        cwd=template.parent,
-        env={**os.environ, "PYTHONPATH": str(checkout.resolve())},
-        capture_output=True,
-        text=True,
-        timeout=60 + 10 * seconds,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{checkout} at {workload}: {done.stderr.strip()}")
-    found = json.loads(done.stdout)
-    answered = found["answered"]
-    store.verify(
-        path,
-        transactions=answered if operation in {"offloaded", "interactive"} else 0,
-        inserts=answered if operation == "insert" else 0,
-        bulk=0,
-    )
-    store.remove(path)
-    return Measured(found["calls"] / found["seconds"], 1e6 * found["cpu"] / found["calls"])
+    def end(self) -> None:
+        """Ends it, however far it has come."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        store.remove(self.path)
 
 
 def compare(
@@ -129,19 +170,32 @@ def compare(
     template = folder / "template.db"
     if not template.exists():
         store.seed(template, items=KEYS, bulk=0)
-    found: dict[bool, list[Measured]] = {False: [], True: []}
-    for turn in range(rounds):
-        for second in (False, True) if turn % 2 == 0 else (True, False):
-            checkout = after if second else before
-            found[second].append(once(checkout, workload, template, seconds=seconds, backend=backend))
-    return Comparison(workload, found[False], found[True])
+    slices = max(1, round(seconds / SLICE))
+    pairs: list[tuple[Slice, Slice]] = []
+    for _ in range(rounds):
+        with contextlib.ExitStack() as stack:
+            sides: list[Checkout] = []
+            for checkout in (before, after):
+                path = folder / f"{len(sides)}.db"
+                store.copy(template, path)
+                sides.append(Checkout(checkout, workload, path, backend))
+                stack.callback(sides[-1].end)
+            for side in sides:  # not counted: the pool opens, caches fill
+                side.measure(min(seconds, SLICE))
+            for turn in range(slices):
+                order = sides if turn % 2 == 0 else sides[::-1]  # who begins changes
+                found = {side: side.measure(min(seconds, SLICE)) for side in order}
+                pairs.append((found[sides[0]], found[sides[1]]))
+            for side in sides:
+                side.finish()
+    return Comparison(workload, pairs)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.compare",
-        description="Compare two checkouts of this package, which take turns. Changes of the CPU's time beyond noise are real.",
+        description="Compare two checkouts of this package, which take turns.",
     )
     found.add_argument("before", type=Path, help="a checkout, for instance made by `git worktree add ../before main`")
     found.add_argument("after", type=Path, help="another one")
