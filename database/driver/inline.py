@@ -93,7 +93,7 @@ class Inline:
 
     def read(self, request: Request) -> bool:
         """Runs the request here, now or in the loop's next turn, if it is one for that; False: it is the lane's."""
-        known = self.texts.get(request.sql.sql)
+        known = self.texts.get(request.subject.sql)
         if self._waker.crowd > CROWD:
             self._crowded = PATIENCE
             return False
@@ -156,7 +156,7 @@ class Inline:
             began = perf_counter()
             worker.until = began + BUDGET
             try:
-                result = request.operation(session, request.sql, request.params, request.extra)  # type: ignore[misc]
+                result = request.operation(session, request.subject, request.params, request.extra)  # type: ignore[misc]
             except Exception:
                 result = self
             finally:
@@ -168,7 +168,7 @@ class Inline:
         if not self._waiting:
             self._waiting = True
             self._next_turn(self._turn)
-        known = self.texts.get(request.sql.sql, _UNKNOWN)
+        known = self.texts.get(request.subject.sql, _UNKNOWN)
         if seconds > BUDGET:
             self._relapse(known)
         elif known[1] > RELAPSE:
@@ -190,7 +190,7 @@ class Inline:
 
     def learn(self, request: Request, seconds: float) -> None:
         """A read has run on the worker, for so long."""
-        text = getattr(request.sql, "sql", None)
+        text = getattr(request.subject, "sql", None)
         if text is None:
             return
         known = self.texts.get(text)
@@ -209,7 +209,7 @@ def learning(inline: Inline, execute: Callable[[Request], None]) -> Callable[[An
     texts = inline.texts
 
     def run(request: Request) -> None:
-        known = texts.get(getattr(request.sql, "sql", None))  # type: ignore[arg-type]
+        known = texts.get(getattr(request.subject, "sql", None))  # type: ignore[arg-type]
         if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
             execute(request)
             return

@@ -466,7 +466,7 @@ class Worker:
             request.result = request.context.run(
                 request.operation,
                 self.session or self.ready(),
-                request.sql,
+                request.subject,
                 request.params,
                 request.extra,
             )
@@ -491,7 +491,7 @@ class Worker:
         threshold = self.threshold
         started = 0.0 if threshold is None else perf_counter()
         try:
-            result = request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
+            result = request.result = request.operation(self.session, request.subject, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
             request.error = self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
             result = None
@@ -553,7 +553,13 @@ class Worker:
             try:
                 assert request.context is not None
                 request.result = self.patiently(
-                    request, request.context.run, request.operation, session, request.sql, request.params, request.extra
+                    request,
+                    request.context.run,
+                    request.operation,
+                    session,
+                    request.subject,
+                    request.params,
+                    request.extra,
                 )
             except BaseException as still:
                 error = still
@@ -577,7 +583,7 @@ class Worker:
                 if request is None:
                     translated = session.translate(error, None, None)
                 else:
-                    translated = session.translate(error, request.sql, request.params)
+                    translated = session.translate(error, request.subject, request.params)
             except BaseException as defect:  # somebody's error that cannot even be shown
                 _report(f"{self.name} cannot translate an error of {type(error)}", defect)
             if self.session is not None and self.backend.is_broken(error):
