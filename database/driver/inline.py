@@ -28,13 +28,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
 
+from database.driver.read_lane import Execute, ReadLane
 from database.driver.request import Request, taken_from
-
-if TYPE_CHECKING:
-    from database.driver.lane import ReadLane
-    from database.driver.wakeup import Waker
+from database.driver.wakeup import Waker
 
 __all__ = ["BUDGET", "TURN", "Inline"]
 
@@ -76,6 +73,7 @@ class Inline:
     def __init__(self, waker: Waker, lane: ReadLane) -> None:
         self._waker = waker
         self._lane = lane
+        lane.timed = self.timed
         self.queue: deque[Request] = deque()
         """Requests that wait for the loop's next turn."""
         self._next_turn: Callable[[Callable[[], None]], None] = waker.next_turn
@@ -203,18 +201,17 @@ class Inline:
         elif known[0] > 0:
             known[0] -= 1
 
+    def timed(self, execute: Execute) -> Execute:
+        """The worker's `execute`, with a clock around it: what the lane is to use."""
+        texts = self.texts
 
-def learning(inline: Inline, execute: Callable[[Request], None]) -> Callable[[Any], None]:
-    """The worker's `execute`, timed."""
-    texts = inline.texts
-
-    def run(request: Request) -> None:
-        known = texts.get(getattr(request.subject, "sql", None))  # type: ignore[arg-type]
-        if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
+        def run(request: Request) -> None:
+            known = texts.get(getattr(request.subject, "sql", None))  # type: ignore[arg-type]
+            if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
+                execute(request)
+                return
+            began = perf_counter()
             execute(request)
-            return
-        began = perf_counter()
-        execute(request)
-        inline.learn(request, perf_counter() - began)
+            self.learn(request, perf_counter() - began)
 
-    return run
+        return run

@@ -598,7 +598,7 @@ class Database:
             if options is not None:
                 job.isolation = options.isolation
             behind = None if limit is None else limit.callbacks
-        request = pool.request(UNIT, job.drive, job, None, None, job)
+        request = pool.request(UNIT, job.drive, job, None, pool, job)
         try:
             result, callbacks = await self._send_request(level, pool, request, readonly=readonly)
         except BaseException as error:

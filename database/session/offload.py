@@ -18,6 +18,7 @@ from database.session.origin import Origin
 from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
+    from database.driver.pool import Pool
     from database.driver.request import Request
     from database.session.database import Database
 
@@ -99,7 +100,7 @@ class Job:
         return self.kept or []
 
     @staticmethod
-    def drive(session: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callable[[], Any]]]:
+    def drive(session: Any, job: Job, _params: Any, pool: Pool) -> tuple[Any, list[Callable[[], Any]]]:
         """Runs the function to its end; gives its result and what it handed to `on_commit`. Worker's thread.
 
         Raises:
@@ -110,7 +111,7 @@ class Job:
         offloaded = job.offloaded
         database = offloaded.database
         parent = job.parent
-        root = Transaction(database, worker.pool, offloaded.origin, readonly=offloaded.readonly)
+        root = Transaction(database, pool, offloaded.origin, readonly=offloaded.readonly)
         root.session, root.worker, root.job = session, worker, job
         job.kept = None
         if job.isolation is not None:
