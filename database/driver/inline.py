@@ -188,8 +188,8 @@ class Inline:
 
     def learn(self, request: Request, seconds: float) -> None:
         """A read has run on the worker, for so long."""
-        text = getattr(request.subject, "sql", None)
-        if text is None:
+        text = getattr(request.subject, "sql", "")
+        if not text:  # no statement
             return
         known = self.texts.get(text)
         if known is None:
@@ -206,7 +206,7 @@ class Inline:
         texts = self.texts
 
         def run(request: Request) -> None:
-            known = texts.get(getattr(request.subject, "sql", None))  # type: ignore[arg-type]
+            known = texts.get(getattr(request.subject, "sql", ""))
             if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
                 execute(request)
                 return

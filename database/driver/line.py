@@ -87,17 +87,15 @@ class Line(Generic[LeaseT]):
             pool.watch()
 
     def _find(self) -> Worker | None:
-        """A connection for whoever is next."""
+        """A connection for the next in line."""
         if self._idle:
             worker = self._idle.pop()
+        elif (spare := self._pool.spare()) is not None:
+            return spare  # it counts as given already
+        elif (another := self._pool.open_another()) is not None:
+            worker = another
         else:
-            found = self._pool.spare()
-            if found is not None:
-                return found
-            found = self._pool.open_another()
-            if found is None:
-                return None
-            worker = found
+            return None
         self.limiter.acquire_on_behalf_of_nowait(worker)
         return worker
 

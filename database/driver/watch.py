@@ -41,7 +41,6 @@ class Watch:
 
     __slots__ = (
         "_known",
-        "_lanes",
         "_line",
         "_patience",
         "_pool",
@@ -234,7 +233,7 @@ class Watch:
     # Where readers and the writer exclude one another. Worker thread
 
     def deadline_of(self, worker: Runner, request: Request | None, began: float, now: float) -> float:
-        """Until when a worker tries again, where readers and the writer exclude one another. Worker's thread.
+        """Until when a worker tries again: see `Deadline`.
 
         `busy_timeout` is for other processes. This one's own connections are waited for like everything else here.
 

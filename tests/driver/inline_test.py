@@ -31,7 +31,9 @@ def engine(tmp_path: Any) -> Any:
 
 @pytest.fixture
 async def db(make_db: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(inline, "BUDGET", 0.05)  # what is quick here is told by the number of its steps, not by a busy machine
+    monkeypatch.setattr(
+        inline, "BUDGET", 0.05
+    )  # what is quick here is told by the number of its steps, not by a busy machine
     db = await make_db(inline_reads=True)
     for name in "abc":
         await add(db, name)
