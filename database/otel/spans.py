@@ -98,7 +98,7 @@ class Tracing:
         described.update(self._common)
         attributes = dict(described)
         owner = self._owner
-        statement = request.sql
+        statement = request.subject
         if owner.query_text:
             text = statement.sql if isinstance(statement, Statement) else statement if request.kind == SCRIPT else None
             if isinstance(text, str):
@@ -190,7 +190,7 @@ class Span:
 
 def _describe(request: Request) -> tuple[str, Attributes]:
     """The span's name, and the attributes that the metric has as well: few and of few values."""
-    statement = request.sql
+    statement = request.subject
     if isinstance(statement, Statement):
         operation, summary = statement.verb, summarize(statement.sql) or statement.verb
         if request.kind == MANY:

@@ -456,7 +456,7 @@ class Connection(Sender):
 def may_join(request: Request) -> bool:
     """Whether a statement is known to be quick, and how it is sent is settled."""
     operation = request.operation
-    plan: Plan = request.sql.hint
+    plan: Plan = request.subject.hint
     seconds = plan.seconds
     if seconds is None or seconds > QUICK_SECONDS or operation not in _JOINABLE or plan.stains or plan.calls:
         return False
