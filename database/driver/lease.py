@@ -21,16 +21,13 @@ from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
-from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
+from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Home, Request
+from database.driver.roles import Owner
+from database.driver.worker import Worker
 from database.engine.contract import Interrupted, Session
 from database.errors import PoolClosedError, TransactionError
-
-if TYPE_CHECKING:
-    from database.driver.lane import WriteLane
-    from database.driver.pool import Pool
-    from database.driver.worker import Worker
 
 __all__ = ["Holder", "Lease"]
 
@@ -79,7 +76,7 @@ class Lease:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Owner[Lease],
         holder: Holder,
         *,
         number: int | None,
@@ -95,7 +92,7 @@ class Lease:
         self.transaction = transaction
         """False for a stream outside any transaction: its one statement is its own snapshot."""
         self.mailbox: SimpleQueue[Request] = SimpleQueue()
-        self.home: WriteLane | None = None
+        self.home: Home | None = None
         self.queued_at = 0.0
         self.pending: set[Request] = set()
         """Requests handed over before the lease was granted. Loop thread."""
@@ -136,10 +133,11 @@ class Lease:
         elif self.queued_at == 0.0:
             self.queued_at = perf_counter()
             transactions.add(self)
-            if self.readonly:
-                self.pool.claim_reader(self)
-            else:
-                self.pool.writes.submit(self)
+            self.pool.claim(self)
+
+    def given(self, worker: Worker) -> None:
+        """See `Claimant`."""
+        worker.inbox.put(self)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
@@ -254,7 +252,7 @@ class Lease:
             outcome = "committed" if self.committed else "rolled back"
             worker.tell(request, worker.observer.transaction, self, outcome, perf_counter() - self.granted_at)
         if worker.role != "writer":  # the writer goes on with its lane
-            worker.finish(lambda: self.pool.reader_free(worker))
+            worker.finish(lambda: self.pool.free(worker))
 
     def _answer_the_rest(self) -> list[Request]:
         """Refuses what came too late, for nobody reads this mailbox any more; gives it, to be woken.

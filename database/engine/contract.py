@@ -10,11 +10,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from database.engine.statement import Statement
 
-__all__ = ["Alone", "Backend", "Connection", "Engine", "Interrupted", "Log", "Operation", "Role", "Session", "load"]
+__all__ = [
+    "Alone",
+    "Backend",
+    "Connection",
+    "Engine",
+    "Interrupted",
+    "Log",
+    "Migrations",
+    "Operation",
+    "Role",
+    "Session",
+    "load",
+]
 
 Role = str
 """`"reader"` or `"writer"`; `"shared"` where all connections do both."""
@@ -173,6 +185,15 @@ class Backend:
     ) = None
 
 
+class Migrations(NamedTuple):
+    """An engine's operations for migrations. The connection's own thread."""
+
+    migrate: Operation
+    """Applies what is pending, given a `migrations.Order`; gives a `MigrationReport`."""
+    applied: Operation
+    """Gives the database's record: a tuple of `Applied`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """An engine's side of the bargain.
@@ -187,6 +208,7 @@ class Engine:
         adapts: Whether it heeds those functions.
         adapter: aiosql's synchronous adapter for this engine.
         pins: What a snapshot that stays open holds back, for the log.
+        migrations: Gives the operations for migrations, imported only then; None if it has none.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
@@ -197,6 +219,7 @@ class Engine:
     backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend]
     adapter: Any
     pins: str
+    migrations: Callable[[], Migrations] | None = None
     replica_backend: Callable[[Any], Backend | None] | None = None
     adapts: bool = True
 

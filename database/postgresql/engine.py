@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
-from database.engine.contract import Backend, Engine, Role
+from database.engine.contract import Backend, Engine, Migrations, Role
 from database.postgresql import analysis
 from database.postgresql.plan import Plan
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
 try:
     import psycopg
@@ -44,8 +44,9 @@ def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
                 _initialise(session, settings)
                 if settings.auto_migrate and settings.migrations is not None:
                     from database.engine.migrations import Order  # noqa: PLC0415  - most programs do without
+                    from database.postgresql.migrate import migrate  # noqa: PLC0415
 
-                    session.migrate(Order(settings.migrations))
+                    migrate(session, Order(settings.migrations))
             except BaseException as error:
                 session.close()
                 if isinstance(error, errors.MigrationError):
@@ -148,11 +149,18 @@ def _adapter() -> Any:
     return cast("Any", GenericAdapter)()
 
 
+def _migrations() -> Migrations:
+    from database.postgresql import migrate  # noqa: PLC0415  - few programs ever need it
+
+    return Migrations(migrate.migrate, migrate.applied)
+
+
 ENGINE = Engine(
     name="postgresql",
     analyse=analysis.analyse,
     control_error=control_error,
     connection=Connection,
+    migrations=_migrations,
     backend=cast("Any", _backend),
     adapter=_adapter,
     adapts=False,

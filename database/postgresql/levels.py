@@ -24,8 +24,8 @@ from psycopg import pq
 
 from database import errors
 from database.postgresql.failures import made_from, mark_committing
+from database.postgresql.settings import PostgresqlSettings
 from database.postgresql.wire import Wire
-from database.settings import PostgresqlSettings
 
 if TYPE_CHECKING:
     from database.postgresql.raw import RawConnection

@@ -28,7 +28,7 @@ from database.engine.contract import Role
 from database.postgresql.connection import Connection
 from database.postgresql.raw import RawConnection
 from database.postgresql.redaction import hide
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["Replicas", "describe", "local_settings", "open_connection", "parameters"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from database.driver.lease import Lease
 from database.driver.request import SCRIPT
@@ -15,6 +15,7 @@ from database.session.propagation import open_transaction
 from database.session.sending import send_unit
 
 if TYPE_CHECKING:
+    from database.engine.contract import Migrations
     from database.engine.migrations import Migration, MigrationReport, MigrationStatus
 
 __all__ = ["backup", "migrate", "migration_status"]
@@ -55,7 +56,7 @@ async def migrate(
         raise TransactionError("migrate() opens transactions of its own, and was called inside one; call it outside")
     order = Order(path, dry_run, to, baseline, wait, progress)
     report: MigrationReport = await send_unit(
-        binding, SCRIPT, _operation(binding, "migrate"), order, None, label="migrate()"
+        binding, SCRIPT, _migrations(binding).migrate, order, None, label="migrate()"
     )
     return report
 
@@ -68,7 +69,7 @@ async def migration_status(binding: Binding, folder: str | os.PathLike[str] | No
     applied = await send_unit(
         binding,
         SCRIPT,
-        _operation(binding, "applied_migrations"),
+        _migrations(binding).applied,
         None,
         None,
         label="migration_status()",
@@ -77,11 +78,11 @@ async def migration_status(binding: Binding, folder: str | os.PathLike[str] | No
     return MigrationStatus(applied, pending(load(path, binding.engine.name), applied, path))
 
 
-def _operation(binding: Binding, name: str) -> Any:
-    found = getattr(binding.connection, name, None)
-    if found is None:
-        raise ConfigurationError(f"database {binding.name!r}: the engine {binding.engine.name} has no migrations")
-    return found
+def _migrations(binding: Binding) -> Migrations:
+    engine = binding.engine
+    if engine.migrations is None:
+        raise ConfigurationError(f"database {binding.name!r}: the engine {engine.name} has no migrations")
+    return engine.migrations()
 
 
 def _folder(binding: Binding, folder: str | os.PathLike[str] | None) -> str:

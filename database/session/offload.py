@@ -33,7 +33,8 @@ from database.session.sending import submit
 from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
-    from database.driver.worker import Worker
+    from database.driver.pool import Pool
+    from database.driver.runner import Runner
     from database.engine.contract import Connection, Operation
     from database.engine.statement import Statement
     from database.session.timelimit import TimeLimit
@@ -70,7 +71,8 @@ class OffloadedTransaction(Transaction):
     def __init__(
         self,
         binding: Binding,
-        worker: Worker,
+        pool: Pool,
+        worker: Runner,
         connection: Connection,
         origin: Origin,
         *,
@@ -78,7 +80,7 @@ class OffloadedTransaction(Transaction):
         parent: OffloadedTransaction | None = None,
         manual: bool = False,
     ) -> None:
-        super().__init__(binding, worker.pool, origin, readonly=readonly, parent=parent, manual=manual)
+        super().__init__(binding, pool, origin, readonly=readonly, parent=parent, manual=manual)
         self.worker = worker
         self.connection = connection
 
@@ -93,7 +95,7 @@ class OffloadedTransaction(Transaction):
         """Opens a level within this one."""
         assert self.connection is not None
         return OffloadedTransaction(
-            self.binding, self.worker, self.connection, origin, readonly=readonly, parent=self, manual=manual
+            self.binding, self.pool, self.worker, self.connection, origin, readonly=readonly, parent=self, manual=manual
         )
 
     @property
@@ -298,7 +300,7 @@ class Job:
         return self.kept or []
 
     @staticmethod
-    def drive(connection: Any, job: Job, _params: Any, _extra: Any) -> tuple[Any, list[Callback]]:
+    def drive(connection: Any, job: Job, _params: Any, pool: Pool) -> tuple[Any, list[Callback]]:
         """Runs the function to its end; gives its result and what it handed to `on_commit`. Worker's thread.
 
         Raises:
@@ -309,7 +311,7 @@ class Job:
         offloaded = job.offloaded
         binding = job.binding
         parent = job.parent
-        root = OffloadedTransaction(binding, worker, connection, offloaded.origin, readonly=offloaded.readonly)
+        root = OffloadedTransaction(binding, pool, worker, connection, offloaded.origin, readonly=offloaded.readonly)
         root.job = job
         job.kept = None
         if job.isolation is not None:
@@ -380,7 +382,7 @@ async def offload(job: Job, *, readonly: bool, options: Options | None = None, l
         if options is not None:
             job.isolation = options.isolation
         behind = None if limit is None else limit.callbacks
-    request = pool.request(UNIT, job.drive, job, None, None, job)
+    request = pool.request(UNIT, job.drive, job, None, pool, job)
     try:
         result, callbacks = await submit(level, pool, request, readonly=readonly)
     except BaseException as error:

@@ -155,7 +155,7 @@ def _doing(error: BaseException | None) -> str:
             request = found.get("request", found.get("self"))  # a request is what is awaited
             if isinstance(request, Request):
                 if request.kind != ROLLBACK:
-                    what = str(request.label or getattr(request.sql, "sql", request.sql))
+                    what = str(request.label or getattr(request.subject, "sql", request.subject))
                     home = request.home
                     waiting = isinstance(home, Lease) and home.worker is None
                     return f"{'waiting for a connection to execute' if waiting else 'executing'}: {what[:200]}"

@@ -16,13 +16,14 @@ from typing import Any
 
 from database import errors
 from database.engine.migrations import load, pending
-from database.settings import MEMORY, SqliteSettings
+from database.settings import MEMORY
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
 from database.sqlite3.engine import WAL_RESET_FIXED
 from database.sqlite3.library import classes
 from database.sqlite3.migrate import applied
 from database.sqlite3.opening import connect, look, open_connection
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["Finding", "checkup", "measure"]
 

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from database import errors
 from database.engine.contract import Alone, Interrupted
@@ -44,9 +44,6 @@ from database.sqlite3.levels import Levels
 from database.sqlite3.library import classes
 from database.sqlite3.raw import Lent
 from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
-
-if TYPE_CHECKING:
-    from database.engine.migrations import Applied, MigrationReport, Order
 
 __all__ = ["Connection"]
 
@@ -373,18 +370,6 @@ class Connection(Levels):
     def broken_references(self) -> Counter[tuple[str, str]]:
         """How many rows of which table refer to rows of which other that do not exist."""
         return Counter((row[0], row[2]) for row in self.raw.plain_cursor().execute("PRAGMA foreign_key_check"))
-
-    def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> MigrationReport:
-        """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
-        from database.sqlite3.migrate import migrate  # noqa: PLC0415  - few connections ever need it
-
-        return migrate(self, cast("Order", order))
-
-    def applied_migrations(self, _sql: Any = None, _params: Any = None, _extra: Any = None) -> tuple[Applied, ...]:
-        """The database's record of migrations."""
-        from database.sqlite3.migrate import applied  # noqa: PLC0415  - few connections ever need it
-
-        return applied(self)
 
     def call_aiosql(self, statement: Statement, params: Any, extra: Any) -> Any:
         """Does what a method of aiosql's synchronous adapter would do, with our ends of statements."""

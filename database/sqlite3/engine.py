@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
-from database.engine.contract import Backend, Engine, Log, Role
+from database.engine.contract import Backend, Engine, Log, Migrations, Role
 from database.logs import say
-from database.settings import MEMORY, SqliteSettings
+from database.settings import MEMORY
 from database.sqlite3 import analysis, files
 from database.sqlite3.connection import Connection
 from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
 from database.sqlite3.library import classes, load
 from database.sqlite3.opening import open_connection, resolved
+from database.sqlite3.settings import SqliteSettings
 from database.sqlite3.values import Adapters
 
 __all__ = ["ENGINE"]
@@ -71,8 +72,9 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
                 _initialise(connection, settings)
                 if settings.auto_migrate and settings.migrations is not None:
                     from database.engine.migrations import Order  # noqa: PLC0415  - most programs do without
+                    from database.sqlite3.migrate import migrate  # noqa: PLC0415
 
-                    connection.migrate(Order(settings.migrations))
+                    migrate(connection, Order(settings.migrations))
             except BaseException as error:
                 connection.close()
                 if isinstance(error, classes.Error):
@@ -157,11 +159,18 @@ def _adapter() -> Any:
     return cast("Any", SQLite3Adapter)()
 
 
+def _migrations() -> Migrations:
+    from database.sqlite3 import migrate  # noqa: PLC0415  - few programs ever need it
+
+    return Migrations(migrate.migrate, migrate.applied)
+
+
 ENGINE = Engine(
     name="sqlite3",
     analyse=analysis.analyse,
     control_error=control_error,
     connection=Connection,
+    migrations=_migrations,
     backend=_backend,
     adapter=_adapter,
     pins="the WAL cannot be reset and grows with every write (sqlite.org/wal.html#bigwal)",

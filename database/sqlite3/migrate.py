@@ -21,7 +21,7 @@ import sqlite3
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.engine.statement import CONTROL
@@ -50,15 +50,17 @@ _READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER 
 _WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"  # noqa: S608 - a constant
 
 
-def applied(connection: Connection) -> tuple[Applied, ...]:
-    """The database's record; empty where it has none."""
+def applied(
+    connection: Connection, _statement: Any = None, _params: Any = None, _extra: Any = None
+) -> tuple[Applied, ...]:
+    """The database's record; empty where it has none. An operation."""
     if connection.raw.execute(_EXISTS, (TABLE,)).fetchone() is None:
         return ()
     return tuple(Applied(*row) for row in connection.raw.execute(_READ))
 
 
-def migrate(connection: Connection, order: Order) -> MigrationReport:
-    """Applies what is pending.
+def migrate(connection: Connection, order: Order, _params: Any = None, _extra: Any = None) -> MigrationReport:
+    """Applies what is pending. An operation.
 
     Raises:
         MigrationError: A file failed (and was rolled back; those before it stand), or the record contradicts the folder.

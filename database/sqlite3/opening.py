@@ -21,7 +21,6 @@ from typing import Any, cast
 
 from database import errors
 from database.engine.contract import Role
-from database.settings import SqliteSettings
 from database.settings.model import steps_of
 from database.settings.rules import unfit_function
 from database.sqlite3 import encryption, extensions, files
@@ -31,6 +30,7 @@ from database.sqlite3.lending import CACHED
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
 from database.sqlite3.raw import Lent, connection_class
+from database.sqlite3.settings import SqliteSettings
 from database.sqlite3.values import Adapters
 
 __all__ = ["connect", "journal_mode", "look", "open_connection", "open_prepared", "prepare", "resolved"]

@@ -89,7 +89,7 @@ class Waker:
         "request",
     )
 
-    backend: str
+    library: str
     """AnyIO's name of the loop's kind."""
 
     request: type[Request]

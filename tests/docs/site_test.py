@@ -25,7 +25,9 @@ import pytest
 
 from tests import watchdog
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow  # about the documentation, and with a browser: a quarter of the time of all quick tests
+
+ROOT = Path(__file__).resolve().parents[2]
 SHOTS = os.environ.get("SCREENSHOTS")
 """A folder for pictures of all pages."""
 PHONE, DESKTOP = (360, 740), (1280, 900)
