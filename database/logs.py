@@ -255,6 +255,11 @@ class LogObserver:
         redacted = redact(parameters)
         return redacted, redacted
 
+    def hears_of(self, seconds: float) -> bool:
+        """See `Observer`."""
+        slow = self.slow_transaction
+        return (slow is not None and seconds >= slow) or _transaction.isEnabledFor(logging.INFO)
+
     @harmless
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""

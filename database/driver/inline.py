@@ -145,7 +145,9 @@ class Inline:
         worker = self._lane.resident
         assert worker is not None
         threshold = worker.observer.threshold()
-        if (threshold is not None and threshold < LOGGED) or not worker.lent.acquire(blocking=False):
+        lent = worker.lent
+        assert lent is not None
+        if (threshold is not None and threshold < LOGGED) or not lent.acquire(blocking=False):
             return False
         try:
             session = worker.session
@@ -161,7 +163,7 @@ class Inline:
                 worker.until = 0.0
             seconds = perf_counter() - began
         finally:
-            worker.lent.release()
+            lent.release()
         self._left -= seconds
         if not self._waiting:
             self._waiting = True

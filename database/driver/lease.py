@@ -249,8 +249,10 @@ class Lease:
             self.ended = True
         worker.answers.extend(self._answer_the_rest())
         if self.transaction and session is not None and request is not None:
-            outcome = "committed" if self.committed else "rolled back"
-            worker.tell(request, worker.observer.transaction, self, outcome, perf_counter() - self.granted_at)
+            seconds = perf_counter() - self.granted_at
+            if worker.observer.hears_of(seconds):
+                outcome = "committed" if self.committed else "rolled back"
+                worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.free(worker))
 

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from threading import Thread, get_ident
+from threading import Lock, Thread, get_ident
 from typing import Any
 
 from database.driver import process
@@ -124,7 +124,7 @@ class Pool:
         self.writer.start(self._writer_opened, self._writer_closed)
 
     def _make_worker(self, title: str, role: Role) -> Worker:
-        return Worker(
+        worker = Worker(
             f"database-{self.name}-{title}",
             role,
             self.backend,
@@ -133,6 +133,9 @@ class Pool:
             deadline=self._deadline_of,
             room=self.room if role == "reader" else None,
         )
+        if self.inline is not None:
+            worker.lent = Lock()
+        return worker
 
     # Opening
 

@@ -95,8 +95,8 @@ class Worker(Runner):
         """What was current at the last look."""
         self.dwells = False
         """Whether it still was at the next one."""
-        self.lent = Lock()
-        """Held by the loop's thread while it uses the connection: see `database.driver.inline`."""
+        self.lent: Lock | None = None
+        """Held by the loop's thread while it uses the connection: see `database.driver.inline`. None where it never does."""
         self._thread: Thread | None = None
 
     # Any thread
@@ -175,5 +175,7 @@ class Worker(Runner):
             self.sleeping = False
             return WAKE
         word = self.inbox.get()
-        with self.lent:
-            return word
+        if self.lent is not None:
+            with self.lent:  # waits for the loop's thread to be done
+                pass
+        return word

@@ -173,6 +173,10 @@ class Observing:
         if span is not None:
             span.end(request.error)
 
+    def hears_of(self, seconds: float) -> bool:
+        """See `Observer`."""
+        return True
+
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""
         self._count(lease, outcome, seconds)

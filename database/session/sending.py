@@ -9,10 +9,11 @@ Loop thread, but inside an `offload=True` function, where a statement is execute
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from sys import modules
 from typing import TYPE_CHECKING, Any, cast
 
 from database.driver.request import ALONE, MANY, SCRIPT, STATEMENT, Request
-from database.driver.wakeup import current_loop
+from database.driver.wakeup import asyncio_loop, current_loop
 from database.engine.statement import READ, WRITE, Statement
 from database.session.binding import Binding
 from database.session.level import Detached, Level, step_back
@@ -31,11 +32,7 @@ def send(
     binding: Binding, level: Level | None, operation: Any, statement: Statement, params: Any, extra: Any
 ) -> Awaitable[Any]:
     """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
-    # As they are now; another task may go on to change them. To look for buffers among the values would cost too much.
-    kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
-    if kind is dict:
-        params = params.copy()
-    elif kind is not tuple and params is not None:
+    if params is not None:
         params = still(params)
     if level is not None:
         if level.ended:
@@ -49,7 +46,8 @@ def send(
                     note(request, level.root.attempt)
             return level.send(request)
     pool = binding.recent
-    if pool is None or pool.loop() is not current_loop():
+    # As `current_loop`, without a call where nobody has imported trio
+    if pool is None or pool.loop() is not (current_loop() if "trio" in modules else asyncio_loop()):
         pool = binding.pool()
     if statement.kind == READ:
         request = pool.request(STATEMENT, operation, statement, params, extra)

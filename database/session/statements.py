@@ -151,6 +151,7 @@ def check_operation(method: str, query: Any) -> Callable[..., Any] | None:
 
 
 _CHANGING: Final = frozenset({bytearray, memoryview, array})
+_fixed: Final = _CHANGING.isdisjoint  # a tenth of a microsecond for every statement
 """Values whose contents may be others by the time they are bound."""
 
 
@@ -164,16 +165,14 @@ def still(params: Any) -> Any:
     What holds them is copied; of the values, buffers are. Other values that change are nobody's parameters.
     """
     kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+    if kind is tuple:
+        return params if _fixed(map(type, params)) else [_still(value) for value in params]
     if kind is dict:
-        for value in params.values():
-            if type(value) in _CHANGING:
-                return {name: _still(value) for name, value in params.items()}
-        return params.copy()
-    if kind is tuple or kind is list:
-        for value in params:
-            if type(value) in _CHANGING:
-                return [_still(value) for value in params]
-        return params if kind is tuple else params.copy()
+        if _fixed(map(type, params.values())):
+            return params.copy()
+        return {name: _still(value) for name, value in params.items()}
+    if kind is list:
+        return params.copy() if _fixed(map(type, params)) else [_still(value) for value in params]
     if params is None:
         return None
     return _still_object(params)

@@ -28,6 +28,7 @@ import itertools
 from collections import deque
 from collections.abc import Awaitable
 from functools import partial
+from sys import modules
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -35,7 +36,7 @@ import anyio
 from database.driver.lease import Lease
 from database.driver.observer import aside
 from database.driver.request import COMMIT, ROLLBACK, Control, Request
-from database.driver.wakeup import Timer, current_loop, current_task
+from database.driver.wakeup import Timer, asyncio_loop, current_loop, current_task
 from database.driver.worker import here
 from database.engine.statement import OTHER
 from database.errors import (
@@ -175,7 +176,9 @@ class Transaction(Level):
         Raises:
             TransactionError: It has ended, can only be rolled back, or belongs to another event loop.
         """
-        if self.ended or self.root.doom is not None or self.is_elsewhere:
+        if self.ended or self.root.doom is not None:
+            raise self.refusal()
+        if (self.pool.loop() is not asyncio_loop() or "trio" in modules) and self.is_elsewhere:
             raise self.refusal()
 
     def send(self, request: Request) -> Awaitable[Any]:
@@ -184,7 +187,10 @@ class Transaction(Level):
         lease = root.lease
         if lease is None or lease.worker is None or (root._top or root) is not self:
             return self.run(request)
-        if self.ended or root.doom is not None or self.pool.loop() is not current_loop():
+        if self.ended or root.doom is not None:
+            raise self.refusal()
+        # `is_elsewhere`, without its calls where nobody has imported trio
+        if (self.pool.loop() is not asyncio_loop() or "trio" in modules) and self.is_elsewhere:
             raise self.refusal()
         if root.controls:
             request.controls, root.controls = root.controls, []
