@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from threading import Lock, Thread, get_ident
-from typing import Any
 
 from database.driver import process
 from database.driver.courtesy import Courtesy
@@ -36,7 +35,7 @@ from database.driver.read_lane import ReadLane
 from database.driver.request import STATEMENT, Request
 from database.driver.roles import Claimant
 from database.driver.room import Room
-from database.driver.runner import again
+from database.driver.runner import Runner, again
 from database.driver.shared_lane import SharedLane
 from database.driver.stats import PoolStats
 from database.driver.wakeup import Timer, Waker
@@ -250,8 +249,8 @@ class Pool:
 
     # Waiting and holding. See `Watch`
 
-    def _deadline_of(self, *arguments: Any) -> float:
-        return self._watch.deadline_of(*arguments)
+    def _deadline_of(self, runner: Runner, request: Request | None, began: float, now: float) -> float:
+        return self._watch.deadline_of(runner, request, began, now)  # there are workers before there is a watch
 
     def holders(self, *, readonly: bool) -> list[str]:
         """Who holds what since when. Any thread."""

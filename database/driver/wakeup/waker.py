@@ -34,12 +34,9 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from database.driver.request import Request
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "FAR_AWAY",
