@@ -27,9 +27,9 @@ from psycopg.types.json import JsonbDumper
 
 from database import errors
 from database.engine.adapting import Adapters
-from database.postgresql.analysis import Plan, reshaped
 from database.postgresql.failures import MISTYPED, STALE, made_from, mark_alone
 from database.postgresql.levels import Levels
+from database.postgresql.plan import Plan, reshaped
 from database.postgresql.values import bind, coerced, coercion
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from psycopg.types.numeric import Int2
 
 from database.engine.adapting import NATIVE, NONE, Adapters, adapted
 from database.engine.rows import table
-from database.postgresql.analysis import Plan
+from database.postgresql.plan import Plan
 
 __all__ = ["BindError", "Row", "bind", "coerced", "coercion", "row_class"]
 

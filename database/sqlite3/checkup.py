@@ -16,15 +16,16 @@ from typing import Any
 
 from database import errors
 from database.engine.migrations import load, pending
-from database.settings import MEMORY, SqliteSettings
+from database.settings import MEMORY
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
-from database.sqlite3.connection import SqliteSession
+from database.sqlite3.connection import Connection
 from database.sqlite3.encryption import of_attached
 from database.sqlite3.engine import WAL_RESET_FIXED
 from database.sqlite3.library import classes
 from database.sqlite3.migrate import applied
-from database.sqlite3.opening import connect, journal_mode, look, open_session
+from database.sqlite3.opening import connect, journal_mode, look, open_connection
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["Finding", "checkup", "faults", "measure"]
 
@@ -91,18 +92,18 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
     yield from _place(path)
     with _Tidied(settings, path):
         try:
-            session = open_session(settings, str(path), "reader", stopped)
+            connection = open_connection(settings, str(path), "reader", stopped)
         except errors.ConnectionFailedError as error:
             yield from _unopened(settings, path, error)
             return
-        with closing(session):
-            yield from _opened(session, settings, path, quick=quick, stopped=stopped)
+        with closing(connection):
+            yield from _opened(connection, settings, path, quick=quick, stopped=stopped)
 
 
 def _opened(
-    session: SqliteSession, settings: SqliteSettings, path: Path, *, quick: bool, stopped: Callable[[], bool]
+    connection: Connection, settings: SqliteSettings, path: Path, *, quick: bool, stopped: Callable[[], bool]
 ) -> Iterator[Finding]:
-    raw = session.raw
+    raw = connection.raw
     try:
         where = yield from _writer(raw, settings, path, stopped)
         yield from _prepared(settings, where)
@@ -110,7 +111,7 @@ def _opened(
         yield from _wal(path, settings)
         yield from _integrity(raw, quick=quick)
         yield from _references(raw, settings)
-        yield from _migrations(session, settings)
+        yield from _migrations(connection, settings)
     except classes.OperationalError as error:
         if stopped():
             return
@@ -256,7 +257,7 @@ def _writer(
             )
             return READER
     try:
-        open_session(settings, str(path), "writer", stopped, create=False).close()
+        open_connection(settings, str(path), "writer", stopped, create=False).close()
     except errors.ConnectionFailedError as error:
         yield Finding("writer", FAILED, str(error.reason))
         return READER
@@ -373,10 +374,10 @@ def _references(raw: Any, settings: SqliteSettings) -> Iterator[Finding]:
         )
 
 
-def _migrations(session: Any, settings: SqliteSettings) -> Iterator[Finding]:
+def _migrations(connection: Any, settings: SqliteSettings) -> Iterator[Finding]:
     if settings.migrations is None:
         return
-    record = applied(session)
+    record = applied(connection)
     try:
         left = pending(load(settings.migrations), record, settings.migrations)
     except errors.MigrationError as error:

@@ -9,10 +9,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from database.settings import SqliteSettings
 from database.sqlite3 import files
 from database.sqlite3.encryption import of_attached
 from database.sqlite3.opening import connect
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["copy", "fresh"]
 

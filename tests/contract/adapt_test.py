@@ -52,7 +52,7 @@ def adapting(db: Any) -> Iterator[None]:
         db.adapt(set, sorted)  # and that is stored as the package itself stores it
         yield
     finally:
-        db._adapters.clear()
+        db.binding.declared.adapters.clear()
 
 
 async def values(db: Any) -> list[Any]:
@@ -153,4 +153,4 @@ async def test_a_function_that_raises(db: Any, engine: Engine, kind: type[Except
         with pytest.raises(errors.QueryExecutionError, match="no_such|nothing"):
             await db.fetch_all("SELECT * FROM no_such_nothing")  # and it is not remembered
     finally:
-        db._adapters.clear()
+        db.binding.declared.adapters.clear()
