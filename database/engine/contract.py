@@ -24,7 +24,6 @@ __all__ = [
     "Migrations",
     "Operation",
     "Role",
-    "Session",
     "load",
 ]
 
@@ -121,9 +120,6 @@ class Connection(Protocol):
     def disown(self) -> None:
         """In a forked child: the connection is the parent's, and in use there. It is never touched again."""
         ...
-
-
-Session = Connection  # what `driver/` still calls it
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class OffloadedTransaction(Transaction):
         """Of a root: whether it is still there after an error."""
         connection = self.connection
         assert connection is not None
-        if self.worker.session is connection and connection.in_transaction:
+        if self.worker.connection is connection and connection.in_transaction:
             return True
         self.fail(f"the transaction has been rolled back after an error: {error}", error)
         return False
@@ -214,7 +214,7 @@ class OffloadedTransaction(Transaction):
             raise worker.called_off()
         if self.controls and self.controls[0][0] == BEGIN:  # nothing was executed since
             return
-        if worker.session is not connection or (worker.grouping and not connection.in_transaction):
+        if worker.connection is not connection or (worker.grouping and not connection.in_transaction):
             self.fail("the database has ended the transaction after an error; the function can only be left", None)
             raise self.refusal()
         if self.joined or (worker.grouping and not keep):  # there is a savepoint around the function
@@ -345,9 +345,9 @@ class Job:
             raise foreign
         finally:
             root.ended = True
-            if restricted and not returned and worker.session is connection:
+            if restricted and not returned and worker.connection is connection:
                 worker.step(connection, "restrict", False)
-        if restricted and worker.session is connection:
+        if restricted and worker.connection is connection:
             if root.doom is None and root.top is root:
                 root.settle()
             worker.step(connection, "restrict", False)
