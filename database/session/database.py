@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats
 from database.driver.request import MANY, SCRIPT, UNIT
@@ -90,7 +90,8 @@ class Database:
             check_operation("execute", query)
         level = binding.current.get()
         if level is not None and level.connection is not None:
-            return cast("Result", level.execute_here(binding.connection.execute, statement, params, None))
+            done: Result = level.execute_here(binding.connection.execute, statement, params, None)
+            return done
         result: Result = await send(binding, level, binding.connection.execute, statement, params, None)
         return result
 
@@ -146,7 +147,8 @@ class Database:
             record_class = record_class or check_operation("fetch_all", query)
         level = binding.current.get()
         if level is not None and level.connection is not None:
-            return cast("list[Any]", level.execute_here(binding.connection.fetch_all, statement, params, record_class))
+            found: list[Any] = level.execute_here(binding.connection.fetch_all, statement, params, record_class)
+            return found
         rows: list[Any] = await send(binding, level, binding.connection.fetch_all, statement, params, record_class)
         return rows
 
