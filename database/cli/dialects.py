@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from database.cli.support import Status, fail, quote
+from database.cli.support import Status, fail, quote, remark
 from database.cli.values import Document, Exact, fits, from_csv, json_text
+from database.errors import QueryExecutionError
 from database.session.database import Database
 from database.sqlite3.analysis import split as sqlite_split
 
@@ -69,6 +70,14 @@ class Dialect(Protocol):
         """The statement for a row; `conflict` is fail, ignore or replace."""
         ...
 
+    async def bulk(self, db: Database, table: str, columns: Sequence[Column], conflict: str) -> str:
+        """The COPY for many rows, where nothing can tell it from INSERTs; empty: there is none."""
+        ...
+
+    async def stored(self, db: Database, table: str, columns: Iterable[Column]) -> None:
+        """After rows that brought their own keys: the next one that the database makes must be another."""
+        ...
+
     def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
         """What is done to a value (never None) before it is sent; `plain`: all are text, as in CSV."""
         ...
@@ -118,6 +127,12 @@ class _Sqlite:
         if columns:
             what = f"({', '.join(quote(column.name) for column in columns)}) VALUES ({', '.join('?' * len(columns))})"
         return f"{verb} INTO {quote(table)} {what}"
+
+    async def bulk(self, db: Database, table: str, columns: Sequence[Column], conflict: str) -> str:
+        return ""
+
+    async def stored(self, db: Database, table: str, columns: Iterable[Column]) -> None:
+        pass
 
     def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
         of_text = from_csv(column.type)
@@ -212,6 +227,30 @@ class _Postgresql:
             end += f" UPDATE SET {changes}" if changes else " NOTHING"
         return f"INSERT INTO {quote(table)} {what}{end}"
 
+    async def bulk(self, db: Database, table: str, columns: Sequence[Column], conflict: str) -> str:
+        # A value's text goes through its type's own input function either way. The rest is as for `execute_many`: see
+        # `postgresql.bulk`.
+        if conflict != "fail" or not columns or not await db.fetch_value(_PLAIN, {"table": table}):
+            return ""
+        return f"COPY {quote(table)} ({', '.join(quote(column.name) for column in columns)}) FROM STDIN"
+
+    async def stored(self, db: Database, table: str, columns: Iterable[Column]) -> None:
+        for column in columns:
+            name = {"table": table, "name": column.name}
+            sequence = await db.fetch_value("SELECT pg_get_serial_sequence(quote_ident(:table), :name)", name)
+            if sequence is None:
+                continue
+            ahead = f"SELECT max({quote(column.name)}) FROM {quote(table)}"  # noqa: S608  - quoted
+            try:
+                async with db.transaction():  # a savepoint, for it may be refused
+                    await db.fetch_value(
+                        f"SELECT setval(CAST(CAST(:sequence AS text) AS regclass), ({ahead})) FROM {sequence} s"  # noqa: S608  - quoted by the server
+                        f" WHERE ({ahead}) >= s.last_value + CASE WHEN s.is_called THEN 1 ELSE 0 END",
+                        {"sequence": sequence},
+                    )
+            except QueryExecutionError as error:
+                remark(f"the sequence {sequence} could not be advanced, so its next keys may be taken: {error.args[0]}")
+
     def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
         if column.type == "bytea":
             blob = from_csv("BLOB")
@@ -239,6 +278,14 @@ class _Postgresql:
             "BLOB": "bytea",
             "TEXT": "text",
         }.get(name, "jsonb")
+
+
+_PLAIN = """
+SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT c.relrowsecurity
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 4 <> 0)
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint f WHERE f.conrelid = c.oid AND f.confrelid = c.oid AND f.contype = 'f')
+FROM pg_catalog.pg_class c WHERE c.oid = to_regclass(quote_ident(:table))
+"""
 
 
 def _bytes(value: Any) -> Any:

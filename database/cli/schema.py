@@ -86,7 +86,7 @@ def migrate(
     async def work() -> MigrationReport:
         db = target.open(must_exist=False)
         if backup is not None and not dry_run and (await db.migration_status(folder)).pending:
-            await copy(db, file_in(backup, db.name), force=False)
+            await copy(db, file_in(backup, db), force=False)
         return await db.migrate(folder, dry_run=dry_run, to=to, baseline=baseline, wait=wait, progress=progress)
 
     report = run(work)
