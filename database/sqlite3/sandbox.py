@@ -13,7 +13,7 @@ from database.settings import SqliteSettings
 from database.sqlite3 import files
 from database.sqlite3.opening import connect
 
-__all__ = ["copy", "fresh"]
+__all__ = ["copy", "discard", "fresh"]
 
 
 def fresh(settings: SqliteSettings, folder: Path, name: str) -> SqliteSettings:
@@ -32,6 +32,10 @@ def copy(source: SqliteSettings, folder: Path, name: str, *, like: SqliteSetting
             _copy(source, Path(source.attach[each]), Path(place))
     synchronous = like.synchronous if durable else "OFF"
     return replace(source, path=str(path), attach=attach, init_sql="", synchronous=synchronous)
+
+
+def discard(settings: SqliteSettings) -> None:
+    """See `database.sandbox.Copier`: there are only files, which go with their folder."""
 
 
 def _attached(place: str) -> str:
