@@ -102,18 +102,8 @@ def _pooler(found: dict[str, Any]) -> list[Text]:
     return lines
 
 
-_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], Any], bool], ...] = (
-    ("pid", lambda each: str(each["pid"]), True),
-    ("role", lambda each: each["role"] or "", False),
-    ("program", lambda each: each["application"], True),
-    ("client", lambda each: each["client"], False),
-    ("state", lambda each: each["state"], True),
-    ("for", lambda each: duration(max(each["state_seconds"] or 0, 0)), True),
-    ("transaction", lambda each: duration(max(each["transaction_seconds"], 0)) if each["transaction_seconds"] is not None else "-", True),
-    ("waits for", lambda each: _wait(each), True),
-    ("SQL", lambda each: " ".join(each["query"].split()), True),
-)  # fmt: skip
-"""Heading, cell, and whether a narrow terminal shows it, too."""
+def _since(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(max(seconds, 0))
 
 
 def _wait(session: dict[str, Any]) -> str:
@@ -122,6 +112,20 @@ def _wait(session: dict[str, Any]) -> str:
     if session["state"] != "active" or session["wait_event"] is None:
         return ""
     return f"{session['wait_event_type']}: {session['wait_event']}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], Any], bool], ...] = (
+    ("pid", lambda each: str(each["pid"]), True),
+    ("role", lambda each: each["role"] or "", False),
+    ("program", lambda each: each["application"], True),
+    ("client", lambda each: each["client"], False),
+    ("state", lambda each: each["state"], True),
+    ("for", lambda each: duration(max(each["state_seconds"] or 0, 0)), True),
+    ("transaction", lambda each: _since(each["transaction_seconds"]), True),
+    ("waits for", _wait, True),
+    ("SQL", lambda each: " ".join(each["query"].split()), True),
+)  # fmt: skip
+"""Heading, cell, and whether a narrow terminal shows it, too."""
 
 
 def sessions(found: dict[str, Any], wide: int = 150) -> RenderableType:
@@ -160,7 +164,11 @@ def blockings(found: dict[str, Any]) -> RenderableType:
     for each in found["blockings"]:
         blocker = known.get(each["blocker"])
         if blocker is None:
-            what = "a prepared transaction" if each["blocker"] == 0 else f"{each['blocker']} (of another database, or gone)"
+            what = (
+                "a prepared transaction"
+                if each["blocker"] == 0
+                else f"{each['blocker']} (of another database, or gone)"
+            )
         else:
             since = blocker["transaction_seconds"]
             open_ = "" if since is None else f", transaction open for {duration(max(since, 0))}"

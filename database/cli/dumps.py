@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +105,12 @@ async def dump(
 
 
 def _ask(settings: Any, stopped: Callable[[], bool]) -> tuple[int, dict[str, int]]:
-    """The server's version, and the bytes of each table."""
+    """The server's version, and roughly the bytes of each table, without waiting for anybody's lock."""
     from database.postgresql.inquiry import Inquiry  # noqa: PLC0415  - an extra
 
     with Inquiry(settings, stopped) as inquiry:
         rows = inquiry.rows(
-            "SELECT n.nspname || '.' || c.relname, pg_table_size(c.oid)::int8 FROM pg_class c JOIN pg_namespace n"
+            "SELECT n.nspname || '.' || c.relname, c.relpages::int8 * 8192 FROM pg_class c JOIN pg_namespace n"
             " ON n.oid = c.relnamespace WHERE c.relkind = 'r' AND n.nspname NOT LIKE 'pg\\_%'"
             " AND n.nspname <> 'information_schema'"
         )
@@ -127,7 +127,7 @@ def _find(major: int) -> _Programs | None:
         if not ((folder / "pg_dump").exists() and (folder / "pg_restore").exists()):
             continue
         try:
-            told = subprocess.run(
+            told = subprocess.run(  # noqa: S603  - a program of PostgreSQL's
                 [folder / "pg_dump", "--version"], capture_output=True, text=True, check=True, timeout=20
             )
         except (OSError, subprocess.SubprocessError):
@@ -156,7 +156,9 @@ def _connection(settings: Any) -> tuple[dict[str, str], str]:
         if option.envvar:
             environment[option.envvar.decode()] = str(value)
         elif option.dispchar.startswith(b"*"):
-            fail(f"{key} cannot be given to pg_dump without showing it to everybody on this machine", status=Status.USAGE)
+            fail(
+                f"{key} cannot be given to pg_dump without showing it to everybody on this machine", status=Status.USAGE
+            )
         else:
             rest[key] = value
     return environment, make_conninfo(**rest) if rest else ""
@@ -200,7 +202,7 @@ async def _run(command: list[Any], environment: dict[str, str], counter: _Counte
     """Runs a program to its end; a cancellation ends it."""
     said: list[str] = []
     async with _started(command, environment) as process:
-        assert process.stderr is not None  # noqa: S101  - it is a pipe
+        assert process.stderr is not None
         lines = BufferedByteReceiveStream(process.stderr)
         while True:
             try:
@@ -219,7 +221,7 @@ async def _run(command: list[Any], environment: dict[str, str], counter: _Counte
 
 
 @asynccontextmanager
-async def _started(command: list[Any], environment: dict[str, str]) -> AsyncIterator[Process]:
+async def _started(command: list[Any], environment: dict[str, str]) -> AsyncGenerator[Process]:
     # In a session of its own: Ctrl-C is for this program, which then ends that one.
     process = await anyio.open_process(
         command,

@@ -35,7 +35,7 @@ SELECT pid, usename AS role, coalesce(application_name, '') AS application,
         AS locked_relations,
     left(coalesce(query, ''), 1000) AS query
 FROM pg_stat_activity a
-WHERE datname = current_database() AND pid <> pg_backend_pid() 
+WHERE datname = current_database() AND pid <> pg_backend_pid()
     AND coalesce(backend_type, 'client backend') IN ('client backend', 'parallel worker')
 ORDER BY pid
 """
@@ -87,7 +87,7 @@ def _blockings(sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _pooler(settings: PostgresqlSettings) -> list[dict[str, Any]] | str:
     """What PgBouncer's console says of its pools; or, as text, why it says nothing."""
-    wanted = parameters(settings) | {"dbname": "pgbouncer"}
+    wanted: dict[str, Any] = parameters(settings) | {"dbname": "pgbouncer"}
     wanted.pop("target_session_attrs", None)  # it answers no question but its own
     try:
         with contextlib.closing(psycopg.connect("", autocommit=True, **wanted)) as console:

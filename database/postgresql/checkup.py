@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from database import errors
 from database.engine import checkup as findings
@@ -50,9 +51,9 @@ _BAD: tuple[tuple[str, str, str, str], ...] = (
     ("zero_damaged_pages", "on", "damaged pages are emptied", WARNING),
     ("ignore_checksum_failure", "on", "damaged pages are read as if they were sound", WARNING),
     ("ignore_system_indexes", "on", "is for repairing a damaged catalog", WARNING),
-    ("standard_conforming_strings", "off", "a backslash in a string means something else than this package takes it for", WARNING),
+    ("standard_conforming_strings", "off", "a backslash in a string is not what this package takes it for", WARNING),
     ("default_transaction_read_only", "on", "nothing can be written", WARNING),
-    ("data_checksums", "off", "damage on the disk goes unnoticed (pg_checksums switches them on, with the server stopped)", NOTE),
+    ("data_checksums", "off", "damage on the disk goes unnoticed (pg_checksums switches them on)", NOTE),
     ("idle_in_transaction_session_timeout", "0", "a client that hangs within a transaction keeps its locks for ever", NOTE),
 )  # fmt: skip
 """Setting, the bad value, what it does, and how bad that is."""
@@ -106,7 +107,9 @@ def _server(inquiry: Inquiry) -> Iterator[Finding]:
         )
     failures = inquiry.value("SELECT checksum_failures FROM pg_stat_database WHERE datname = current_database()")
     if failures:
-        yield Finding("server", FAILED, f"{failures:,} pages had a wrong checksum: the disk is damaged", "restore a backup")
+        yield Finding(
+            "server", FAILED, f"{failures:,} pages had a wrong checksum: the disk is damaged", "restore a backup"
+        )
     pending = [row[0] for row in inquiry.rows("SELECT name FROM pg_settings WHERE pending_restart ORDER BY 1")]
     if pending:
         yield Finding("server", NOTE, f"changed, but not in force before a restart: {', '.join(pending)}")
@@ -114,9 +117,11 @@ def _server(inquiry: Inquiry) -> Iterator[Finding]:
 
 def _supported(major: int, text: str, today: datetime.date) -> Finding:
     end = _ENDS.get(major)
-    if end is not None and datetime.date(*end) < today or major < min(_ENDS):
+    if (end is not None and datetime.date(*end) < today) or major < min(_ENDS):
         since = f" since {datetime.date(*end)}" if end is not None else ""
-        return Finding("server", WARNING, f"{text}: no longer supported by its makers{since}", "move to a newer version")
+        return Finding(
+            "server", WARNING, f"{text}: no longer supported by its makers{since}", "move to a newer version"
+        )
     if not TESTED[0] <= major <= TESTED[1]:
         return Finding("server", NOTE, f"{text}: this package is tested with {TESTED[0]} to {TESTED[1]}")
     return Finding("server", OK, text)
@@ -129,13 +134,21 @@ def _role(inquiry: Inquiry) -> Iterator[Finding]:
     )
     if schema is None:
         yield Finding(
-            "role", FAILED, f"{user}: none of the schemas of its search_path ({path}) is there, or may be used", "create one"
+            "role",
+            FAILED,
+            f"{user}: none of the schemas of its search_path ({path}) is there, or may be used",
+            "create one",
         )
         return
     creates = inquiry.value("SELECT has_schema_privilege($1::text, 'CREATE')", schema)
     text = f"{user}, schema {schema}{'' if creates else ' (may create nothing there)'}"
     if superuser:
-        yield Finding("role", NOTE, f"{text}: a superuser, whom no right and no policy holds back", "give programs a role of their own")
+        yield Finding(
+            "role",
+            NOTE,
+            f"{text}: a superuser, whom no right and no policy holds back",
+            "give programs a role of their own",
+        )
     else:
         yield Finding("role", OK, text)
 
@@ -175,10 +188,10 @@ def _is_loopback(address: str) -> bool:
 
 def _settings(inquiry: Inquiry) -> Iterator[Finding]:
     names = [name for name, *_ in _BAD]
-    found = dict(
-        (row[0], row[1])
+    found = {
+        row[0]: row[1]
         for row in inquiry.rows(f"SELECT name, setting FROM pg_settings WHERE name IN ({literals(names)})")  # noqa: S608  - ours
-    )
+    }
     sound = True
     for name, bad, what, level in _BAD:
         if found.get(name) == bad:
@@ -216,7 +229,9 @@ def _connections(inquiry: Inquiry, settings: PostgresqlSettings) -> Iterator[Fin
             "a smaller pool_size, a larger max_connections, or a pooler",
         )
     elif used > room * 0.8:
-        yield Finding("connections", WARNING, f"{text}: little room is left", "`python -m database top` shows whose they are")
+        yield Finding(
+            "connections", WARNING, f"{text}: little room is left", "`python -m database top` shows whose they are"
+        )
     else:
         fit = room // settings.pool_size
         yield Finding(
@@ -260,7 +275,10 @@ def _replicas(inquiry: Inquiry, settings: PostgresqlSettings, stopped: Callable[
     for name, state, sync, behind, lag in rows:
         if state is None:
             yield Finding(
-                "replication", NOTE, f"{name} is there, but this role may not see how it is", "GRANT pg_monitor TO the role"
+                "replication",
+                NOTE,
+                f"{name} is there, but this role may not see how it is",
+                "GRANT pg_monitor TO the role",
             )
         elif state == "backup":
             yield Finding("replication", OK, f"{name}: a base backup is being taken")
@@ -274,7 +292,9 @@ def _lagging(name: str, text: str, behind: float | None, seconds: float | None) 
         words.append(f"{seconds:.1f} s")
     text = f"{text}: {', '.join(words) or 'how far it is behind is unknown'}"
     if (behind or 0) > LAG_BYTES or (seconds or 0) > LAG_SECONDS:
-        return Finding(name, WARNING, text, "read-only transactions on it see what was; look at its disk and its queries")
+        return Finding(
+            name, WARNING, text, "read-only transactions on it see what was; look at its disk and its queries"
+        )
     return Finding(name, OK, text)
 
 
@@ -287,11 +307,11 @@ def _configured(inquiry: Inquiry, settings: PostgresqlSettings, stopped: Callabl
     for number, host in enumerate(hosts):
         port = ports[number] if len(ports) == len(hosts) else ports[0]
         one = {**({"host": host} if host else {}), **({"port": port} if port else {}), "target_session_attrs": "any"}
-        info = psycopg.conninfo.make_conninfo(settings.replicas or "", **one)
-        place = psycopg.conninfo.make_conninfo(**{key: value for key, value in one.items() if key in ("host", "port")})
+        info = make_conninfo(settings.replicas or "", **one)
+        place = make_conninfo(**{key: value for key, value in one.items() if key in ("host", "port")})
         alone = replace(
             settings,
-            conninfo=psycopg.conninfo.make_conninfo(settings.conninfo or "", **psycopg.conninfo.conninfo_to_dict(info)),
+            conninfo=make_conninfo(settings.conninfo or "", **conninfo_to_dict(info)),
             host=None,
             port=None,
             target_session_attrs=None,
@@ -349,7 +369,9 @@ def _slots(inquiry: Inquiry) -> Iterator[Finding]:
     )
     for name, active, status, held in rows:
         if status == "lost":
-            yield Finding("slots", WARNING, f"{name} is lost: the WAL that it needs was removed", "build its replica anew")
+            yield Finding(
+                "slots", WARNING, f"{name} is lost: the WAL that it needs was removed", "build its replica anew"
+            )
         elif not active and (held or 0) > HELD_BYTES:
             yield Finding(
                 "slots", WARNING, f"nobody uses {name}, and for it {bytes_of(held)} of WAL are kept: the disk fills up",

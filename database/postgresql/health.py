@@ -52,7 +52,8 @@ def _tables(inquiry: Inquiry) -> Iterator[Finding]:
     rows = inquiry.rows(
         "SELECT relid::regclass::text, n_live_tup::int8, n_dead_tup::int8,"
         " to_char(greatest(last_vacuum, last_autovacuum) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'),"
-        " pg_table_size(relid)::float8 FROM pg_stat_user_tables WHERE n_dead_tup >= $1 AND n_dead_tup >= $2 *"
+        " (SELECT relpages::float8 * 8192 FROM pg_class c WHERE c.oid = relid)"
+        " FROM pg_stat_user_tables WHERE n_dead_tup >= $1 AND n_dead_tup >= $2 *"
         " (n_dead_tup + n_live_tup) ORDER BY n_dead_tup DESC",
         DEAD_ROWS,
         DEAD_SHARE,
@@ -61,7 +62,8 @@ def _tables(inquiry: Inquiry) -> Iterator[Finding]:
         yield Finding(
             "tables",
             WARNING,
-            f"{name}: {left:,} dead rows beside {alive:,}, {bytes_of(bytes_)}, {'last vacuumed ' + vacuumed + ' UTC' if vacuumed else 'never vacuumed'}",
+            f"{name}: {left:,} dead rows beside {alive:,}, {bytes_of(bytes_)},"
+            f" {f'last vacuumed {vacuumed} UTC' if vacuumed else 'never vacuumed'}",
             f"VACUUM (ANALYZE) {name}; if it comes back, a transaction holds it up, or autovacuum is too slow for this table",
         )
     if len(rows) > SHOWN:
@@ -76,7 +78,8 @@ def _transactions(inquiry: Inquiry) -> Iterator[Finding]:
     for pid, name, state, seconds in inquiry.rows(
         "SELECT pid, coalesce(nullif(application_name, ''), usename, ''), coalesce(state, ''),"
         " extract(epoch FROM clock_timestamp() - xact_start)::float8 FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-        " AND datid IS NOT NULL AND coalesce(backend_type, 'client backend') = 'client backend' AND xact_start < clock_timestamp() - make_interval(secs => $1)"
+        " AND datid IS NOT NULL AND coalesce(backend_type, 'client backend') = 'client backend'"
+        " AND xact_start < clock_timestamp() - make_interval(secs => $1)"
         " ORDER BY xact_start",
         LONG_SECONDS,
     )[:SHOWN]:
@@ -84,7 +87,7 @@ def _transactions(inquiry: Inquiry) -> Iterator[Finding]:
         yield Finding(
             "transactions",
             WARNING,
-            f"process {pid} ({name}, {state}) has had one open for {_hours(seconds)}: VACUUM can remove nothing that came after",
+            f"process {pid} ({name}, {state}) has had one open for {_hours(seconds)}: VACUUM can remove nothing newer",
             f"end the program's transaction, or SELECT pg_terminate_backend({pid})",
         )
     for gid, database, seconds in inquiry.rows(
@@ -118,7 +121,9 @@ def _wraparound(inquiry: Inquiry) -> Iterator[Finding]:
         if age > WRAPAROUND / 2:
             yield Finding("wraparound", FAILED, text, "VACUUM FREEZE now, and find out what holds it up")
         elif age > due * 1.5:
-            yield Finding("wraparound", WARNING, text, f"autovacuum should have frozen it at {due:,}: find out what holds it up")
+            yield Finding(
+                "wraparound", WARNING, text, f"autovacuum should have frozen it at {due:,}: find out what holds it up"
+            )
         else:
             yield Finding("wraparound", OK, text)
 
@@ -194,7 +199,7 @@ LEFT JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = c.oid AN
     AND d.deptype IN ('a', 'i') AND d.refobjsubid > 0
 LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
 WHERE c.relkind = 'S' AND {_OURS} ORDER BY 1
-"""
+"""  # noqa: S608  - ours
 
 
 def _sequences(inquiry: Inquiry) -> Iterator[Finding]:
@@ -231,17 +236,18 @@ SELECT i.indexrelid, i.indexrelid::regclass::text FROM pg_index i JOIN pg_class 
 JOIN pg_am m ON m.oid = c.relam JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE m.amname = 'btree' AND c.relkind = 'i' AND c.relpersistence <> 't' AND i.indisvalid AND i.indisready AND {_OURS}
 ORDER BY pg_relation_size(i.indexrelid)
-"""
+"""  # noqa: S608  - ours
 _TABLES = f"""
 SELECT c.oid, c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'm') AND c.relpersistence <> 't' AND {_OURS} ORDER BY pg_relation_size(c.oid)
-"""
+"""  # noqa: S608  - ours
 
 
 def integrity(inquiry: Inquiry) -> Iterator[Finding]:
     """Compares indexes with their tables, by the server's own extension."""
     schema = inquiry.value(
-        "SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE extname = 'amcheck'"
+        "SELECT quote_ident(n.nspname) FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
+        " WHERE extname = 'amcheck'"
     )
     if schema is None:
         yield Finding(
@@ -259,11 +265,14 @@ def integrity(inquiry: Inquiry) -> Iterator[Finding]:
             text = _damage(inquiry, f"SELECT {schema}.bt_index_check($1::oid::regclass, true)", oid)
             if text:
                 damaged += 1
-                yield Finding("integrity", FAILED, f"index {name}: {text}", f"REINDEX INDEX {name}, and look for the cause")
+                yield Finding(
+                    "integrity", FAILED, f"index {name}: {text}", f"REINDEX INDEX {name}, and look for the cause"
+                )
         counts.append(len(indexes))
         tables = inquiry.rows(_TABLES) if inquiry.version >= 140_000 else []
         for oid, name in tables:
-            text = _damage(inquiry, f"SELECT msg FROM {schema}.verify_heapam($1::oid::regclass, on_error_stop => true)", oid)
+            look_at = f"SELECT msg FROM {schema}.verify_heapam($1::oid::regclass, on_error_stop => true)"  # noqa: S608  - quoted
+            text = _damage(inquiry, look_at, oid)
             if text:
                 damaged += 1
                 yield Finding("integrity", FAILED, f"table {name}: {text}", "restore a backup")
@@ -278,11 +287,11 @@ def integrity(inquiry: Inquiry) -> Iterator[Finding]:
 
 
 def _damage(inquiry: Inquiry, sql: str, oid: Any) -> str:
-    """What is wrong; empty: nothing, or it has gone meanwhile."""
+    """What is wrong; empty: nothing, or it has gone meanwhile, or somebody has it locked."""
     try:
         found = inquiry.rows(sql, oid)
     except (psycopg.errors.IndexCorrupted, psycopg.errors.DataCorrupted) as error:
         return str(error.diag.message_primary or error).strip()
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject):
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedObject, psycopg.errors.LockNotAvailable):
         return ""
     return "; ".join(str(row[0]) for row in found[:1] if row[0])

@@ -7,6 +7,7 @@ it asks runs in read-only transactions, which the server itself holds to that.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -19,6 +20,12 @@ from database.postgresql.opening import describe, open_session
 from database.settings import PostgresqlSettings
 
 __all__ = ["Inquiry", "literals"]
+
+LOCK_TIMEOUT = 3000
+"""Milliseconds to wait for somebody's lock: who only looks must not stand in the way, nor wait for long."""
+
+STOPPED_AGAIN = 0.1
+"""Seconds between two looks at whether anybody still waits for the answer."""
 
 
 class Inquiry:
@@ -35,11 +42,29 @@ class Inquiry:
             ConnectionFailedError: There is no connection to be had.
         """
         self.place = describe(settings)
-        asking = replace(settings, statement_rollback=True, isolation="READ COMMITTED", prepare_threshold=0)
+        asking = replace(
+            settings,
+            statement_rollback=True,
+            isolation="READ COMMITTED",
+            prepare_threshold=0,
+            lock_timeout=min(settings.lock_timeout or LOCK_TIMEOUT, LOCK_TIMEOUT),
+        )
         self._session = open_session(asking, "shared", stopped, lambda: False)
-        version = self.value("SELECT current_setting('server_version_num')")
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, args=(stopped,), daemon=True, name="database-inquiry").start()
+        try:
+            version = self.value("SELECT current_setting('server_version_num')")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         self.version = int(version)
         """As the server counts: 150004."""
+
+    def _watch(self, stopped: Callable[[], bool]) -> None:
+        """A connection that waits asks nobody whether it shall go on before it is told to."""
+        while not self._over.wait(STOPPED_AGAIN):
+            if stopped():
+                self._session.interrupt()
 
     def __enter__(self) -> Inquiry:
         return self
@@ -47,6 +72,7 @@ class Inquiry:
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
+        self._over.set()
         with contextlib.suppress(psycopg.Error):
             self._session.rollback()
         self._session.close()

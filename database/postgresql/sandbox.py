@@ -135,7 +135,7 @@ class _Server:
             return self._connect(str(own), application_name=f"{PREFIX} {self._token}")
 
     def _connect(self, dbname: str, **more: Any) -> psycopg.Connection[tuple[Any, ...]]:
-        wanted = {**parameters(self._settings), "dbname": dbname, **more}
+        wanted: dict[str, Any] = {**parameters(self._settings), "dbname": dbname, **more}
         wanted.pop("options", None)  # a search_path, say, that is not meant for us
         try:
             return psycopg.connect("", autocommit=True, **wanted)
@@ -144,7 +144,7 @@ class _Server:
             raise errors.ConnectionFailedError(place, hide(str(error).strip(), [wanted.get("password")])) from None
 
     def _value(self, query: str, *values: Any) -> Any:
-        row = self._connection.execute(query, values).fetchone()  # type: ignore[arg-type]  # ours
+        row = self._connection.execute(query.encode(), values).fetchone()
         return row[0] if row is not None else None
 
     # Making and dropping
@@ -264,7 +264,7 @@ class _Server:
                     with contextlib.closing(self._connect(copy.source)) as source:
                         for table, columns in tables:
                             _refill(source, target, table, columns)
-                assert copy.sequences is not None  # noqa: S101  - set when it was given back
+                assert copy.sequences is not None
                 _set_back(target, copy.sequences)
             target.execute("SELECT pg_stat_force_next_flush()")
             copy.counters = _counters(target)
@@ -297,12 +297,12 @@ def _tables(connection: psycopg.Connection[Any], oids: list[int]) -> list[tuple[
 
 
 def _refill(source: psycopg.Connection[Any], target: psycopg.Connection[Any], table: str, columns: str) -> None:
-    target.execute(f"DELETE FROM ONLY {table}")  # type: ignore[arg-type]  # noqa: S608  - the server has quoted it
+    target.execute(f"DELETE FROM ONLY {table}".encode())  # noqa: S608  - the server has quoted it
     with (
         source.cursor() as there,
         target.cursor() as here,
-        there.copy(f"COPY (SELECT {columns} FROM ONLY {table}) TO STDOUT (FORMAT binary)") as out,  # type: ignore[arg-type]  # noqa: S608  - likewise
-        here.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT binary)") as into,  # type: ignore[arg-type]
+        there.copy(f"COPY (SELECT {columns} FROM ONLY {table}) TO STDOUT (FORMAT binary)".encode()) as out,  # noqa: S608  - likewise
+        here.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT binary)".encode()) as into,
     ):
         for data in out:
             into.write(data)
@@ -310,12 +310,13 @@ def _refill(source: psycopg.Connection[Any], target: psycopg.Connection[Any], ta
 
 def _sequences(connection: psycopg.Connection[Any]) -> Sequences:
     names = [
-        name for (name,) in connection.execute("SELECT oid::regclass::text FROM pg_class WHERE relkind = 'S' ORDER BY oid")
+        name
+        for (name,) in connection.execute("SELECT oid::regclass::text FROM pg_class WHERE relkind = 'S' ORDER BY oid")
     ]
     if not names:
         return {}
     query = " UNION ALL ".join(f"SELECT {sql.quote(name)}, last_value, is_called FROM {name}" for name in names)  # noqa: S608  - likewise
-    rows = connection.execute(query).fetchall()  # type: ignore[arg-type]
+    rows: list[tuple[str, int, bool]] = connection.execute(query.encode()).fetchall()
     return {name: (last, called) for name, last, called in rows}
 
 

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from database.settings.model import LoggingSettings
-from database.settings.rules import Section, Unfit, boolean, choice, duration, file, init_sql, migrations, monitor, text, whole
+from database.settings.rules import (
+    Section,
+    Unfit,
+    boolean,
+    choice,
+    duration,
+    file,
+    init_sql,
+    migrations,
+    monitor,
+    text,
+    whole,
+)
 
 if TYPE_CHECKING:
     from database.settings.document import Item
