@@ -6,7 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from database.cli.support import Status, fail, quote, remark
 from database.cli.values import Document, Exact, fits, from_csv, json_text
@@ -324,7 +324,8 @@ def _array(value: Any) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, list):
-        return f"{{{','.join(_literal(each) for each in cast('list[Any]', value))}}}"
+        parts: list[Any] = value
+        return f"{{{','.join(map(_literal, parts))}}}"
     if value is None:
         return "NULL"
     text = value if isinstance(value, str) else json_text(value)
