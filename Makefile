@@ -8,6 +8,9 @@ ARGS ?=
 # A process for each processor and one more, for some tests wait; who has no more to do takes over from others.
 PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 1) --maxprocesses 8 --dist worksteal
 
+# What has been compiled once need not be compiled again by each of the programs that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-postgresql test test-all test-main test-others fix check docs bench clean

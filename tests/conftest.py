@@ -112,6 +112,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="no repetition on other event loops and engines that finds nothing new, and nothing slow",
     )
+    parser.addoption(
+        "--beyond-quick", action="store_true", help="what `--quick` leaves out or shortens, and nothing else"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -154,17 +157,25 @@ def clean(data: Any) -> Any:
     return data
 
 
+def searched(item: pytest.Item) -> bool:
+    """Whether Hypothesis looks for examples of it, of which `--quick` takes fewer."""
+    return getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None) is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what must differ on PostgreSQL (`tests/postgresql/differences.py` says why, and where the tests are)
     and, when it shall be quick, what repeats others (`tests/selection.py`).
     """
     out = {item for item in items if differs(item)}
-    if config.getoption("quick"):
+    if config.getoption("beyond_quick"):
+        beyond = set(repetitions([item for item in items if item not in out]))
+        out |= {item for item in items if item not in beyond and not searched(item)}
+    elif config.getoption("quick"):
         out |= set(repetitions([item for item in items if item not in out]))
-        for test in {item.obj for item in items if isinstance(item, pytest.Function)}:
-            if (wanted := getattr(test, "_hypothesis_internal_use_settings", None)) is not None:
-                fewer = type(wanted)(wanted, max_examples=max(10, wanted.max_examples // 6))
-                getattr(test, "__func__", test)._hypothesis_internal_use_settings = fewer
+        for test in {item.obj for item in items if searched(item)}:
+            wanted = test._hypothesis_internal_use_settings
+            fewer = type(wanted)(wanted, max_examples=max(10, wanted.max_examples // 6))
+            getattr(test, "__func__", test)._hypothesis_internal_use_settings = fewer
     if out:
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]

@@ -25,6 +25,8 @@ import pytest
 
 from tests import watchdog
 
+pytestmark = pytest.mark.slow  # about the documentation, and with a browser: a quarter of the time of all quick tests
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = os.environ.get("SCREENSHOTS")
 """A folder for pictures of all pages."""

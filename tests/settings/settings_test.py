@@ -891,6 +891,7 @@ def test_without_a_working_directory():
     """A working directory that has been removed makes no other errors than a missing file."""
     code = """
         import os, tempfile
+        import database.sqlite3  # Python 3.13.0 cannot import `socket` from nowhere (SystemError), and who runs has this
         from database import errors, settings
         folder = tempfile.mkdtemp()
         os.chdir(folder)
