@@ -324,7 +324,7 @@ def _array(value: Any) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, list):
-        parts: list[Any] = value
+        parts: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
         return f"{{{','.join(map(_literal, parts))}}}"
     if value is None:
         return "NULL"
