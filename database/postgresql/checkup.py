@@ -70,7 +70,7 @@ def checkup(settings: PostgresqlSettings, *, quick: bool, stopped: Callable[[], 
     try:
         inquiry = Inquiry(settings, stopped)
     except errors.ConnectionFailedError as error:
-        yield Finding("connect", FAILED, f"{error.path}: {error.reason}")
+        yield Finding("connect", FAILED, f"{error.path}: {_line(error.reason)}")
         return
     with inquiry:
         try:
@@ -92,6 +92,10 @@ def checkup(settings: PostgresqlSettings, *, quick: bool, stopped: Callable[[], 
         except psycopg.Error as error:
             if not stopped():
                 yield Finding("read", FAILED, str(error).strip())
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 # --- The server, and who is there ---------------------------------------------------------------------------
@@ -322,7 +326,7 @@ def _configured(inquiry: Inquiry, settings: PostgresqlSettings, stopped: Callabl
             replica = Inquiry(alone, stopped)
         except errors.ConnectionFailedError as error:
             yield Finding(
-                "replicas", WARNING, f"{place} does not answer: {error.reason}",
+                "replicas", WARNING, f"{place} does not answer: {_line(error.reason)}",
                 "while none answers, read-only transactions run on the primary",
             )  # fmt: skip
             continue
