@@ -18,18 +18,16 @@ reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
-from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
-from database.engine.contract import Interrupted, Session
+from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Home, Request
+from database.driver.roles import Owner
+from database.driver.worker import Worker
+from database.engine.contract import Connection, Interrupted
 from database.errors import PoolClosedError, TransactionError
-
-if TYPE_CHECKING:
-    from database.driver.lane import WriteLane
-    from database.driver.pool import Pool
-    from database.driver.worker import Worker
 
 __all__ = ["Holder", "Lease"]
 
@@ -78,7 +76,7 @@ class Lease:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Owner[Lease],
         holder: Holder,
         *,
         number: int | None,
@@ -94,7 +92,7 @@ class Lease:
         self.transaction = transaction
         """False for a stream outside any transaction: its one statement is its own snapshot."""
         self.mailbox: SimpleQueue[Request] = SimpleQueue()
-        self.home: WriteLane | None = None
+        self.home: Home | None = None
         self.queued_at = 0.0
         self.pending: set[Request] = set()
         """Requests handed over before the lease was granted. Loop thread."""
@@ -135,10 +133,11 @@ class Lease:
         elif self.queued_at == 0.0:
             self.queued_at = perf_counter()
             transactions.add(self)
-            if self.readonly:
-                self.pool.claim_reader(self)
-            else:
-                self.pool.writes.submit(self)
+            self.pool.claim(self)
+
+    def given(self, worker: Worker) -> None:
+        """See `Claimant`."""
+        worker.inbox.put(self)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
@@ -201,6 +200,19 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt_current(self)
 
+    async def give_back(self, label: str) -> None:
+        """Ends this, rolling back what is open, and waits until its connection is free. Any thread."""
+        waker = self.pool.waker
+        if waker.is_current():
+            if not self.over():
+                request = self.pool.request(ROLLBACK, None, label=label)
+                self.submit(request)
+                await request
+        elif waker.running:  # on another thread: that loop sees to it
+            waker.post([], partial(self.let_go, _silently))
+        else:  # a coroutine is thrown away, and cannot wait for anything
+            self.let_go(_silently)
+
     # Worker thread
 
     def serve(self, worker: Worker) -> None:
@@ -210,7 +222,7 @@ class Lease:
         worker.acquired += 1
         worker.waited += self.granted_at - self.queued_at
         worker.attend()
-        session: Session | None = None if self.transaction else worker.session
+        connection: Connection | None = None if self.transaction else worker.connection
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
         request: Request | None = None
@@ -220,15 +232,15 @@ class Lease:
                     worker.flush()
                 request = get()
                 if request.kind >= COMMIT:
-                    self._end(worker, session, request)
+                    self._end(worker, connection, request)
                 elif self.doom is not None:
                     request.error = self.refusal()
-                elif session is None:
-                    session = self._begin(worker, request)
-                    if session is not None:
-                        self._run(worker, session, request)
+                elif connection is None:
+                    connection = self._begin(worker, request)
+                    if connection is not None:
+                        self._run(worker, connection, request)
                 else:
-                    self._run(worker, session, request)
+                    self._run(worker, connection, request)
                 worker.answers.append(request)
                 worker.left()
         except BaseException as defect:
@@ -236,11 +248,13 @@ class Lease:
             worker.fail(defect, [request])
             self.ended = True
         worker.answers.extend(self._answer_the_rest())
-        if self.transaction and session is not None and request is not None:
-            outcome = "committed" if self.committed else "rolled back"
-            worker.tell(request, worker.observer.transaction, self, outcome, perf_counter() - self.granted_at)
+        if self.transaction and connection is not None and request is not None:
+            seconds = perf_counter() - self.granted_at
+            if worker.observer.hears_of(seconds):
+                outcome = "committed" if self.committed else "rolled back"
+                worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
-            worker.finish(lambda: self.pool.reader_free(worker))
+            worker.finish(lambda: self.pool.free(worker))
 
     def _answer_the_rest(self) -> list[Request]:
         """Refuses what came too late, for nobody reads this mailbox any more; gives it, to be woken.
@@ -279,12 +293,12 @@ class Lease:
             late[0].error = error
         worker.answers.extend(late)
 
-    def _begin(self, worker: Worker, request: Request) -> Session | None:
+    def _begin(self, worker: Worker, request: Request) -> Connection | None:
         try:
             if request.cancelled:
                 raise Interrupted
             if not self.transaction:
-                return worker.session or worker.ready()
+                return worker.connection or worker.ready()
             return worker.begin(request, readonly=self.readonly)
         except Interrupted as interrupted:  # nothing was begun: the next statement may try again
             request.error = interrupted if self.doom is None else self.refusal()
@@ -294,8 +308,8 @@ class Lease:
             self.ended = True
         return None
 
-    def _run(self, worker: Worker, session: Session, request: Request) -> None:
-        if (request.controls is not None or self.carried) and not self._control(worker, session, request):
+    def _run(self, worker: Worker, connection: Connection, request: Request) -> None:
+        if (request.controls is not None or self.carried) and not self._control(worker, connection, request):
             return
         if request.cancelled:
             request.error = Interrupted()
@@ -305,14 +319,14 @@ class Lease:
         else:
             worker.execute(request)
         if request.error is not None or request.cancelled:
-            self._check(worker, session, request)
+            self._check(worker, connection, request)
 
-    def _control(self, worker: Worker, session: Session, request: Request) -> bool:
+    def _control(self, worker: Worker, connection: Connection, request: Request) -> bool:
         controls = [*self.carried, *(request.controls or ())]
         self.carried.clear()
         try:
             for method, argument in controls:
-                getattr(session, method)(argument)
+                getattr(connection, method)(argument)
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
             worker.rollback()
@@ -320,7 +334,7 @@ class Lease:
             return False
         return True
 
-    def _check(self, worker: Worker, session: Session, request: Request) -> None:
+    def _check(self, worker: Worker, connection: Connection, request: Request) -> None:
         """After an error: is the transaction still there, and may it go on?"""
         if not self.transaction:
             if isinstance(self.doom, PoolClosedError):
@@ -330,7 +344,7 @@ class Lease:
             request.error = self.refusal()
         elif request.cancelled and not isinstance(request.error, Interrupted):
             self.doom = INTERRUPTED
-        elif worker.session is not session or not session.in_transaction:
+        elif worker.connection is not connection or not connection.in_transaction:
             self.doom = request.error
         else:
             return
@@ -339,7 +353,7 @@ class Lease:
         worker.rollback()
         self.ended = True
 
-    def _end(self, worker: Worker, session: Session | None, request: Request) -> None:
+    def _end(self, worker: Worker, connection: Connection | None, request: Request) -> None:
         if request.kind == ROLLBACK:
             worker.rollback()  # also without a transaction: it closes the cursors of streams
         elif request.cancelled:
@@ -347,15 +361,15 @@ class Lease:
             return
         elif self.doom is not None:
             request.error = self.refusal()
-        elif session is not None and self.transaction:
+        elif connection is not None and self.transaction:
             if not worker.enter(request):
                 request.error = Interrupted()
                 return
-            if (request.controls is not None or self.carried) and not self._control(worker, session, request):
+            if (request.controls is not None or self.carried) and not self._control(worker, connection, request):
                 self.ended = True
                 return
             try:
-                worker.commit(session)
+                worker.commit(connection)
                 self.committed = True
             except BaseException as error:
                 request.error = worker.translate(error, request)
@@ -363,3 +377,7 @@ class Lease:
             else:
                 self.committed = True
         self.ended = True
+
+
+def _silently() -> None:
+    """Nothing to report."""

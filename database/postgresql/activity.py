@@ -15,7 +15,7 @@ from psycopg import pq
 from database.postgresql.figures import totals
 from database.postgresql.inquiry import Inquiry
 from database.postgresql.opening import parameters
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["look"]
 

@@ -22,7 +22,7 @@ from database.postgresql import health
 from database.postgresql.inquiry import Inquiry, literals
 from database.postgresql.migrate import applied
 from database.postgresql.opening import REPLICAS_TIMEOUT, parameters
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["Finding", "checkup"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 
 from database.postgresql.inquiry import Inquiry
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["measure", "totals"]
 

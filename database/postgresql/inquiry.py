@@ -15,9 +15,9 @@ from typing import Any
 
 import psycopg
 
-from database.postgresql.analysis import Plan
-from database.postgresql.opening import describe, open_session
-from database.settings import PostgresqlSettings
+from database.postgresql.opening import describe, open_connection
+from database.postgresql.plan import Plan
+from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["Inquiry", "literals"]
 
@@ -49,7 +49,7 @@ class Inquiry:
             prepare_threshold=0,
             lock_timeout=min(settings.lock_timeout or LOCK_TIMEOUT, LOCK_TIMEOUT),
         )
-        self._session = open_session(asking, "shared", stopped, lambda: False)
+        self._session = open_connection(asking, "shared", stopped, lambda: False)
         self._over = threading.Event()
         threading.Thread(target=self._watch, args=(stopped,), daemon=True, name="database-inquiry").start()
         try:

@@ -31,7 +31,7 @@ from psycopg import sql
 from database import errors
 from database.postgresql.opening import describe, parameters
 from database.postgresql.redaction import hide
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["copy", "discard", "fresh"]
 
