@@ -13,9 +13,9 @@ import pytest
 
 from database import settings
 from database.sandbox import Sandbox
-from tests.plugin_test import BACKENDS, HEAD, Project, project
 from tests.postgresql.server import Server, shared
 from tests.programs import PYTEST
+from tests.sandbox.plugin_test import BACKENDS, HEAD, Project, project
 
 pytest_plugins = ["pytester"]
 __all__ = ["project"]
