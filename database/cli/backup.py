@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +73,10 @@ async def copy(db: Database, file: Path, *, force: bool, verify: bool = False) -
 
         await db.backup(file, progress=progress)
     if verify:
+        faults = import_module(f"database.{db.engine.name}.checkup").faults
+        chosen = settings.current().find(db.name, db.engine.name)[1]
         with err().status("verifying …"):
-            await in_thread(lambda stopped: _verify(file, stopped))
+            found = await in_thread(lambda stopped: faults(chosen, file, stopped=stopped))
+        if found:
+            fail(f"{file} is damaged: {found[0]}", "`python -m database check` tells whether the original is, too")
     return {}
-
-
-def _verify(file: Path, stopped: Callable[[], Any]) -> None:
-    # Immutable, so that no -wal is made beside the copy, which nobody else has open.
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as raw:
-        raw.set_progress_handler(stopped, 10_000)
-        try:
-            found = [str(row[0]) for row in raw.execute("PRAGMA quick_check(10)")]
-        except sqlite3.Error as error:
-            found = [str(error)]
-    if found != ["ok"]:
-        fail(f"{file} is damaged: {found[0]}", "`python -m database check` tells whether the original is, too")

@@ -112,8 +112,8 @@ class _Sqlite:
         return [f"{row[0]};" for row in rows]
 
     async def banner(self, db: Database) -> str:
-        where = await db.fetch_value("SELECT file FROM pragma_database_list WHERE name = 'main'")
-        return f"SQLite {sqlite3.sqlite_version}, {where}"
+        row = await db.fetch_one("SELECT sqlite_version(), file FROM pragma_database_list WHERE name = 'main'")
+        return f"SQLite {row[0]}, {row[1]}" if row is not None else "SQLite"
 
     def split(self, text: str) -> Iterator[str]:
         return sqlite_split(text)

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from database import errors
 from database.cli.support import Status, Target, clean, err, fail, in_thread, out, out_json, run, size
+from database.errors import ConnectionFailedError
 from database.settings import MEMORY
 
 __all__ = ["stats"]
@@ -33,13 +33,9 @@ def stats(target: Target, *, count: bool, as_json: bool) -> None:
 
     try:
         figures = run(look)
-    except (errors.DatabaseError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in ("sqlite3", "psycopg"):
-            raise
-        place = getattr(settings, "path", None) or settings.name
-        fail(f"{place}: {str(error).strip()}", "`python -m database check` looks closer")
+    except (ConnectionFailedError, OSError) as error:
+        place = getattr(settings, "path", None) or getattr(error, "path", settings.name)
+        fail(f"{place}: {getattr(error, 'reason', error)}", "`python -m database check` looks closer")
     if as_json:
         out_json({"name": settings.name, "engine": engine, **figures})
         return

@@ -7,7 +7,9 @@ from typing import Any
 
 import psycopg
 
+from database.errors import ConnectionFailedError
 from database.postgresql.inquiry import Inquiry
+from database.postgresql.opening import describe
 from database.postgresql.settings import PostgresqlSettings
 
 __all__ = ["measure", "totals"]
@@ -34,9 +36,15 @@ def measure(settings: PostgresqlSettings, *, count: bool, stopped: Callable[[], 
         stopped: Whether to give up.
 
     Raises:
-        ConnectionFailedError: There is no connection to be had.
-        psycopg.Error: The server refuses.
+        ConnectionFailedError: There is no connection to be had, or the server refuses.
     """
+    try:
+        return _measure(settings, count, stopped)
+    except psycopg.Error as error:
+        raise ConnectionFailedError(describe(settings), " ".join(str(error).split())) from error
+
+
+def _measure(settings: PostgresqlSettings, count: bool, stopped: Callable[[], bool]) -> dict[str, Any]:
     with Inquiry(settings, stopped) as inquiry:
         inquiry.snapshot()
         about = inquiry.row(

@@ -349,7 +349,7 @@ class Database:
     def adapt(self, kind: type[T], function: Callable[[T], Any]) -> None:
         """Says how values of a type of yours are stored by this database; those of subclasses, too.
 
-        `sqlite3.register_adapter` would say so to everybody in the process. Example::
+        `sqlite3.register_adapter`, or psycopg's adapters, would say so to others in the process as well. Example::
 
             db.adapt(dict, json.dumps)
             db.adapt(Money, lambda money: money.cents)
@@ -359,7 +359,7 @@ class Database:
             function: Makes of a value what can be stored: a number, a text, bytes, None, or whatever the package knows.
 
         Raises:
-            ConfigurationError: SQLite stores the type as it is; or this database is of an engine that cannot do this.
+            ConfigurationError: The type is stored as it is.
         """
         if not isinstance(kind, type) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"database {self.name!r}: adapt() takes a class and a function")
@@ -368,8 +368,6 @@ class Database:
                 f"database {self.name!r}: {kind.__name__} is stored as it is; convert such values where they are given"
             )
         declared = self.binding.declared
-        if declared.resolved is not None and not self.binding.engine.adapts:
-            raise self.binding.no_adapting()
         declared.adapters[kind] = function
 
     def on_connect(self, function: C) -> C:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from database.sqlite3 import files
+from database.sqlite3.encryption import of_attached
 from database.sqlite3.opening import connect
 from database.sqlite3.settings import SqliteSettings
 
@@ -29,7 +30,7 @@ def copy(source: SqliteSettings, folder: Path, name: str, *, like: SqliteSetting
     attach = {each: str(folder / Path(place).name) for each, place in source.attach.items()}
     for each, place in attach.items():
         if not os.path.exists(place):  # else another database has it attached, too
-            _copy(source, Path(source.attach[each]), Path(place))
+            _copy(of_attached(source), Path(source.attach[each]), Path(place))
     synchronous = like.synchronous if durable else "OFF"
     return replace(source, path=str(path), attach=attach, init_sql="", synchronous=synchronous)
 
