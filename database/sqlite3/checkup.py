@@ -10,12 +10,11 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from database import errors
-from database.engine.migrations import load, pending
+from database.engine.checkup import FAILED, NOTE, OK, WARNING, Finding, bytes_of, migrations
 from database.settings import MEMORY
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
@@ -28,8 +27,6 @@ from database.sqlite3.opening import connect, journal_mode, look, open_connectio
 from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["Finding", "checkup", "faults", "measure"]
-
-OK, NOTE, WARNING, FAILED = "ok", "note", "warning", "failed"
 
 LARGE_WAL = 64 * 2**20
 """Bytes from which a WAL is remarked on: sixteen times what the automatic checkpoint lets it grow to."""
@@ -50,23 +47,6 @@ _BUGS: tuple[tuple[tuple[int, int, int], tuple[int, int, int], str, str], ...] =
         "sqlite.org/cves.html",
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: What.
-        level: `"ok"`, `"note"`, `"warning"` or `"failed"`.
-        text: How it is.
-        hint: What to do about it.
-    """
-
-    name: str
-    level: str
-    text: str
-    hint: str = ""
 
 
 def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool]) -> Iterator[Finding]:
@@ -162,7 +142,7 @@ def _version(settings: SqliteSettings) -> Iterator[Finding]:
 
 def _file(path: Path) -> Finding:
     status = path.stat()
-    text = f"{path}, {_size(status.st_size)}"
+    text = f"{path}, {bytes_of(status.st_size)}"
     if not os.access(path, os.R_OK | os.W_OK):
         return Finding("file", FAILED, f"{text}: this user may not read and write it", "give it the rights")
     if not os.access(path.parent, os.W_OK):
@@ -175,7 +155,7 @@ def _file(path: Path) -> Finding:
 def _place(path: Path) -> Iterator[Finding]:
     usage = shutil.disk_usage(path.parent)
     size = path.stat().st_size
-    text = f"{_size(usage.free)} free of {_size(usage.total)}"
+    text = f"{bytes_of(usage.free)} free of {bytes_of(usage.total)}"
     if usage.free < max(size, 100 * 2**20):
         yield Finding(
             "disk", WARNING, text, "a backup, or VACUUM, needs as much room as the database has, and 100 MiB is little"
@@ -273,7 +253,7 @@ def _prepared(settings: SqliteSettings, where: str) -> Iterator[Finding]:
     if settings.extensions:
         yield Finding("extensions", OK, f"{', '.join(settings.extensions)}: loaded {where}")
     for name, place in settings.attach.items():
-        text = f"{name}: {place}, {_size(Path(place).stat().st_size)}, read-only on readers"
+        text = f"{name}: {place}, {bytes_of(Path(place).stat().st_size)}, read-only on readers"
         if settings.encrypted:
             text += ", with the same key"
         yield Finding("attached", OK, text)
@@ -305,7 +285,7 @@ def _pages(raw: Any, path: Path) -> Iterator[Finding]:
     count, unused, size = (_pragma(raw, name) for name in ("page_count", "freelist_count", "page_size"))
     text = f"{count:,} of {size:,} bytes, {unused:,} of them unused"
     if unused * size > 10 * 2**20 and unused * 4 > count:
-        yield Finding("pages", NOTE, text, f"VACUUM would give back {_size(unused * size)}")
+        yield Finding("pages", NOTE, text, f"VACUUM would give back {bytes_of(unused * size)}")
     else:
         yield Finding("pages", OK, text)
     if Path(f"{path}-journal").exists():
@@ -323,11 +303,11 @@ def _wal(path: Path, settings: SqliteSettings) -> Iterator[Finding]:
         yield Finding(
             "WAL",
             WARNING,
-            f"{_size(wal)}: checkpoints do not get through",
+            f"{bytes_of(wal)}: checkpoints do not get through",
             "look for a transaction or stream that stays open (`python -m database top`)",
         )
     else:
-        yield Finding("WAL", OK, _size(wal))
+        yield Finding("WAL", OK, bytes_of(wal))
 
 
 def _integrity(raw: Any, *, quick: bool) -> Iterator[Finding]:
@@ -375,31 +355,12 @@ def _references(raw: Any, settings: SqliteSettings) -> Iterator[Finding]:
 
 
 def _migrations(connection: Any, settings: SqliteSettings) -> Iterator[Finding]:
-    if settings.migrations is None:
-        return
-    record = applied(connection)
-    try:
-        left = pending(load(settings.migrations), record, settings.migrations)
-    except errors.MigrationError as error:
-        yield Finding("migrations", FAILED, str(error))
-        return
-    text = f"{len(record)} applied, {len(left)} pending"
-    if left:
-        yield Finding("migrations", WARNING, f"{text}: {left[0].name}, …", "`python -m database migrate` applies them")
-    else:
-        yield Finding("migrations", OK, text)
+    if settings.migrations is not None:
+        yield from migrations(applied(connection), settings.migrations, "sqlite3")
 
 
 def _pragma(raw: Any, name: str) -> int:
     return int(raw.execute(f"PRAGMA {name}").fetchone()[0])
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
 
 
 # --- Figures ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from database.sqlite3.encryption import of_attached
 from database.sqlite3.opening import connect
 from database.sqlite3.settings import SqliteSettings
 
-__all__ = ["copy", "fresh"]
+__all__ = ["copy", "discard", "fresh"]
 
 
 def fresh(settings: SqliteSettings, folder: Path, name: str) -> SqliteSettings:
@@ -33,6 +33,10 @@ def copy(source: SqliteSettings, folder: Path, name: str, *, like: SqliteSetting
             _copy(of_attached(source), Path(source.attach[each]), Path(place))
     synchronous = like.synchronous if durable else "OFF"
     return replace(source, path=str(path), attach=attach, init_sql="", synchronous=synchronous)
+
+
+def discard(settings: SqliteSettings) -> None:
+    """See `database.sandbox.Copier`: there are only files, which go with their folder."""
 
 
 def _attached(place: str) -> str:
