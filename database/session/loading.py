@@ -27,7 +27,7 @@ def loader() -> Any:
                 if place in text:
                     raise
                 if text.startswith("duplicate parameter name"):
-                    text = "a parameter cannot be named :self, for each is passed on as a keyword argument"
+                    text = "a parameter cannot be named :self: each is passed on as a keyword argument"
                 elif "is not a valid parameter name" in text:
                     text = f"{text}, for each is passed on as a keyword argument"
                 lines = query.strip().splitlines()
