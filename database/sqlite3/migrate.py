@@ -301,7 +301,7 @@ def _run(
                 statement = analysis.analyse(text)
                 if statement.kind == CONTROL:
                     raise MigrationError(
-                        f"{statement.verb} is the package's own business here, because each file is one transaction: leave it out,"
+                        f"{statement.verb} is the package's own business here (each file is one transaction): leave it out,"
                         " and split the file where a part is to stand although the next one fails"
                     )
                 cursor.execute(text)
