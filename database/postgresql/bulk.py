@@ -346,9 +346,9 @@ def _batch(connection: Connection, items: Any) -> int:
                     failed = start + max(number, 0), answer
                 connection.result()  # the None between two
         late = connection.leave_pipeline()
-    except BaseException:
+    except BaseException as error:
         connection.abandon()
-        connection.settle(psycopg.OperationalError())
+        connection.settle(error)
         raise
     if late is not None and failed is None:
         failed = len(sent) - 1, late

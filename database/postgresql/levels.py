@@ -23,7 +23,7 @@ import psycopg
 from psycopg import pq
 
 from database import errors
-from database.postgresql.failures import made_from, mark_committing
+from database.postgresql.failures import made_from, mark_outcome, outcome_of
 from database.postgresql.wire import Wire
 from database.settings import PostgresqlSettings
 
@@ -39,6 +39,14 @@ _FATAL = pq.ExecStatus.FATAL_ERROR
 _IDLE = pq.TransactionStatus.IDLE
 _INERROR = pq.TransactionStatus.INERROR
 _BAD = pq.ConnStatus.BAD
+
+_INSTANCE = (
+    b"extract(epoch FROM pg_postmaster_start_time())::text || ' '"
+    b" || coalesce(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time())::text, '')"
+)
+"""Which life of which server this is. The statistics begin anew when it recovers from a crash."""
+
+_TICKET = b"SELECT pg_current_xact_id_if_assigned()::text, " + _INSTANCE
 
 _SAVE = b"SAVEPOINT statement"
 _RELEASE = b"RELEASE SAVEPOINT statement"
@@ -61,6 +69,7 @@ class Levels(Wire):
         "settings",
         "stained",
         "streams",
+        "ticket",
     )
 
     def __init__(
@@ -79,6 +88,8 @@ class Levels(Wire):
         """Whether transactions are read-only by default, for the time of one."""
         self.stained = False
         """Whether a statement may have left something on the connection that its next user must not find."""
+        self.ticket: tuple[Any, Any] | None = None
+        """The number of the transaction whose COMMIT is under way, and of which instance of the server's."""
         super().__init__(connect, progress)
 
     def adopt(self, raw: RawConnection) -> None:
@@ -204,11 +215,18 @@ class Levels(Wire):
         if prefix and prefix[0].startswith(b"BEGIN"):  # nothing has been executed
             self.forget()
             return
+        self.ticket = None
         try:
-            result = self.simple([*prefix, b"COMMIT"])
+            if self.settings.resolve_commits and not self.readonly:
+                result = self._commit_with_ticket(prefix)
+            else:
+                result = self.simple([*prefix, b"COMMIT"])
         except psycopg.Error as error:
             if self.lost(error):
-                mark_committing(error)
+                outcome = "undone" if self.readonly else self._look_up()
+                if outcome == "committed":
+                    return
+                mark_outcome(error, outcome)
             raise
         finally:
             if self.pg.transaction_status == _IDLE or self.pg.status == _BAD:
@@ -217,6 +235,69 @@ class Levels(Wire):
                     self.put_right()
         if result.command_status == b"ROLLBACK":
             raise errors.TransactionError("the server has rolled the transaction back; nothing of it is kept")
+
+    def _commit_with_ticket(self, parts: list[bytes]) -> pq.abc.PGresult:
+        """COMMIT, and before it, in the same round trip, who we are: the server answers that before it commits."""
+        pg = self.pg
+        self.prefix = []
+        self.begin_wait()
+        failed: pq.abc.PGresult | None = None
+        try:
+            pg.enter_pipeline_mode()
+            for part in parts:
+                pg.send_query_params(part, None)
+            pg.send_query_params(_TICKET, None)
+            pg.send_flush_request()
+            pg.send_query_params(b"COMMIT", None)
+            pg.pipeline_sync()
+            self.flush()
+            for number in range(len(parts) + 2):
+                result = self.answer()
+                if result.status == _FATAL:
+                    failed = failed or result
+                elif number == len(parts) and result.ntuples and result.get_value(0, 0) is not None:
+                    self.ticket = result.get_value(0, 0), result.get_value(0, 1)
+                self.result()  # the None between two
+            failed = self.leave_pipeline() or failed
+        except BaseException:
+            self.abandon()
+            raise
+        if failed is not None:
+            raise made_from(failed)
+        return result
+
+    def _look_up(self) -> str:
+        """What has become of the transaction whose COMMIT got no answer: asked of the server, on another connection.
+
+        Only the instance that ran it may tell: after a crash or a failover the number may be another transaction's.
+        """
+        if self.ticket is None:
+            return "unknown"
+        number, instance = self.ticket
+        self.ticket = None
+        question = b"SELECT CASE WHEN %s = '%s' THEN pg_xact_status('%s'::xid8) END" % (_INSTANCE, instance, number)
+        deadline = time.monotonic() + self.settings.reconnect_timeout
+        pause = 0.005
+        self.abandon()
+        while True:
+            try:
+                if self.pg.status == _BAD:
+                    self.reopen()
+                answer = self.simple([question]).get_value(0, 0)
+            except errors.ConnectionFailedError:
+                return "unknown"
+            except psycopg.Error as error:
+                if not self.lost(error):
+                    return "unknown"
+            else:
+                if answer == b"committed":
+                    return "committed"
+                if answer != b"in progress":  # None: another instance, or too long ago
+                    return "undone" if answer == b"aborted" else "unknown"
+            if time.monotonic() + pause > deadline:
+                return "unknown"
+            time.sleep(pause)
+            pause = min(pause * 2, 0.5)
 
     def rollback(self) -> None:
         """See `Session`."""
@@ -293,6 +374,8 @@ class Levels(Wire):
         if not self.began:
             return
         if self.pg.status == _BAD:
+            if outcome_of(error) is None:
+                mark_outcome(error, "undone")  # COMMIT was not sent
             self.forget()
             return
         status = self.pg.transaction_status
@@ -333,9 +416,10 @@ class Levels(Wire):
             parts = self.prefix
             try:
                 self.simple(parts)
-            except BaseException:
+            except BaseException as error:
                 if self.pg.status != _BAD:
                     self.rollback()
+                self.settle(error)
                 raise
 
 

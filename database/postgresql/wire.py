@@ -224,6 +224,10 @@ class Wire:
                     self.pg.consume_input()
                 if self.pg.status != _BAD:
                     return
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Another connection in place of one that is of no use any more."""
         with contextlib.suppress(Exception):
             self.raw.session = None
             self.raw.close()

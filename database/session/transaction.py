@@ -511,8 +511,10 @@ class Transaction:
         lease.submit(request)
         try:
             await request
-        except BaseException:
+        except BaseException as error:
             if not lease.committed:
+                if retry.attempts and not self.readonly and retry.is_unknown(error):
+                    retry.leave_behind()
                 raise
             self._committed()  # cancelled, but the commit had begun and went through
             raise
