@@ -412,6 +412,8 @@ class Levels(Wire):
 
     def send_prefix(self) -> None:
         """Sends what waits, before psycopg's own functions are used."""
+        if self.struck and not self.prefix:
+            self.outlast_cancel()
         if self.prefix:
             parts = self.prefix
             try:

@@ -133,7 +133,7 @@ class Wire:
         self.ticks = 0
         self.cancelled = 0.0
         if self.struck:
-            self._outlast_cancel()
+            self.outlast_cancel()
 
     def next_wait(self) -> None:
         """Within a pipeline: what is waited for now is another statement."""
@@ -163,7 +163,7 @@ class Wire:
         """Ends a connection of which nobody knows what it would answer next; it is made again before its next use."""
         self.pg.finish()
 
-    def _outlast_cancel(self) -> None:
+    def outlast_cancel(self) -> None:
         """After a cancellation: makes sure that it does not hit what comes next.
 
         The server is told by a signal, which may arrive when the statement that it was meant for is over. A statement that

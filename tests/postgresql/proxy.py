@@ -34,6 +34,8 @@ class Proxy:
         self.may_cancel.set()
         self.cancels = 0
         """Cancellations that have come so far."""
+        self.delivered = 0
+        """Of these, the ones of which the server has said, by closing their connection, that it has acted on them."""
         self.connections = 0
         """Others that have."""
         self.closed = False
@@ -70,6 +72,12 @@ class Proxy:
             self._sockets.add(server)
             server.connect(self.target)
             server.sendall(start)
+            if code == CANCEL:
+                server.recv(1)
+                self.delivered += 1
+                self._drop(server)
+                self._drop(client)
+                return
             self._start(self._pass, server, client, False)
             self._pass(client, server, True)
             return
