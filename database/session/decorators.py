@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar, overload
 
 import anyio
 
+from database.driver.wakeup import current_loop
 from database.errors import DatabaseError, TransactionError
 from database.session.database import Database
 from database.session.offload import Job, Offloaded
@@ -206,6 +208,8 @@ async def _run_again(run: Runner, retries: int, args: Any, kwargs: Any, limit: T
             except DatabaseError as error:
                 if not left or not is_passing(error) or not attempt.may_be_repeated():
                     raise
+        if current_loop() is not None:  # those that this one was in the way of go first, or they meet again
+            await anyio.sleep(random.uniform(0, min(0.001 * 2 ** (retries - left), 0.05)))  # noqa: S311  - not a secret
     raise AssertionError
 
 

@@ -16,6 +16,9 @@ from tests.postgresql.server import Server
 CANCEL = 80877102
 """What a connection begins with that only carries a cancellation."""
 
+ENCRYPTION = (80877103, 80877104)
+"""What asks for TLS or GSSAPI, before it begins."""
+
 Look = Callable[[bytes, bytes], bool]
 """`(type, body) -> whether the message is passed on`; where it is not, both sides lose their connection."""
 
@@ -24,7 +27,7 @@ class Proxy:
     """`port` is where clients connect. Threads of its own, so it serves any event loop."""
 
     def __init__(self, server: Server) -> None:
-        self.target = str(server.sockets / f".s.PGSQL.{server.port}")
+        self.lead_to(server)
         self.from_client: Look = lambda kind, body: True
         self.from_server: Look = lambda kind, body: True
         self.passed: Callable[[bytes, bytes], None] = lambda kind, body: None
@@ -44,8 +47,12 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self._start(self._accept)
 
+    def lead_to(self, server: Server) -> None:
+        """Where connections go from now on."""
+        self._target = str(server.sockets / f".s.PGSQL.{server.port}")
+
     def conninfo(self) -> str:
-        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres sslmode=disable gssencmode=disable"
+        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
         threading.Thread(target=target, args=arguments, name="pytest-proxy", daemon=True).start()
@@ -62,6 +69,10 @@ class Proxy:
         with contextlib.suppress(OSError):
             start = _read(client, 8)
             length, code = struct.unpack("!II", start)
+            while code in ENCRYPTION:
+                client.sendall(b"N")
+                start = _read(client, 8)
+                length, code = struct.unpack("!II", start)
             start += _read(client, length - 8)
             if code == CANCEL:
                 self.cancels += 1
@@ -70,7 +81,7 @@ class Proxy:
                 self.connections += 1
             server = socket.socket(socket.AF_UNIX)
             self._sockets.add(server)
-            server.connect(self.target)
+            server.connect(self._target)
             server.sendall(start)
             if code == CANCEL:
                 server.recv(1)
