@@ -449,6 +449,9 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
             )
         ):
             plan.stains, plan.refusal = True, _TEMPORARY
+        elif token.text == "PG_SETTINGS" or (token.kind == "quoted" and _unquoted(token.text) == "pg_settings"):
+            if any(each.text == "UPDATE" for each in tokens):  # a view that sets what is written to it
+                plan.stains, plan.refusal = True, _STAINING["set_config"].replace("set_config() ", "this ", 1)
         elif token.kind == "word" and token.text == "HOLD" and verb == "DECLARE":
             plan.stains, plan.refusal = True, _HELD
         before = token
@@ -462,7 +465,15 @@ def _called(tokens: list[Token], index: int) -> str | None:
         return None
     if token.kind == "word":
         return token.text.lower()
-    return token.text.partition('"')[2][:-1].replace('""', '"')
+    return _unquoted(token.text)
+
+
+def _unquoted(text: str) -> str:
+    """The name that is written in double quotes."""
+    name = text.partition('"')[2][:-1].replace('""', '"')
+    if text[:1] in "uU":  # U&"d\0061ta"
+        name = re.sub(r"\\(?:\+([0-9a-fA-F]{6})|([0-9a-fA-F]{4}))", lambda match: chr(int(match[1] or match[2], 16)), name)
+    return name
 
 
 def _is_local(tokens: list[Token], opening: int) -> bool:
