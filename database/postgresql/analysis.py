@@ -190,6 +190,7 @@ class Plan:
         stains: Whether the connection may be another one after it; it is then put right when the transaction ends.
         refusal: Why it is refused outside a transaction.
         alone: Whether it may not run within a transaction.
+        nameless: Whether it is not prepared under a name any more.
         shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong.
         learnt_at: How many such statements there had been when something was learnt of this one.
     """
@@ -203,6 +204,7 @@ class Plan:
         "insert",
         "learnt_at",
         "look_again",
+        "nameless",
         "names",
         "refusal",
         "returning",
@@ -226,7 +228,7 @@ class Plan:
         self.uses = 0
         self.wide: frozenset[int] = frozenset()
         self.calls: tuple[str, ...] = ()
-        self.acts = self.alone = self.stains = self.shapes = False
+        self.acts = self.alone = self.stains = self.shapes = self.nameless = False
         self.learnt_at = 0
         self.refusal: str | None = None
 
@@ -472,7 +474,9 @@ def _unquoted(text: str) -> str:
     """The name that is written in double quotes."""
     name = text.partition('"')[2][:-1].replace('""', '"')
     if text[:1] in "uU":  # U&"d\0061ta"
-        name = re.sub(r"\\(?:\+([0-9a-fA-F]{6})|([0-9a-fA-F]{4}))", lambda match: chr(int(match[1] or match[2], 16)), name)
+        name = re.sub(
+            r"\\(?:\+([0-9a-fA-F]{6})|([0-9a-fA-F]{4}))", lambda match: chr(int(match[1] or match[2], 16)), name
+        )
     return name
 
 

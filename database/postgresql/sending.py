@@ -206,6 +206,10 @@ class Sender(Levels):
                     forgot = True
                     plan.coercions.pop(kinds, None)
                     self.unprepare(text)
+                    if self.settings.pooler != "none" and is_reshaped(error):
+                        plan.nameless = (
+                            True  # the pooler would give another name of ours to the same plan on the server
+                        )
                 elif not learnt and state in MISTYPED and kinds and known is None:
                     learnt = True
                 else:
@@ -303,7 +307,7 @@ class Sender(Levels):
         """The name under which a statement is prepared, and whether it still has to be."""
         threshold = self.settings.prepare_threshold
         plan.uses += 1
-        if not threshold or plan.uses < threshold or not self.prepares:
+        if not threshold or plan.uses < threshold or not self.prepares or plan.nameless:
             return None, False
         name = self.prepared.get(key)
         if name is not None:
