@@ -216,7 +216,7 @@ class LogObserver:
             return
         queued_at: float | None = getattr(request, "queued_at", None)  # within a transaction nothing is queued
         waited = None if queued_at is None else max(0.0, perf_counter() - seconds - queued_at)
-        statement = request.sql
+        statement = request.subject
         parsed = isinstance(statement, Statement)
         sql = statement.sql if parsed else str(request.label or statement)
         parameters, shown = self._parameters(parameters_of(request))
@@ -254,6 +254,11 @@ class LogObserver:
             return parameters, repr(parameters)
         redacted = redact(parameters)
         return redacted, redacted
+
+    def hears_of(self, seconds: float) -> bool:
+        """See `Observer`."""
+        slow = self.slow_transaction
+        return (slow is not None and seconds >= slow) or _transaction.isEnabledFor(logging.INFO)
 
     @harmless
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
@@ -374,7 +379,7 @@ class LogObserver:
 
 def parameters_of(request: Request) -> object:
     """The user's parameters of a statement; None for what is no statement."""
-    return request.params if isinstance(request.sql, Statement) else None
+    return request.params if isinstance(request.subject, Statement) else None
 
 
 def _connection(*, readonly: bool) -> str:

@@ -225,10 +225,11 @@ def db_file(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Databas
 def db_path(request: pytest.FixtureRequest) -> Path:
     """The file of the default database that the test works on, with `db` or with `db_file`."""
     from database import settings  # noqa: PLC0415  - see the top of the module
+    from database.sqlite3.settings import SqliteSettings  # noqa: PLC0415
 
     if not request.getfixturevalue("_database_layers"):
         raise pytest.UsageError("db_path goes with db or db_file, which must stand before it")
     found = settings.current().find("default")[1]
-    if not isinstance(found, settings.SqliteSettings):
+    if not isinstance(found, SqliteSettings):
         raise pytest.UsageError("db_path goes with a database that is a file")
     return Path(found.path)

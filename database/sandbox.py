@@ -8,7 +8,7 @@ not a transaction around the test: within one, `VACUUM` could not run, readers w
 interrupted write would take the whole test's data with it.
 
 Handles stay the same objects, so that code which has called `get_db()` at import time works on the copies too. `enter`
-and `leave` exchange what is behind them: the configuration, and each handle's pools and current transaction.
+and `leave` exchange what is behind them: the configuration, and each handle's binding, with its pools.
 
 Threads. One sandbox at a time is in place in a process. Layers are entered and left by one thread, while no event loop of
 its own is running. Pools that the layer's tests have opened on other threads' loops are closed by those.
@@ -35,7 +35,8 @@ import anyio
 from database import settings
 from database.errors import DatabaseError
 from database.session import registry
-from database.session.database import Database, Parked
+from database.session.binding import Binding
+from database.session.database import Database
 from database.settings import Configuration, Settings
 
 __all__ = ["Layer", "Sandbox", "Setup"]
@@ -189,9 +190,7 @@ class Layer:
     async def close(self) -> None:
         """Closes the pools of the running event loop. Needed where that goes on beyond the layer's end."""
         for database in registry.handles():
-            database.current = type(database.current)(
-                f"database {database.name}", default=None
-            )  # whatever was left open
+            database.binding.forget_levels()  # whatever was left open
             await database.close()
 
     def __exit__(self, *_: object) -> None:
@@ -210,11 +209,13 @@ class _Exchanged:
     def __init__(self, configuration: Configuration) -> None:
         self._configuration = configuration
         self._before: Configuration | None = None
-        self._parked: list[tuple[Database, Parked]] = []
+        self._parked: list[tuple[Database, Binding]] = []
 
     def __enter__(self) -> None:
         self._before = settings.override(self._configuration)
-        self._parked = [(database, database.park()) for database in registry.handles()]
+        self._parked = [(database, database.binding) for database in registry.handles()]
+        for database, binding in self._parked:
+            database.binding = binding.fresh()
 
     def __exit__(self, *_: object) -> None:
         parked = {id(database): found for database, found in self._parked}
@@ -223,9 +224,10 @@ class _Exchanged:
                 _close(pool)
             found = parked.get(id(database))
             if found is None:  # made meanwhile
-                database.park()
+                database.binding = database.binding.fresh()
             else:
-                database.unpark(found)
+                found.forget_pools(closing=True)
+                database.binding = found
         settings.override(self._before)
 
 

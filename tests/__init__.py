@@ -4,5 +4,5 @@ import sys
 
 if "pytest" in sys.modules:  # benchmarks and programs of the tests do without
     # What the tests share asserts, too, also where the interpreter leaves assertions out (PYTHONOPTIMIZE).
-    for _name in ("cli", "contract", "driver", "postgresql", "programs", "robustness", "sqlite3", "translations"):
+    for _name in ("cli", "contract", "docs", "driver", "postgresql", "programs", "robustness", "sqlite3"):
         sys.modules["pytest"].register_assert_rewrite(f"tests.{_name}")

@@ -82,8 +82,10 @@ def handles_of(engine: Engine) -> Iterator[None]:
     pins: list[tuple[Database, Any]] = []
     for name in engine.databases:
         handle = before.get((None, name)) or registry.get_db(name)
-        pins.append((handle, handle._wanted_engine))
-        handle._wanted_engine = handle._engine = None
+        declared = handle.binding.declared
+        pins.append((handle, declared.engine))
+        declared.engine = declared.resolved = None
+        handle.binding = handle.binding.fresh()
         for key in [key for key in registry._handles if key[1] == name]:
             del registry._handles[key]
         registry._handles[None, name] = registry._handles[engine.name, name] = handle
@@ -93,7 +95,8 @@ def handles_of(engine: Engine) -> Iterator[None]:
         registry._handles.clear()
         registry._handles.update(before)
         for handle, pin in pins:
-            handle._wanted_engine, handle._engine = pin, None
+            handle.binding.declared.engine, handle.binding.declared.resolved = pin, None
+            handle.binding = handle.binding.fresh()
 
 
 def make_engine(name: str, directory: Path) -> Engine:

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import time
 from time import perf_counter, thread_time
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from database.driver.pool import Pool
-    from database.driver.wakeup import Timer
+from database.driver.roles import Owner
+from database.driver.wakeup import Timer
 
 __all__ = ["Courtesy"]
 
@@ -47,7 +46,7 @@ class Courtesy:
 
     __slots__ = ("_computed", "_due", "_pool", "_seconds", "_timer")
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Owner[Any]) -> None:
         self._pool = pool
         self._timer: Timer | None = None
         self._seconds = SOON

@@ -28,13 +28,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
 
+from database.driver.read_lane import Execute, ReadLane
 from database.driver.request import Request, taken_from
-
-if TYPE_CHECKING:
-    from database.driver.lane import ReadLane
-    from database.driver.wakeup import Waker
+from database.driver.wakeup import Waker
 
 __all__ = ["BUDGET", "TURN", "Inline"]
 
@@ -76,6 +73,7 @@ class Inline:
     def __init__(self, waker: Waker, lane: ReadLane) -> None:
         self._waker = waker
         self._lane = lane
+        lane.timed = self.timed
         self.queue: deque[Request] = deque()
         """Requests that wait for the loop's next turn."""
         self._next_turn: Callable[[Callable[[], None]], None] = waker.next_turn
@@ -93,7 +91,7 @@ class Inline:
 
     def read(self, request: Request) -> bool:
         """Runs the request here, now or in the loop's next turn, if it is one for that; False: it is the lane's."""
-        known = self.texts.get(request.sql.sql)
+        known = self.texts.get(request.subject.sql)
         if self._waker.crowd > CROWD:
             self._crowded = PATIENCE
             return False
@@ -147,7 +145,9 @@ class Inline:
         worker = self._lane.resident
         assert worker is not None
         threshold = worker.observer.threshold()
-        if (threshold is not None and threshold < LOGGED) or not worker.lent.acquire(blocking=False):
+        lent = worker.lent
+        assert lent is not None
+        if (threshold is not None and threshold < LOGGED) or not lent.acquire(blocking=False):
             return False
         try:
             session = worker.session
@@ -156,19 +156,19 @@ class Inline:
             began = perf_counter()
             worker.until = began + BUDGET
             try:
-                result = request.operation(session, request.sql, request.params, request.extra)  # type: ignore[misc]
+                result = request.operation(session, request.subject, request.params, request.extra)  # type: ignore[misc]
             except Exception:
                 result = self
             finally:
                 worker.until = 0.0
             seconds = perf_counter() - began
         finally:
-            worker.lent.release()
+            lent.release()
         self._left -= seconds
         if not self._waiting:
             self._waiting = True
             self._next_turn(self._turn)
-        known = self.texts.get(request.sql.sql, _UNKNOWN)
+        known = self.texts.get(request.subject.sql, _UNKNOWN)
         if seconds > BUDGET:
             self._relapse(known)
         elif known[1] > RELAPSE:
@@ -190,8 +190,8 @@ class Inline:
 
     def learn(self, request: Request, seconds: float) -> None:
         """A read has run on the worker, for so long."""
-        text = getattr(request.sql, "sql", None)
-        if text is None:
+        text = getattr(request.subject, "sql", "")
+        if not text:  # no statement
             return
         known = self.texts.get(text)
         if known is None:
@@ -203,18 +203,17 @@ class Inline:
         elif known[0] > 0:
             known[0] -= 1
 
+    def timed(self, execute: Execute) -> Execute:
+        """The worker's `execute`, with a clock around it: what the lane is to use."""
+        texts = self.texts
 
-def learning(inline: Inline, execute: Callable[[Request], None]) -> Callable[[Any], None]:
-    """The worker's `execute`, timed."""
-    texts = inline.texts
-
-    def run(request: Request) -> None:
-        known = texts.get(getattr(request.sql, "sql", None))  # type: ignore[arg-type]
-        if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
+        def run(request: Request) -> None:
+            known = texts.get(getattr(request.subject, "sql", ""))
+            if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
+                execute(request)
+                return
+            began = perf_counter()
             execute(request)
-            return
-        began = perf_counter()
-        execute(request)
-        inline.learn(request, perf_counter() - began)
+            self.learn(request, perf_counter() - began)
 
-    return run
+        return run

@@ -18,18 +18,16 @@ reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
-from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Request
+from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Home, Request
+from database.driver.roles import Owner
+from database.driver.worker import Worker
 from database.engine.contract import Interrupted, Session
 from database.errors import PoolClosedError, TransactionError
-
-if TYPE_CHECKING:
-    from database.driver.lane import WriteLane
-    from database.driver.pool import Pool
-    from database.driver.worker import Worker
 
 __all__ = ["Holder", "Lease"]
 
@@ -78,7 +76,7 @@ class Lease:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Owner[Lease],
         holder: Holder,
         *,
         number: int | None,
@@ -94,7 +92,7 @@ class Lease:
         self.transaction = transaction
         """False for a stream outside any transaction: its one statement is its own snapshot."""
         self.mailbox: SimpleQueue[Request] = SimpleQueue()
-        self.home: WriteLane | None = None
+        self.home: Home | None = None
         self.queued_at = 0.0
         self.pending: set[Request] = set()
         """Requests handed over before the lease was granted. Loop thread."""
@@ -135,10 +133,11 @@ class Lease:
         elif self.queued_at == 0.0:
             self.queued_at = perf_counter()
             transactions.add(self)
-            if self.readonly:
-                self.pool.claim_reader(self)
-            else:
-                self.pool.writes.submit(self)
+            self.pool.claim(self)
+
+    def given(self, worker: Worker) -> None:
+        """See `Claimant`."""
+        worker.inbox.put(self)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
@@ -201,6 +200,19 @@ class Lease:
         if self.worker is not None:
             self.worker.interrupt_current(self)
 
+    async def give_back(self, label: str) -> None:
+        """Ends this, rolling back what is open, and waits until its connection is free. Any thread."""
+        waker = self.pool.waker
+        if waker.is_current():
+            if not self.over():
+                request = self.pool.request(ROLLBACK, None, label=label)
+                self.submit(request)
+                await request
+        elif waker.running:  # on another thread: that loop sees to it
+            waker.post([], partial(self.let_go, _silently))
+        else:  # a coroutine is thrown away, and cannot wait for anything
+            self.let_go(_silently)
+
     # Worker thread
 
     def serve(self, worker: Worker) -> None:
@@ -237,10 +249,12 @@ class Lease:
             self.ended = True
         worker.answers.extend(self._answer_the_rest())
         if self.transaction and session is not None and request is not None:
-            outcome = "committed" if self.committed else "rolled back"
-            worker.tell(request, worker.observer.transaction, self, outcome, perf_counter() - self.granted_at)
+            seconds = perf_counter() - self.granted_at
+            if worker.observer.hears_of(seconds):
+                outcome = "committed" if self.committed else "rolled back"
+                worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
-            worker.finish(lambda: self.pool.reader_free(worker))
+            worker.finish(lambda: self.pool.free(worker))
 
     def _answer_the_rest(self) -> list[Request]:
         """Refuses what came too late, for nobody reads this mailbox any more; gives it, to be woken.
@@ -363,3 +377,7 @@ class Lease:
             else:
                 self.committed = True
         self.ended = True
+
+
+def _silently() -> None:
+    """Nothing to report."""

@@ -213,7 +213,7 @@ def _describe(pool: Pool, since: float) -> dict[str, Any]:
     return {
         "database": pool.name,
         "path": os.path.abspath(path) if os.path.exists(path) else path,
-        "loop": pool.waker.backend,
+        "loop": pool.waker.library,
         "opened": since,
         "stats": stats,
         "held_by": {role: [shorten(text, 200) for text in texts] for role, texts in held.items()},

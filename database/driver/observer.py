@@ -28,6 +28,10 @@ class Observer(Protocol):
         """One statement was executed (or failed)."""
         ...
 
+    def hears_of(self, seconds: float) -> bool:
+        """Whether a transaction that took so long is to be told of. Asked at the end of each."""
+        ...
+
     def transaction(self, lease: Any, outcome: str, seconds: float) -> None:
         """A transaction was committed or rolled back."""
         ...

@@ -19,33 +19,31 @@ import atexit
 import os
 import time
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import Any
 
+from database.driver.roles import Owner
 from database.driver.worker import Servable, Worker, here
 from database.errors import DatabaseError
-
-if TYPE_CHECKING:
-    from database.driver.pool import Pool
 
 __all__ = ["add", "discard", "pools"]
 
 FORK_SECONDS = 1.0
 """How long a fork waits for running statements to end."""
 
-_pools: set[Pool] = set()
+_pools: set[Owner[Any]] = set()
 
 
-def add(pool: Pool) -> None:
+def add(pool: Owner[Any]) -> None:
     """Registers an open pool."""
     _pools.add(pool)
 
 
-def discard(pool: Pool) -> None:
+def discard(pool: Owner[Any]) -> None:
     """Forgets a pool that has been closed."""
     _pools.discard(pool)
 
 
-def pools() -> list[Pool]:
+def pools() -> list[Owner[Any]]:
     """The open pools, of all event loops. Any thread."""
     return list(_pools)
 
@@ -59,9 +57,10 @@ def _close_all() -> None:
 class _Retreat:
     """What a worker finds in its inbox before a fork: it closes its connection and waits until the fork is over."""
 
-    __slots__ = ("back", "before", "gone", "over", "void")
+    __slots__ = ("back", "before", "gone", "over", "pool", "void")
 
-    def __init__(self, before: _Retreat | None) -> None:
+    def __init__(self, pool: Owner[Any], before: _Retreat | None) -> None:
+        self.pool = pool
         self.before = before
         """The writer's retreat: readers come back behind it, for it creates what they open."""
         self.gone = Event()
@@ -74,10 +73,7 @@ class _Retreat:
         """Worker thread. Gives the lane that the worker was staying with."""
         if not self.void:
             self._step_aside(worker)
-        pool = worker.pool
-        if worker is pool.writer:
-            return pool.writes if pool.opened else None
-        return pool.reads if worker in pool.reads.serving else None
+        return self.pool.lane_of(worker)
 
     def _step_aside(self, worker: Worker) -> None:
         opened = worker.session is not None
@@ -105,10 +101,10 @@ def _step_aside() -> None:
             continue
         # A fork may happen on a worker's own thread, which cannot wait for itself.
         free = [each for each in (*pool.readers(), pool.writer) if each is not here.worker and not pool.attends(each)]
-        writer = _Retreat(None)
+        writer = _Retreat(pool, None)
         if pool.writer not in free:
             writer.back.set()
-        readers = [(worker, _Retreat(writer)) for worker in free if worker is not pool.writer]
+        readers = [(worker, _Retreat(pool, writer)) for worker in free if worker is not pool.writer]
         for group in (readers, [(pool.writer, writer)] if pool.writer in free else []):  # the writer closes last
             for worker, retreat in group:
                 worker.inbox.put(retreat)

@@ -98,7 +98,7 @@ class Request:
         "params",
         "queued_at",
         "result",
-        "sql",
+        "subject",
         "trace",
         "waiter",
     )
@@ -107,14 +107,15 @@ class Request:
         self,
         kind: int,
         operation: Operation | None,
-        sql: Any = None,
+        subject: Any = None,
         params: Any = None,
         extra: Any = None,
         label: object = None,
     ) -> None:
         self.kind = kind
         self.operation = operation
-        self.sql = sql
+        self.subject = subject
+        """What the operation is about: mostly an analysed statement; a function, a job, rows, a script."""
         self.params = params
         self.extra = extra
         self.label = label
@@ -137,7 +138,7 @@ class Request:
 
 def text_of(request: Request) -> str:
     """What is to be run, for messages: a statement's text, or else the name of the work."""
-    statement = request.sql
+    statement = request.subject
     return statement.sql if isinstance(statement, Statement) else str(request.label or statement)
 
 

@@ -16,18 +16,14 @@ event loops on the same file take part.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from threading import Event
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from database.driver import process
-from database.engine.contract import Log
+from database.engine.contract import Log, Session
 
-if TYPE_CHECKING:
-    from database.driver.pool import Pool
-    from database.driver.worker import Worker
-
-__all__ = ["Room"]
+__all__ = ["Room", "Writer"]
 
 LOOK_SECONDS = 0.1
 """The log's length is looked at no more often than this."""
@@ -41,14 +37,33 @@ SHARE = 20
 SELDOM_SECONDS = 60.0
 
 
+class Writer(Protocol):
+    """What empties the log."""
+
+    @property
+    def session(self) -> Session | None:
+        """Its connection, if that is open."""
+        ...
+
+    @property
+    def hurried(self) -> bool:
+        """Whether it is to come to its end at once."""
+        ...
+
+    def flush(self) -> None:
+        """Posts the answers collected so far."""
+        ...
+
+
 class Room:
     """One pool's."""
 
-    __slots__ = ("_failures", "_log", "_open", "_pool", "held", "next_look")
+    __slots__ = ("_failures", "_log", "_open", "_rooms", "held", "next_look")
 
-    def __init__(self, pool: Pool, log: Log) -> None:
-        self._pool = pool
+    def __init__(self, log: Log, rooms: Callable[[], Iterable[Room]]) -> None:
         self._log = log
+        self._rooms = rooms
+        """Gives those of all pools of this file, this one too."""
         self._open = Event()
         self._failures = 0
         self.held = False
@@ -65,7 +80,7 @@ class Room:
 
     # Writer's thread
 
-    def look(self, writer: Worker) -> None:
+    def look(self, writer: Writer) -> None:
         """Empties the log if it has become too long."""
         began = perf_counter()
         self.next_look = began + LOOK_SECONDS
@@ -76,7 +91,7 @@ class Room:
         empty = self._log.empty
         emptied = empty(session)
         if not emptied:
-            rooms = self._rooms()
+            rooms = tuple(self._rooms())
             for room in rooms:
                 room._hold()
             try:
@@ -93,13 +108,6 @@ class Room:
         else:
             self.next_look = now + min((now - began) * SHARE * 2**self._failures, SELDOM_SECONDS)
             self._failures = min(self._failures + 1, 10)
-
-    def _rooms(self) -> list[Room]:
-        """Those of all pools of this file."""
-        description = self._pool.backend.description
-        return [
-            pool.room for pool in process.pools() if pool.backend.description == description and pool.room is not None
-        ]
 
     def _hold(self) -> None:
         self._open.clear()

@@ -15,17 +15,15 @@ Threads. As in `lane.py`: `submit`, `withdraw` and the notices run on the loop's
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Set as AbstractSet
 from time import perf_counter
-from typing import TYPE_CHECKING
 
-from database.driver.lane import ReadLane
+from database.driver.lane import BATCH_SECONDS, BATCH_SIZE, Lane
 from database.driver.lease import Lease
 from database.driver.request import STATEMENT, Request
-from database.driver.worker import BATCH_SECONDS, BATCH_SIZE, Servable, Worker
+from database.driver.roles import Owner
+from database.driver.worker import Servable, Worker
 from database.engine.contract import Interrupted
-
-if TYPE_CHECKING:
-    from database.driver.pool import Pool
 
 __all__ = ["SharedLane"]
 
@@ -36,14 +34,16 @@ ENOUGH = 32
 """Quick statements in the queue for each worker, from which one more worker is worth its wake-up."""
 
 
-class SharedLane(ReadLane):
+class SharedLane(Lane):
     """Autocommit statements on connections that are everybody's."""
 
-    __slots__ = ("alone", "busy", "readonly", "slowly")
+    __slots__ = ("alone", "busy", "readonly", "serving", "slowly")
 
-    def __init__(self, pool: Pool, *, readonly: bool) -> None:
+    def __init__(self, pool: Owner[Lease], *, readonly: bool) -> None:
         super().__init__(pool)
         self.readonly = readonly
+        self.queue: deque[Request] = deque()
+        self.serving: set[Worker] = set()
         self.busy: set[Worker] = set()
         """Those of `serving` that are about something that takes its time."""
         self.alone: set[Request] = set()
@@ -53,11 +53,8 @@ class SharedLane(ReadLane):
 
     # Loop thread
 
-    def submit(self, request: Request | Lease) -> None:
-        """Queues a statement, and has one more worker come if those at it have enough to do. A lease gets in line."""
-        if isinstance(request, Lease):
-            self.pool.claim_reader(request)
-            return
+    def submit(self, request: Request) -> None:
+        """Queues a statement, and has one more worker come if those at it have enough to do."""
         request.home = self
         request.queued_at = perf_counter()
         self.queue.append(request)
@@ -65,41 +62,54 @@ class SharedLane(ReadLane):
 
     def _call_for_help(self) -> None:
         working = len(self.serving) - len(self.busy)
-        if not self.claiming and len(self.queue) > working * (1 if self.slowly else ENOUGH):
-            self.pool.claim_reader(self)
+        if len(self.queue) > working * (1 if self.slowly else ENOUGH) and not self.pool.in_line(self):
+            self.pool.join(self)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
         self.alone.discard(request)
         return super().withdraw(request)
 
-    def position(self, line: deque[Lease | ReadLane]) -> int:
-        """Where this lane belongs in the line: whose statement has waited longer goes first."""
+    def stop(self, request: Request) -> None:
+        """See `Home`."""
+        request.cancelled = True
+        for worker in tuple(self.serving):
+            worker.interrupt(request)
+
+    @property
+    def queued_at(self) -> float:
+        """Since when its oldest statement waits, which is what it stands in the pool's line for."""
         try:
-            since = self.queue[0].queued_at
+            return self.queue[0].queued_at
         except IndexError:  # a worker was quicker
-            return len(line)
-        for index, other in enumerate(line):
-            if isinstance(other, Lease) and other.queued_at > since:
-                return index
-        return len(line)
+            return float("inf")
 
     def given(self, worker: Worker) -> None:
         """The pool gives the lane a connection."""
-        self.claiming = False
         self.serving.add(worker)
         worker.inbox.put(self)
         if self.queue:
             self._call_for_help()
 
-    @property
-    def idle(self) -> bool:
-        """Never: a worker with nothing to do leaves."""
-        return False
+    def look(self) -> None:
+        """Called every few milliseconds while a worker is at work."""
+        if self.queue:
+            self.pool.watch()
 
-    def spare(self) -> Worker | None:
-        """Nobody: see `idle`."""
-        return None
+    @property
+    def served(self) -> bool:
+        """Whether a worker is at the queue, and will empty it."""
+        return bool(self.serving)
+
+    @property
+    def workers(self) -> AbstractSet[Worker]:
+        """Those whose current request has come from here."""
+        return self.serving
+
+    @property
+    def active(self) -> int:
+        """How many connections are at work here: a worker with nothing to do leaves."""
+        return len(self.serving)
 
     def _occupied(self, worker: Worker) -> None:
         """A worker is about something that may take its time: others see to the queue."""
@@ -113,11 +123,9 @@ class SharedLane(ReadLane):
         self.busy.discard(worker)
         if self.pool.closing and not self.serving:
             self.pool.refuse_the_rest()
-        if self.queue and not self.claiming and len(self.serving) == len(self.busy):
+        if self.queue and len(self.serving) == len(self.busy) and not self.pool.in_line(self):
             self.pool.line_up(self)  # more came after the worker had looked, or a transaction's turn came first
-        self.pool.reader_free(worker)
-        if self.claiming:
-            self.pool.watch()
+        self.pool.free(worker)
 
     # Worker thread
 

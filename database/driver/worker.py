@@ -1,7 +1,6 @@
-"""One thread, one connection, and what is being run on it.
+"""A runner with a thread of its own: its inbox, its sleep and its end.
 
-A worker serves whatever its inbox brings: a lane to empty, a lease to attend to, or the word to stop. It collects the
-requests it has answered and posts them in batches, for the wake-up of the event loop is the expensive part.
+A worker serves what its inbox brings: a lane to empty, a lease to attend to, or the word to stop.
 
 Sleep. A worker that has emptied its lane stays with it, asleep at its inbox, so that the next statement costs one wake-up
 and nobody's decision. It sets `sleeping` first and looks at the queue second; the loop's thread appends to the queue first
@@ -9,23 +8,7 @@ and looks at `sleeping` second, and who finds it set clears it and puts WAKE int
 seen by one of the two. When both see it, a WAKE too many lies in the inbox, and wakes the worker once for nothing.
 `sleeping` is set before the last answers are posted: whoever is woken by them finds the worker free.
 
-Threads. Everything here runs on the worker's own thread but for `__init__`, `start`, `interrupt`, `stop` and `join`.
-
-Stopping a statement. The loop's thread sets `request.cancelled` and calls `interrupt`. Two things then stop the
-statement: the progress handler, which runs on this thread while a statement does, and the engine's own interrupt, for
-what the handler does not see (one long step, or the gap between two). The engine's interrupt hits whatever runs at
-that moment, so it may only be sent while it is certain *what* runs. Both threads do two things in opposite order, so that
-one of them sees the other: the loop's thread sets `cancelled` (or `_stopping`) first and looks at `current` second; the
-worker changes `current` first and looks at `cancelled` second. At the beginning it then does not run the request; at the
-end it waits for `_guard`, which the loop's thread holds while it looks and interrupts, before it goes on to the next.
-Commits are entered under the guard, for they may not be interrupted at all.
-
-The caller's context. What is the user's own (functions, record classes, generators, adapters, handlers of log records)
-is called in the copy of its caller's `contextvars` context that each request brings along.
-
-What brings a worker down. An operation may raise what it likes: that is its request's outcome. Observers may not, and a
-defect of the driver's own must not either; should it happen all the same, `fail` answers those whose requests the worker
-had taken and gives the connection up. The thread itself lives on, and opens another.
+Threads. Everything here runs on the worker's own thread but for what stands under "Any thread", and `__init__`.
 
 After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
 hangs an exit, and `database.driver.process` stops them at exit.
@@ -33,53 +16,19 @@ hangs an exit, and `database.driver.process` stops them at exit.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import random
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from queue import SimpleQueue
 from threading import Lock, Thread, local
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from database.driver.request import (
-    ALONE,
-    COMMIT,
-    MANY,
-    STATEMENT,
-    UNIT,
-    Home,
-    Request,
-    text_of,
-)
-from database.driver.wakeup import Notice
-from database.engine.contract import Alone, Interrupted, Role, Session
-from database.errors import (
-    ConnectionFailedError,
-    DatabaseError,
-    PoolClosedError,
-    QueryExecutionError,
-    TransactionError,
-)
+from database.driver.observer import Observer
+from database.driver.request import Request
+from database.driver.room import Room
+from database.driver.runner import Deadline, Runner
+from database.driver.wakeup import Notice, Waker
+from database.engine.contract import Backend, Role
 
-if TYPE_CHECKING:
-    from database.driver.pool import Pool
-
-__all__ = ["CLOSED", "STOP", "WAKE", "Servable", "Worker", "again", "here"]
-
-_logger = logging.getLogger("database.pool")
-
-SLOW_TICKS = 8
-"""Progress handler calls after which a statement counts as slow: about a millisecond of the CPU's time."""
-
-BATCH_SECONDS = 0.001
-"""An answer is not held back for longer than this for the sake of a batch."""
-
-BATCH_SIZE = 128
-
-CLOSED = "the pool was closed while this statement ran"
-ENDED_BY_ITSELF = "the database has rolled the transaction back by itself; nothing of it is kept"
+__all__ = ["STOP", "WAKE", "Servable", "Worker", "here"]
 
 
 class _Here(local):
@@ -120,88 +69,34 @@ STOP: Servable = _Word("STOP")
 """The end, once all that came before is done."""
 
 
-class Worker:
-    """A connection on its own thread."""
+class Worker(Runner):
+    """A runner on its own thread."""
 
-    __slots__ = (
-        "__weakref__",
-        "_before",
-        "_guard",
-        "_last",
-        "_on_slow",
-        "_opened",
-        "_stopping",
-        "_thread",
-        "acquired",
-        "answers",
-        "backend",
-        "commits",
-        "current",
-        "dwells",
-        "grouped",
-        "grouping",
-        "inbox",
-        "lent",
-        "locked",
-        "name",
-        "observer",
-        "pool",
-        "replaced",
-        "retried",
-        "role",
-        "rollbacks",
-        "room",
-        "session",
-        "sleeping",
-        "statements",
-        "threshold",
-        "ticks",
-        "until",
-        "waited",
-        "waker",
-        "yielding",
-    )
+    __slots__ = ("__weakref__", "_before", "_thread", "dwells", "inbox", "lent", "sleeping", "yielding")
 
-    def __init__(self, name: str, role: Role, pool: Pool) -> None:
-        backend, waker, observer = pool.backend, pool.waker, pool.observer
-        self.pool = pool
-        self.name = name
-        self.role = role
-        self.backend = backend
-        self.waker = waker
-        self.observer = observer
-        self.room = pool.room if role == "reader" else None
-        """Where it waits before it takes a snapshot."""
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        backend: Backend,
+        waker: Waker,
+        observer: Observer,
+        *,
+        deadline: Deadline,
+        room: Room | None = None,
+    ) -> None:
+        super().__init__(name, role, backend, waker, observer, deadline=deadline, room=room)
         self.inbox: SimpleQueue[Servable] = SimpleQueue()
         self.sleeping = True
         """Whether it waits at its inbox, its lane being empty."""
         self.yielding = False
         """Whether it is to leave its lane at the next opportunity. Set by the loop's thread."""
-        self.session: Session | None = None
-        self._last: Session | None = None
-        self.current: Request | None = None
         self._before: Request | None = None
         """What was current at the last look."""
         self.dwells = False
         """Whether it still was at the next one."""
-        self.answers: list[Request] = []
-        self.threshold: float | None = None
-        self.statements = self.commits = self.rollbacks = self.replaced = self.grouped = self.acquired = 0
-        self.waited = 0.0
-        self.locked = self.retried = 0.0
-        """Seconds of waiting for somebody else's lock, before a statement and during it; observers set them back."""
-        self.grouping = False
-        """Whether what runs is surrounded by a savepoint, not by a transaction of its own."""
-        self._guard = Lock()
-        self.lent = Lock()
-        """Held by the loop's thread while it uses the connection: see `database.driver.inline`."""
-        self.until = 0.0
-        """When what the loop's thread runs on the connection is to be stopped; 0 where nothing is."""
-        self.ticks = 0
-        """How often the progress handler has been called by the running statement."""
-        self._on_slow: Callable[[], None] | None = None
-        self._stopping = False
-        self._opened = role == "writer"  # a reader opens at its first request, the writer at once
+        self.lent: Lock | None = None
+        """Held by the loop's thread while it uses the connection: see `database.driver.inline`. None where it never does."""
         self._thread: Thread | None = None
 
     # Any thread
@@ -214,22 +109,6 @@ class Worker:
         """
         self._thread = Thread(target=self._run, args=(opened, closed), name=self.name, daemon=True)
         self._thread.start()
-
-    def interrupt(self, request: Request) -> None:
-        """Stops the request if it is the one that runs. Its `cancelled` has been set."""
-        with self._guard:
-            session = self.session
-            if self.current is request and session is not None:
-                session.interrupt()
-
-    def interrupt_current(self, home: Home) -> None:
-        """Stops what runs, if it has come from there and is no commit."""
-        with self._guard:
-            current, session = self.current, self.session
-            if current is not None and current.home is home and current.kind < COMMIT and session is not None:
-                current.cancelled = True
-                if self.current is current:  # looked at once more, after `cancelled` has been set
-                    session.interrupt()
 
     def look(self) -> None:
         """Called now and then: has the worker been at one thing since the last time? Loop thread.
@@ -247,34 +126,11 @@ class Worker:
         """Tells it that there is something in its lane."""
         self.inbox.put(WAKE)
 
-    def call_off(self, request: Request) -> bool:
-        """Keeps the request from being run; False if it runs, or has run, already."""
-        with self._guard:
-            if request.kind < COMMIT:
-                request.cancelled = True
-            if self.current is request or request.result is not None or request.error is not None:
-                return False
-            request.cancelled = True
-            return True
-
     def stop(self, *, now: bool = False) -> None:
         """Ends the thread once it has done what its inbox holds; `now` also stops what it is doing."""
         if now:
             self.hurry()
         self.inbox.put(STOP)
-
-    def hurry(self) -> None:
-        """Stops what runs, and what is to run, but for a commit that has begun."""
-        self._stopping = True
-        with self._guard:
-            current = self.current
-            if current is not None and current.kind < COMMIT and self.session is not None:
-                self.session.interrupt()
-
-    @property
-    def hurried(self) -> bool:
-        """Whether it is to come to its end at once."""
-        return self._stopping
 
     def join(self, seconds: float) -> bool:
         """Waits for the thread's end; False if it did not come in time."""
@@ -305,95 +161,6 @@ class Worker:
             self._close()
         self.waker.post([], closed)
 
-    def _open(self) -> BaseException | None:
-        try:
-            self.session = self._last = self.backend.connect(self.role, self._progress)
-        except BaseException as error:
-            if not isinstance(error, DatabaseError):
-                failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
-                failed.__cause__ = error
-                error = failed
-            self.tell(None, self.observer.failure, error)
-            return error
-        return None
-
-    def _close(self) -> None:
-        with self._guard:
-            session, self.session = self.session, None
-        if session is not None:
-            try:
-                session.close()
-            except BaseException as error:
-                self.tell(None, self.observer.failure, error)
-
-    def tell(self, request: Request | None, hears: Callable[..., None], *arguments: Any) -> None:
-        """Has the observer hear of something, in the caller's context; whatever it raises ends here."""
-        try:
-            if request is None or request.context is None:
-                hears(*arguments)
-            else:
-                request.context.run(hears, *arguments)
-        except BaseException as error:
-            _report(f"what hears of {self.name} has raised", error)
-
-    def fail(self, defect: BaseException, requests: Iterable[Request | None]) -> None:
-        """Something has brought this worker down that is no statement's doing: answers those that it had taken.
-
-        Whether they took effect nobody knows any more. The connection is given up, and with it what is not committed.
-        """
-        _report(f"{self.name} has been brought down", defect)
-        self.left()
-        self.grouping = False
-        self.discard()
-        for request in requests:
-            if request is None or request.answered or request in self.answers:
-                continue
-            request.result = None
-            request.error = QueryExecutionError(
-                f"the database's thread was brought down by {type(defect).__name__}; whether this was executed is not known",
-                sql=text_of(request),
-                parameters=request.params,
-            )
-            request.error.__cause__ = defect
-            self.answers.append(request)
-
-    def _progress(self) -> bool:
-        """The session's progress handler: true stops the statement."""
-        request = self.current
-        if request is None:
-            if self.until:  # on the loop's thread
-                return perf_counter() > self.until
-            return self._stopping and self.session is None  # while a connection is opened, not while it commits
-        if request.kind >= COMMIT:
-            return False
-        if request.cancelled or self._stopping:
-            return True
-        self.ticks += 1
-        if self.ticks == 1:
-            self.flush()  # what is answered already need not wait for this one
-        elif self.ticks == SLOW_TICKS and self._on_slow is not None:
-            self._on_slow()
-        return False
-
-    def attend(self, on_slow: Callable[[], None] | None = None) -> None:
-        """Called when a lane or a lease begins to be served: settles what is looked up once a batch."""
-        self._on_slow = on_slow
-        room = self.room
-        if room is not None and room.held:
-            room.wait()
-        try:
-            self.threshold = self.observer.threshold()
-        except BaseException as error:
-            self.threshold = None
-            _report(f"what hears of {self.name} has raised", error)
-
-    def flush(self) -> None:
-        """Posts the answers collected so far."""
-        answers = self.answers
-        if answers:
-            self.answers = []
-            self.waker.post(answers)
-
     def rest(self, queue: Collection[object]) -> Servable | None:
         """The lane is empty: posts the answers, and sleeps until there is something to do. See "Sleep" above.
 
@@ -408,350 +175,7 @@ class Worker:
             self.sleeping = False
             return WAKE
         word = self.inbox.get()
-        with self.lent:
-            return word
-
-    def finish(self, notice: Notice) -> None:
-        """Posts the answers together with a notice to the pool."""
-        answers, self.answers = self.answers, []
-        self.waker.post(answers, notice)
-
-    def ready(self) -> Session:
-        """The session; opened anew if the last one had to be given up.
-
-        Raises:
-            DatabaseError: It cannot be opened.
-        """
-        session = self.session
-        if session is None:
-            error = self._open()
-            if error is not None:
-                raise error
-            session = self.session
-            assert session is not None
-            self.replaced += self._opened
-            self._opened = True
-        return session
-
-    def enter(self, request: Request) -> bool:
-        """Marks a commit as begun, from when on nothing stops it; False if it was called off before that."""
-        with self._guard:
-            if request.cancelled:
-                return False
-            self.current = request
-            return True
-
-    def turn_to(self, request: Request) -> None:
-        """Of several requests that were sent together, this one is waited for now."""
-        self.ticks = 0
-        self.current = request
-
-    def left(self) -> None:
-        """Nothing is current any more, and whoever was about to interrupt has done so."""
-        with self._guard:
-            self.current = None
-
-    def execute(self, request: Request) -> None:
-        """Runs the request and keeps its result or its error in it."""
-        self.ticks = 0
-        self.statements += 1
-        threshold = self.threshold
-        started = 0.0 if threshold is None else perf_counter()
-        self.current = request
-        if request.cancelled:  # called off a moment ago
-            self.left()
-            request.error = Interrupted()
-            return
-        try:
-            request.result = request.context.run(
-                request.operation,
-                self.session or self.ready(),
-                request.sql,
-                request.params,
-                request.extra,
-            )
-            self.current = None
-            if request.cancelled or self._stopping:
-                self.left()
-        except BaseException as error:
-            # The same once more, and not `finally`: most statements succeed, and pay for every line.
-            self.left()
-            self._failed(request, error, started)
-        if threshold is not None:
-            seconds = perf_counter() - started
-            if seconds >= threshold:
-                self.tell(request, self.observer.statement, request, seconds, self.name)
-
-    def run_inline(self, request: Request) -> Any:
-        """Runs a request from within another one: a statement of a function that was sent to this thread."""
-        current = self.current
-        if current is not None and current.cancelled:
-            raise self.called_off()
-        self.statements += 1
-        threshold = self.threshold
-        started = 0.0 if threshold is None else perf_counter()
-        try:
-            result = request.result = request.operation(self.session, request.sql, request.params, request.extra)  # type: ignore[misc]
-        except BaseException as error:
-            request.error = self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
-            result = None
-        if threshold is not None:
-            seconds = perf_counter() - started
-            if seconds >= threshold:
-                self.tell(None, self.observer.statement, request, seconds, self.name)  # within the caller's context
-        if request.error is not None:
-            raise request.error
-        return result
-
-    @staticmethod
-    def called_off() -> BaseException:
-        """What a function is told whose caller has gone."""
-        return TransactionError("the caller of this function was cancelled; what it did is rolled back")
-
-    def step(self, session: Any, method: str, argument: Any) -> None:
-        """Runs one of the session's own methods, with its errors mapped."""
-        try:
-            getattr(session, method)(argument)
-        except BaseException as error:
-            raise self.translate(error, None) from error
-
-    def end_part(self, session: Session, *, keep: bool) -> None:
-        """Commits the open transaction of a function that runs here, or rolls it back.
-
-        Raises:
-            Alone: A member of a group wants to commit, which in a group nobody can do before all do.
-        """
-        if self.grouping and keep:
-            raise Alone
-        try:
-            if keep:
-                self.commit(session)
-            else:
-                session.rollback()
-                self.rollbacks += 1
-        except BaseException as error:
-            raise self.translate(error, None) from error
-
-    def begin_again(self, session: Session, *, readonly: bool) -> None:
-        """Opens the next one."""
-        try:
-            self.begin(self.current, readonly=readonly)
-        except BaseException as error:
-            raise self.translate(error, None) from error
-
-    def _failed(self, request: Request, error: BaseException, started: float) -> None:
-        if isinstance(error, Interrupted):  # the operation has looked by itself, in the middle of its work
-            error = QueryExecutionError("interrupted, for its caller no longer waits", sql=text_of(request))
-        # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
-        again = request.kind == STATEMENT or request.kind == ALONE
-        if again and self.backend.is_busy(error) and not request.cancelled:
-            session = self.session
-            assert session is not None
-            before = self.locked
-            if started:  # somebody observes: the first try was waiting, too
-                self.locked += perf_counter() - started
-            try:
-                assert request.context is not None
-                request.result = self.patiently(
-                    request, request.context.run, request.operation, session, request.sql, request.params, request.extra
-                )
-            except BaseException as still:
-                error = still
-            else:
-                return
-            finally:
-                self.retried = self.locked - before
-                self.locked = before
-        request.error = self.translate(error, request)
-
-    def translate(self, error: BaseException, request: Request | None) -> BaseException:
-        """The package's error for the driver's; gives up a connection that can no longer be trusted."""
-        if isinstance(error, Interrupted):
-            return error
-        session = self._last  # also if it has been given up meanwhile: it knows its errors
-        translated = error
-        if self._stopping:
-            translated = error if isinstance(error, PoolClosedError) else PoolClosedError(CLOSED)
-        elif session is not None:
-            try:
-                if request is None:
-                    translated = session.translate(error, None, None)
-                else:
-                    translated = session.translate(error, request.sql, request.params)
-            except BaseException as defect:  # somebody's error that cannot even be shown
-                _report(f"{self.name} cannot translate an error of {type(error)}", defect)
-            if self.session is not None and self.backend.is_broken(error):
-                self.discard()
-        if translated is not error and translated.__cause__ is None:
-            translated.__cause__ = error
-        if request is None or not request.cancelled:
-            self.tell(request, self.observer.failure, translated)
-        return translated
-
-    def discard(self) -> None:
-        """Gives the connection up: the next request opens another."""
-        self._close()
-
-    def retreat(self) -> None:
-        """Closes the connection before a fork; the next request opens another, which does not count as replaced."""
-        self._close()
-        self._opened = False
-
-    def patiently(self, request: Request | None, step: Any, *arguments: Any) -> Any:
-        """Runs a step again and again while somebody else holds a lock, until `busy_timeout` is used up.
-
-        Between two tries the thread sleeps for a random few milliseconds: short enough that a cancellation is heeded
-        at once (SQLite's own busy handler cannot be interrupted) and that no process starves behind another.
-
-        Raises:
-            Interrupted: The request was cancelled meanwhile, or its transaction ended from outside.
-            PoolClosedError: The pool closes, and has no time left.
-        """
-        began = until = perf_counter()
-        deadline = began + self.backend.busy_timeout
-        if self._on_slow is not None:
-            self._on_slow()  # whoever waits behind this one need not wait for a lock of somebody else's
-        try:
-            while True:
-                until = perf_counter()
-                try:
-                    return step(*arguments)
-                except BaseException as error:
-                    until = perf_counter()
-                    if not self.backend.is_busy(error):
-                        raise
-                    if self.backend.excludes is not None:
-                        deadline = max(deadline, self.pool.deadline_of(self, request, began, until))
-                    if until >= deadline:
-                        raise
-                self.flush()
-                if self._stopping:
-                    raise PoolClosedError(CLOSED)
-                if request is not None and (request.cancelled or getattr(request.home, "doom", None) is not None):
-                    raise Interrupted
-                time.sleep(random.uniform(0.0005, 0.004))  # noqa: S311  - not a secret
-        finally:
-            # Of the last try, what it may have waited by itself; the rest is work.
-            self.locked += until - began + min(perf_counter() - until, self.backend.busy_slice)
-
-    def begin(self, request: Request | None, *, readonly: bool) -> Session:
-        """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
-        session = self.session or self.ready()
-        began = 0.0 if self.threshold is None else perf_counter()
-        try:
-            session.begin(readonly=readonly)
-        except BaseException as error:
-            if not self.backend.is_busy(error):
-                self.rollback()  # should it have begun all the same, the next statement would not be committed
-                raise
-            if began:
-                self.locked += perf_counter() - began
-            self.patiently(request, _begin, session, readonly)
-        return session
-
-    def commit(self, session: Session, size: int = 1) -> None:
-        """Commits `size` writes. Must be called with no current request, so that nothing can interrupt it."""
-        try:
-            session.commit()
-        except BaseException as error:
-            if not self.backend.is_busy(error):
-                raise
-            self.patiently(None, session.commit)
-        self.commits += 1
-        if self.threshold is not None:
-            self.tell(None, self.observer.committed, size)
-
-    def rollback(self) -> None:
-        """Rolls back what is open, if anything is; gives the connection up if even that fails."""
-        session = self.session
-        if session is None:
-            return
-        try:
-            self.rollbacks += session.in_transaction
-            session.rollback()
-        except BaseException as error:
-            self.tell(None, self.observer.failure, error)
-            self.discard()
-
-    def atomically(self, request: Request) -> None:
-        """Runs the request between SAVEPOINT and RELEASE of the open transaction; undone if it fails."""
-        session = self.session
-        if session is None:
-            self.execute(request)  # which reports why the connection is gone
-            return
-        try:
-            session.savepoint(0)
-        except BaseException as error:
-            request.error = self.translate(error, request)
-            return
-        self.grouping = True
-        self.execute(request)
-        self.grouping = False
-        if request.cancelled and request.error is None:
-            request.error = Interrupted()
-        if self.session is not session or not session.in_transaction:
-            if request.error is None:  # a function that took no notice of it
-                request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
-            return
-        try:
-            if request.error is None:
-                session.release(0)
-            else:
-                session.undo(0)
-        except BaseException as error:
-            if request.error is None:
-                request.error = self.translate(error, request)
-            self.rollback()  # neither kept nor undone: what remains is the whole
-
-    def in_transaction_of_its_own(self, request: Request, *, readonly: bool) -> None:
-        """BEGIN, the request, COMMIT; rolled back if any of it fails."""
-        try:
-            session = self.begin(request, readonly=readonly)
-        except BaseException as error:
-            request.error = self.translate(error, request)
-            return
-        self.execute(request)
-        if request.error is None and not request.cancelled:
-            if not session.in_transaction:
-                request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
-                return
-            try:
-                self.commit(session)
-            except BaseException as error:
-                request.error = self.translate(error, request)
-            else:
-                return
-        elif request.error is None:
-            request.error = Interrupted()
-        self.rollback()
-
-    def perform(self, request: Request, *, readonly: bool) -> None:
-        """Runs a request outside any transaction, in one of its own where its kind needs one."""
-        if request.kind == UNIT or request.kind == MANY:
-            self.in_transaction_of_its_own(request, readonly=readonly)
-        else:
-            self.execute(request)
-            if request.error is not None:
-                self.rollback()  # nothing is open after a failed statement, unless a script opened it
-
-
-def _begin(session: Session, readonly: bool) -> None:
-    session.begin(readonly=readonly)
-
-
-def _report(what: str, error: BaseException) -> None:
-    """Tells of what must never happen; where even that raises, there is nobody left to tell."""
-    with contextlib.suppress(BaseException):
-        _logger.critical("%s", what, exc_info=error)
-
-
-def again(error: BaseException) -> BaseException:
-    """A fresh copy of an error that several tasks are to raise, for a raised error grows a traceback."""
-    if isinstance(error, ConnectionFailedError):
-        copy: DatabaseError = ConnectionFailedError(error.path, error.reason)
-    elif isinstance(error, DatabaseError):
-        copy = type(error)(*error.args)
-    else:
-        return error
-    copy.__cause__ = error.__cause__
-    return copy
+        if self.lent is not None:
+            with self.lent:  # waits for the loop's thread to be done
+                pass
+        return word

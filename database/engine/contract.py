@@ -1,8 +1,8 @@
-"""What an engine fills in, so that the driver can run any database.
+"""What an engine fills in, so that the pool can run any database.
 
 An `Engine` is what the parts that know no engine ask: how SQL text is analysed, which operations there are.
-A `Session` is one connection together with what its thread knows of it; every method of it but `interrupt` is
-called on the thread that opened it. A `Backend` opens sessions and carries the few figures the driver needs.
+A `Connection` is one connection together with what its thread knows of it; every method of it but `interrupt` is
+called on the thread that opened it. A `Backend` opens connections and carries the few figures the pool needs.
 """
 
 from __future__ import annotations
@@ -10,17 +10,29 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from database.engine.statement import Statement
 
-__all__ = ["Alone", "Backend", "Engine", "Interrupted", "Log", "Operation", "Role", "Session", "load"]
+__all__ = [
+    "Alone",
+    "Backend",
+    "Connection",
+    "Engine",
+    "Interrupted",
+    "Log",
+    "Migrations",
+    "Operation",
+    "Role",
+    "Session",
+    "load",
+]
 
 Role = str
 """`"reader"` or `"writer"`; `"shared"` where all connections do both."""
 
 Operation = Callable[[Any, Any, Any, Any], Any]
-"""`(session, statement, parameters, extra) -> result`, run on the session's own thread."""
+"""`(connection, statement, parameters, extra) -> result`, run on the connection's own thread."""
 
 
 class Interrupted(Exception):
@@ -34,12 +46,12 @@ class Alone(BaseException):
     """
 
 
-class Session(Protocol):
+class Connection(Protocol):
     """One connection, on its own thread."""
 
     @property
     def raw(self) -> Any:
-        """The driver's own connection, which `db.run` hands to the user's function."""
+        """The raw connection, sqlite3's or psycopg's own, which `db.run` hands to the user's function."""
         ...
 
     @property
@@ -92,7 +104,7 @@ class Session(Protocol):
         ...
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
-        """Maps the driver's error to the package's; gives other exceptions back as they are.
+        """Maps an error of sqlite3's or psycopg's to the package's; gives other exceptions back as they are.
 
         `sql` is None where the error comes out of a function of the user's.
         """
@@ -111,6 +123,9 @@ class Session(Protocol):
         ...
 
 
+Session = Connection  # what `driver/` still calls it
+
+
 @dataclass(frozen=True, slots=True)
 class Log:
     """A write-ahead log that grows while anybody reads from it.
@@ -118,7 +133,7 @@ class Log:
     Attributes:
         limit: Bytes from which on the pool makes room in it.
         size: Its length in bytes. Any thread.
-        empty: Empties it, given the writer's session, which must be outside any transaction; False if somebody still
+        empty: Empties it, given the writer's connection, which must be outside any transaction; False if somebody still
             reads from it.
     """
 
@@ -133,7 +148,7 @@ class Backend:
 
     Attributes:
         description: The database's name for messages, without secrets.
-        connect: Opens a session; called on the thread that is to own it. The callable it is given is the session's
+        connect: Opens a connection; called on the thread that is to own it. The callable it is given is the connection's
             progress handler: to be called now and then while a statement runs; if it returns true, the statement is
             to be stopped.
         is_busy: Whether an error means that somebody else holds a lock, and that trying again can help.
@@ -143,18 +158,18 @@ class Backend:
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
         log: The write-ahead log, if the pool is to keep it short.
-        excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a session keeps a lock
+        excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a connection keeps a lock
             just now. None where they do not.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
         run_together: Executes such statements in one round trip, each its own transaction and its own success or failure.
-            It is given the session, the requests, and what to call before one's answer is waited for and when it is
+            It is given the connection, the requests, and what to call before one's answer is waited for and when it is
             there (the error with it); it gives back those of which nothing has happened, to be run again, alone.
     """
 
     description: str
-    connect: Callable[[Role, Callable[[], bool]], Session]
+    connect: Callable[[Role, Callable[[], bool]], Connection]
     is_busy: Callable[[BaseException], bool]
     is_broken: Callable[[BaseException], bool]
     busy_timeout: float
@@ -170,6 +185,15 @@ class Backend:
     ) = None
 
 
+class Migrations(NamedTuple):
+    """An engine's operations for migrations. The connection's own thread."""
+
+    migrate: Operation
+    """Applies what is pending, given a `migrations.Order`; gives a `MigrationReport`."""
+    applied: Operation
+    """Gives the database's record: a tuple of `Applied`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """An engine's side of the bargain.
@@ -178,22 +202,24 @@ class Engine:
         name: The package below `database`.
         analyse: Analyses SQL text.
         control_error: The error for BEGIN, COMMIT and the like sent as SQL text, by their verb.
-        operations: The session class; its methods `execute`, `fetch_all`, … are what requests run.
-        backend: Makes the driver's backend from a database's settings, and from the functions that say how types of the
+        connection: The connection class; its methods `execute`, `fetch_all`, … are what requests run.
+        backend: Makes the backend from a database's settings, and from the functions that say how types of the
             user's are stored; of these, more may come later.
         adapts: Whether it heeds those functions.
         adapter: aiosql's synchronous adapter for this engine.
         pins: What a snapshot that stays open holds back, for the log.
+        migrations: Gives the operations for migrations, imported only then; None if it has none.
         replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
     """
 
     name: str
     analyse: Callable[[str], Statement]
     control_error: Callable[[str], BaseException]
-    operations: Any
+    connection: Any
     backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend]
     adapter: Any
     pins: str
+    migrations: Callable[[], Migrations] | None = None
     replica_backend: Callable[[Any], Backend | None] | None = None
     adapts: bool = True
 

@@ -9,7 +9,7 @@ Where the SQL must differ, a file says by its name for which engine it is, and e
     sql/migrations/0003_search.postgresql.sql
 
 What is here knows no engine: it reads the folder, holds it against the database's record, and says what is left to do.
-An engine's session does the rest (`migrate` and `applied_migrations`), for it alone can take its lock and knows what
+An engine does the rest (its module `migrate`: see `contract.Migrations`), because it alone can take its lock and knows what
 its schema changes need.
 
 The rules exist so that two databases with the same record have the same schema. Numbers have no gaps and no
@@ -107,7 +107,7 @@ class MigrationStatus:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What an engine's session is asked to do. See `Database.migrate`."""
+    """What an engine is asked to do. See `Database.migrate`."""
 
     folder: str
     dry_run: bool = False

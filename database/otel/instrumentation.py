@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from database.driver.observer import Observer
     from database.driver.pool import Pool
     from database.driver.request import Request
+    from database.driver.roles import Owner
 
 __all__ = ["Instrumentation", "instrument", "uninstrument"]
 
@@ -104,7 +105,7 @@ class Instrumentation:
         )
 
     def _reader(
-        self, read: Callable[[Pool], Iterable[tuple[float, Attributes]]]
+        self, read: Callable[[Owner[Any]], Iterable[tuple[float, Attributes]]]
     ) -> Callable[[metrics.CallbackOptions], Iterator[metrics.Observation]]:
         def callback(_options: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
             if not self.active:
@@ -171,6 +172,10 @@ class Observing:
         span = self.tracing.begin(request, ago=timing.seconds)
         if span is not None:
             span.end(request.error)
+
+    def hears_of(self, seconds: float) -> bool:
+        """See `Observer`."""
+        return True
 
     def transaction(self, lease: Lease, outcome: str, seconds: float) -> None:
         """See `Observer`."""

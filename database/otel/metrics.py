@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from database.driver.pool import Pool
+    from database.driver.roles import Owner
 
 __all__ = ["GAUGES", "Attributes", "wal_size"]
 
 Attributes = dict[str, str | int | float]
 
 
-def _count(pool: Pool) -> list[tuple[float, Attributes]]:
+def _count(pool: Owner[Any]) -> list[tuple[float, Attributes]]:
     stats = pool.stats()
     writers = 0 if pool.writer.session is None else 1
     return [
@@ -29,16 +29,16 @@ def _count(pool: Pool) -> list[tuple[float, Attributes]]:
     ]
 
 
-def _max(pool: Pool) -> list[tuple[float, Attributes]]:
+def _max(pool: Owner[Any]) -> list[tuple[float, Attributes]]:
     return [(pool.size, {"database.role": "reader"}), (1, {"database.role": "writer"})]
 
 
-def _pending(pool: Pool) -> list[tuple[float, Attributes]]:
+def _pending(pool: Owner[Any]) -> list[tuple[float, Attributes]]:
     stats = pool.stats()
     return [(stats.waiting + stats.queued, {})]
 
 
-def wal_size(pool: Pool) -> list[tuple[float, Attributes]]:
+def wal_size(pool: Owner[Any]) -> list[tuple[float, Attributes]]:
     """The length of the write-ahead log, where the engine has one."""
     gauges = pool.backend.gauges()
     return [(gauges["wal.size"], {})] if "wal.size" in gauges else []

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from time import perf_counter, time_ns
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 from database.driver.lease import Lease
 from database.driver.request import COMMIT, MANY, SCRIPT, Request
@@ -20,9 +20,6 @@ from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, Que
 from database.logs import harmless, parameters_of
 from database.otel.metrics import Attributes
 from database.otel.summary import SUMMARY_LIMIT, sanitize, summarize
-
-if TYPE_CHECKING:
-    from database.otel.instrumentation import Instrumentation
 
 __all__ = ["Timing", "Traced", "Tracing"]
 
@@ -67,12 +64,21 @@ class Traced:
         return result
 
 
+class Owner(Protocol):
+    """What spans ask of the instrumentation."""
+
+    tracer: trace.Tracer
+    duration: metrics.Histogram
+    query_text: bool
+    parameters: bool
+
+
 class Tracing:
     """Begins spans for one pool."""
 
     __slots__ = ("_common", "_owner")
 
-    def __init__(self, owner: Instrumentation, common: Attributes) -> None:
+    def __init__(self, owner: Owner, common: Attributes) -> None:
         self._owner = owner
         self._common = common
 
@@ -92,7 +98,7 @@ class Tracing:
         described.update(self._common)
         attributes = dict(described)
         owner = self._owner
-        statement = request.sql
+        statement = request.subject
         if owner.query_text:
             text = statement.sql if isinstance(statement, Statement) else statement if request.kind == SCRIPT else None
             if isinstance(text, str):
@@ -122,9 +128,7 @@ class Span:
 
     __slots__ = ("_attributes", "_began", "_owner", "_request", "_span", "_wanted")
 
-    def __init__(
-        self, owner: Instrumentation, span: trace.Span, request: Request, attributes: Attributes, ago: float
-    ) -> None:
+    def __init__(self, owner: Owner, span: trace.Span, request: Request, attributes: Attributes, ago: float) -> None:
         self._owner = owner
         self._span = span
         self._request = request
@@ -186,7 +190,7 @@ class Span:
 
 def _describe(request: Request) -> tuple[str, Attributes]:
     """The span's name, and the attributes that the metric has as well: few and of few values."""
-    statement = request.sql
+    statement = request.subject
     if isinstance(statement, Statement):
         operation, summary = statement.verb, summarize(statement.sql) or statement.verb
         if request.kind == MANY:

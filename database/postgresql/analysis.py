@@ -6,8 +6,7 @@ This is no parser. It looks at keywords outside strings, quoted names, comments 
 word (a read-only transaction is READ ONLY there, whatever this module thought of a statement).
 
 Placeholders. PostgreSQL knows `$1`. Here `:name` and `?` work as they do on SQLite, and psycopg's `%(name)s` and `%s` (what
-aiosql's adapter makes of `:name`) as well; all become `$1`, `$2`, … A colon behind a word or a closing bracket is a slice
-(`a[1:n]`), two of them are a cast. `??` stands for the operator `?`; `?|`, `?&` and `@?` are operators as they are.
+aiosql's adapter makes of `:name`) as well; all become `$1`, `$2`, …
 
 State of the connection. Connections are everybody's, so a statement that may leave something behind on its own (a temporary
 table, a session's advisory lock, a setting) is known here: see `Plan.refusal` and `Plan.stains`.
@@ -19,34 +18,14 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from database import errors
 from database.engine.statement import CONTROL, OTHER, READ, WRITE, Statement
+from database.postgresql.plan import Insert, Plan
+from database.postgresql.tokens import Token, end_of_comment, scan, tokens_of
 
-__all__ = ["Insert", "Made", "Plan", "analyse", "check_text", "made_by", "reshaped", "split", "words_of"]
-
-_TOKEN = re.compile(
-    r"""
-      (?P<comment>--[^\n]*)
-    | (?P<block>/\*)                                            # nests, so its end is looked for by hand
-    | (?P<string>[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)
-               | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*(?:'|\Z)
-               | (?P<dollar>\$(?:[^\W\d]\w*)?\$).*?(?:(?P=dollar)|\Z))
-    | (?P<quoted>(?:[uU]&)?"(?:[^"]|"")*(?:"|\Z))
-    | (?P<cast>::)
-    | (?<![\w\])]):(?P<name>[^\W\d]\w*)
-    | \$(?P<number>\d+)
-    | (?P<literal>(?<![-+*/<>=~!@\#%^&|`])@\?\??|\?\?|\?\|(?!\|)|\?&)
-    | (?P<mark>\?)
-    | %\((?P<format>[^)]+)\)s
-    | (?P<percent>%%|%s\b)
-    | (?P<word>[^\W\d][\w$]*)
-    | (?P<digits>\d[\w.]*)
-    | (?P<sign>[();,=.*\[\]])
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+__all__ = ["Made", "analyse", "check_text", "made_by", "plan_of", "split", "words_of"]
 
 HIGHEST_PARAMETERS: Final = 65535
 """The protocol counts parameters in sixteen bits."""
@@ -132,169 +111,11 @@ _TEMPORARY = (
 _HELD = "a cursor WITH HOLD would stay on one connection of the pool: `async with db.stream(…)` reads row by row"
 
 
-class Token(NamedTuple):
-    """A word or a sign that counts."""
-
-    kind: str
-    """`word` (in capitals), `quoted`, `string`, `parameter`, `digits` or `sign`."""
-    text: str
-    depth: int
-    start: int
-    end: int
-
-
-class Insert(NamedTuple):
-    """What is known of an INSERT.
-
-    Attributes:
-        table: The table as it is written.
-        end: Where a RETURNING clause would go.
-        values: Whether the rows stand in the statement (VALUES), so that they are few.
-        upsert: Whether it may update instead.
-        columns: The columns as they are written, if all that the statement does is to put one placeholder into each:
-            then rows can be sent by COPY.
-    """
-
-    table: str
-    end: int
-    values: bool
-    upsert: bool
-    columns: str | None
-
-
-_shapes = [0]
-"""How often this process has seen a statement that may give a table another shape. Any thread; a lost update does no harm."""
-
-
-def reshaped() -> None:
-    """A statement has been executed that may have given a table another shape."""
-    _shapes[0] += 1
-
-
-class Plan:
-    """How a statement is sent. Cached with it, so what is found out about it is kept here.
-
-    Attributes:
-        sql: The text for the server, with `$1`, `$2`, …
-        names: The parameters' names in order; None where they are positional.
-        count: How many parameters there are.
-        insert: What is known of it, if it is an INSERT.
-        coercions: How parameters are converted, by their Python types; see `connection.py`.
-        returning: The text with RETURNING for `lastrowid`; `""` if there is nothing to return, None if nobody has looked.
-        look_again: When a table without such a key is looked at again.
-        seconds: How long it takes, roughly; None if nobody knows.
-        uses: How often it has been executed.
-        wide: Positions of parameters that have been larger than an `int4`, and are sent as `int8` since.
-        calls: Functions that it calls and of which only the server knows whether they change anything.
-        acts: Whether a function that it calls does something, so that it is never left half executed.
-        stains: Whether the connection may be another one after it; it is then put right when the transaction ends.
-        refusal: Why it is refused outside a transaction.
-        alone: Whether it may not run within a transaction.
-        nameless: Whether it is not prepared under a name any more.
-        shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong.
-        learnt_at: How many such statements there had been when something was learnt of this one.
-    """
-
-    __slots__ = (
-        "acts",
-        "alone",
-        "calls",
-        "coercions",
-        "count",
-        "insert",
-        "learnt_at",
-        "look_again",
-        "nameless",
-        "names",
-        "refusal",
-        "returning",
-        "seconds",
-        "shapes",
-        "sql",
-        "stains",
-        "uses",
-        "wide",
-    )
-
-    def __init__(self, sql: str, names: tuple[str, ...] | None, count: int) -> None:
-        self.sql = sql
-        self.names = names
-        self.count = count
-        self.insert: Insert | None = None
-        self.coercions: dict[tuple[type, ...], Any] = {}
-        self.returning: str | None = None
-        self.look_again = 0.0
-        self.seconds: float | None = None
-        self.uses = 0
-        self.wide: frozenset[int] = frozenset()
-        self.calls: tuple[str, ...] = ()
-        self.acts = self.alone = self.stains = self.shapes = self.nameless = False
-        self.learnt_at = 0
-        self.refusal: str | None = None
-
-    def check_shapes(self) -> None:
-        """Forgets what was learnt if a table may have another shape since."""
-        count = _shapes[0]
-        if self.learnt_at != count:
-            self.learnt_at = count
-            self.coercions = {}
-            self.returning = None
-
-    def took(self, seconds: float) -> None:
-        """Learns from one execution. Any worker's thread; a lost update does no harm."""
-        known = self.seconds
-        self.seconds = seconds if known is None else known + (seconds - known) * 0.2
-
-
-def _end_of_comment(sql: str, position: int) -> int:
-    depth = 1
-    for match in re.compile(r"/\*|\*/").finditer(sql, position):
-        depth += 1 if match.group() == "/*" else -1
-        if depth == 0:
-            return match.end()
-    return len(sql)
-
-
-def _scan(sql: str) -> Iterator[re.Match[str]]:
-    position = 0
-    while (match := _TOKEN.search(sql, position)) is not None:
-        if match["block"] is not None:
-            position = _end_of_comment(sql, match.end())
-            continue
-        position = match.end()
-        if match["comment"] is None:
-            yield match
-
-
-def _tokens(sql: str) -> list[Token]:
-    depth = 0
-    tokens: list[Token] = []
-    for match in _scan(sql):
-        kind = match.lastgroup or ""
-        if kind == "dollar":
-            kind = "string"
-        text = match.group()
-        start, end = match.span()
-        if kind == "word":
-            tokens.append(Token(kind, text.upper(), depth, start, end))
-        elif kind == "sign":
-            if text in ")]":
-                depth -= 1
-            tokens.append(Token(kind, text, depth, start, end))
-            if text in "([":
-                depth += 1
-        elif kind in ("name", "number", "mark", "format", "percent"):
-            tokens.append(Token("parameter", text, depth, start, end))
-        elif kind not in ("cast", "literal"):
-            tokens.append(Token(kind, text, depth, start, end))
-    return tokens
-
-
 def _translate(sql: str) -> Plan:
     """Turns placeholders into `$1`, `$2` and so on."""
     native = False
     formats = False
-    for match in _scan(sql):
+    for match in scan(sql):
         kind = match.lastgroup
         native = native or kind in ("name", "number", "mark")
         formats = formats or kind == "format" or (kind == "percent" and match.group() == "%s")
@@ -303,7 +124,7 @@ def _translate(sql: str) -> Plan:
     positions = 0
     highest = 0
     last = 0
-    for match in _scan(sql):
+    for match in scan(sql):
         kind = match.lastgroup
         replacement: str | None = None
         if kind == "literal" and match.group().endswith("??"):
@@ -339,7 +160,7 @@ def analyse(sql: str) -> Statement:
         QueryExecutionError: There are several in one text, its placeholders are mixed or too many, or it cannot be sent.
     """
     check_text(sql)
-    tokens = _tokens(sql)
+    tokens = tokens_of(sql)
     while tokens and tokens[-1].text == ";":
         tokens.pop()
     while tokens and tokens[0].text == ";":
@@ -550,7 +371,7 @@ def split(script: str) -> Iterator[str]:
     words: list[str] = []
     something = False
     depth = 0
-    for match in _scan(script):
+    for match in scan(script):
         kind, text = match.lastgroup, match.group()
         if kind == "sign" and text in "()":
             depth += 1 if text == "(" else -1
@@ -582,14 +403,14 @@ def _leftover(text: str) -> bool:
         if match.start() < position:
             continue
         kept.append(text[position : match.start()])
-        position = match.end() if match.group() != "/*" else _end_of_comment(text, match.end())
+        position = match.end() if match.group() != "/*" else end_of_comment(text, match.end())
     kept.append(text[position:])
     return bool("".join(kept).strip(" \t\r\n;"))
 
 
 def words_of(sql: str) -> list[str]:
     """The unquoted words of a statement, in capitals."""
-    return [token.text for token in _tokens(sql) if token.kind == "word"]
+    return [token.text for token in tokens_of(sql) if token.kind == "word"]
 
 
 class Made(NamedTuple):
@@ -609,7 +430,7 @@ _MODIFIERS = frozenset({"UNLOGGED", "UNIQUE", "CONCURRENTLY", "MATERIALIZED", "O
 
 def made_by(sql: str) -> Made | None:
     """What a statement of a schema's script makes; None where it is to be executed whatever is there."""
-    tokens = _tokens(sql)
+    tokens = tokens_of(sql)
     if not tokens or tokens[0].text != "CREATE":
         return None
     modifiers: set[str] = set()

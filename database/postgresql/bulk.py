@@ -27,8 +27,8 @@ import psycopg
 from psycopg import pq
 
 from database.engine.statement import Result, Statement
-from database.postgresql.analysis import Insert, Plan, reshaped
 from database.postgresql.failures import MISTYPED, STALE, clean, made_from
+from database.postgresql.plan import Insert, Plan, reshaped
 from database.postgresql.sending import is_reshaped, widen
 from database.postgresql.values import bind, coerced, coercion
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import psycopg
 from psycopg import pq
@@ -20,7 +20,6 @@ from database.driver.request import Request
 from database.engine.records import records
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.postgresql import analysis, bulk, together
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import (
     Lost,
     clean,
@@ -35,15 +34,13 @@ from database.postgresql.failures import (
     outcome_of,
     read_only,
 )
+from database.postgresql.plan import Plan
 from database.postgresql.raw import Cursor, RawConnection, ServerCursor, rows
 from database.postgresql.redaction import hide
 from database.postgresql.returning import AGAIN_AFTER, UNFIT_FOR_RETURNING, done, with_returning
 from database.postgresql.sending import Sender
+from database.postgresql.settings import PostgresqlSettings
 from database.postgresql.values import BindError, row_class
-from database.settings import PostgresqlSettings
-
-if TYPE_CHECKING:
-    from database.engine.migrations import Applied, MigrationReport, Order
 
 __all__ = ["Connection", "may_join"]
 
@@ -68,7 +65,7 @@ _BAD = pq.ConnStatus.BAD
 
 
 class Connection(Sender):
-    """See `database.engine.contract.Session`."""
+    """See `database.engine.contract.Connection`."""
 
     __slots__ = ("failing",)
 
@@ -413,18 +410,6 @@ class Connection(Sender):
 
         return make
 
-    def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> MigrationReport:
-        """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
-        from database.postgresql.migrate import migrate  # noqa: PLC0415  - few connections ever need it
-
-        return migrate(self, cast("Order", order))
-
-    def applied_migrations(self, _sql: Any = None, _params: Any = None, _extra: Any = None) -> tuple[Applied, ...]:
-        """The database's record of migrations."""
-        from database.postgresql.migrate import applied  # noqa: PLC0415  - few connections ever need it
-
-        return applied(self)
-
     def backup(self, _path: Any, _progress: Any, _pages: Any) -> None:
         """Refused: a server is backed up by its own tools."""
         raise errors.QueryExecutionError(
@@ -433,7 +418,7 @@ class Connection(Sender):
         )
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
-        """See `Session`."""
+        """See `Connection`."""
         if error is self.theirs:
             self.theirs = self.failing = None
             return error
@@ -488,7 +473,7 @@ def _only_reads(statement: Statement) -> bool:
 def may_join(request: Request) -> bool:
     """Whether a statement is known to be quick, and how it is sent is settled."""
     operation = request.operation
-    plan: Plan = request.sql.hint
+    plan: Plan = request.subject.hint
     seconds = plan.seconds
     if seconds is None or seconds > QUICK_SECONDS or operation not in _JOINABLE or plan.stains or plan.calls:
         return False

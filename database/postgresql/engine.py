@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
-from database.engine.contract import Backend, Engine, Role
+from database.engine.contract import Backend, Engine, Migrations, Role
 from database.postgresql import analysis
-from database.postgresql.analysis import Plan
-from database.settings import PostgresqlSettings
+from database.postgresql.plan import Plan
+from database.postgresql.settings import PostgresqlSettings
 
 try:
     import psycopg
 
     from database.postgresql.connection import Connection, may_join
     from database.postgresql.failures import control_error, is_broken, is_busy
-    from database.postgresql.opening import Replicas, describe, open_session
+    from database.postgresql.opening import Replicas, describe, open_connection
 except ImportError as error:
     raise errors.ConfigurationError(
         f"PostgreSQL needs the extra `postgresql` of this package: install it (psycopg cannot be imported: {error})"
@@ -38,14 +38,15 @@ def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
 
     def connect(role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal good
-        session = open_session(settings, role, progress, lambda: good)
+        session = open_connection(settings, role, progress, lambda: good)
         if not good:
             try:
                 _initialise(session, settings)
                 if settings.auto_migrate and settings.migrations is not None:
                     from database.engine.migrations import Order  # noqa: PLC0415  - most programs do without
+                    from database.postgresql.migrate import migrate  # noqa: PLC0415
 
-                    session.migrate(Order(settings.migrations))
+                    migrate(session, Order(settings.migrations))
             except BaseException as error:
                 session.close()
                 if isinstance(error, errors.MigrationError):
@@ -68,7 +69,7 @@ def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
 
     def connect(_role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal good
-        session = open_session(settings, "reader", progress, lambda: good, replicas)
+        session = open_connection(settings, "reader", progress, lambda: good, replicas)
         good = True
         return session
 
@@ -148,11 +149,18 @@ def _adapter() -> Any:
     return cast("Any", GenericAdapter)()
 
 
+def _migrations() -> Migrations:
+    from database.postgresql import migrate  # noqa: PLC0415  - few programs ever need it
+
+    return Migrations(migrate.migrate, migrate.applied)
+
+
 ENGINE = Engine(
     name="postgresql",
     analyse=analysis.analyse,
     control_error=control_error,
-    operations=Connection,
+    connection=Connection,
+    migrations=_migrations,
     backend=cast("Any", _backend),
     adapter=_adapter,
     adapts=False,

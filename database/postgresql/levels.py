@@ -24,8 +24,8 @@ from psycopg import pq
 
 from database import errors
 from database.postgresql.failures import made_from, mark_outcome, outcome_of
+from database.postgresql.settings import PostgresqlSettings
 from database.postgresql.wire import Wire
-from database.settings import PostgresqlSettings
 
 if TYPE_CHECKING:
     from database.postgresql.raw import RawConnection
@@ -174,18 +174,18 @@ class Levels(Wire):
 
     @property
     def in_transaction(self) -> bool:
-        """See `Session`."""
+        """See `Connection`."""
         return self.began
 
     def try_lock(self, seconds: float) -> bool:
-        """See `Session`. There is nothing to take: the server has locks of its own."""
+        """See `Connection`. There is nothing to take: the server has locks of its own."""
         return True
 
     def unlock(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
 
     def begin(self, *, readonly: bool) -> None:
-        """See `Session`. Sent with the first statement; only a dead connection is noticed here."""
+        """See `Connection`. Sent with the first statement; only a dead connection is noticed here."""
         self.revive()
         self.began = True
         self.readonly = readonly
@@ -210,7 +210,7 @@ class Levels(Wire):
         self.beginning = opening if self.settings.statement_rollback else None
 
     def commit(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         prefix = self.prefix
         if prefix and prefix[0].startswith(b"BEGIN"):  # nothing has been executed
             self.forget()
@@ -300,7 +300,7 @@ class Levels(Wire):
             pause = min(pause * 2, 0.5)
 
     def rollback(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self.forget()
         if self.pg.status != _BAD and self.pg.transaction_status != _IDLE:
             self.simple([b"ROLLBACK"])
@@ -317,12 +317,12 @@ class Levels(Wire):
             self.saved = self.fresh = False
 
     def savepoint(self, number: int) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self.drop_saved()
         self.prefix.append(b"SAVEPOINT level_%d" % number)
 
     def release(self, number: int) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self.drop_saved()
         if self.prefix[-1:] == [b"SAVEPOINT level_%d" % number]:
             self.prefix.pop()
@@ -330,7 +330,7 @@ class Levels(Wire):
             self.prefix.append(b"RELEASE SAVEPOINT level_%d" % number)
 
     def undo(self, number: int) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         opening = b"SAVEPOINT level_%d" % number
         if opening in self.prefix:
             del self.prefix[self.prefix.index(opening) :]
@@ -339,7 +339,7 @@ class Levels(Wire):
         self.saved = self.fresh = False
 
     def restrict(self, readonly: bool) -> None:
-        """See `Session`. A savepoint bounds it: at its end the transaction may write again."""
+        """See `Connection`. A savepoint bounds it: at its end the transaction may write again."""
         self.drop_saved()
         if readonly:
             self.restricted += 1

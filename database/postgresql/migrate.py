@@ -25,8 +25,8 @@ from database.engine.migrations import TABLE, Applied, Migration, MigrationRepor
 from database.engine.statement import CONTROL
 from database.errors import DatabaseError, MigrationError
 from database.postgresql import analysis
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import control_error
+from database.postgresql.plan import Plan
 
 if TYPE_CHECKING:
     from database.postgresql.connection import Connection
@@ -61,16 +61,18 @@ _BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*", re.DOTALL)
 _ALONE = re.compile(r"\s*--\s*no transaction\b", re.IGNORECASE)
 
 
-def applied(connection: Connection) -> tuple[Applied, ...]:
-    """The database's record; empty where it has none."""
+def applied(
+    connection: Connection, _statement: Any = None, _params: Any = None, _extra: Any = None
+) -> tuple[Applied, ...]:
+    """The database's record; empty where it has none. An operation."""
     if not connection.value(connection.run(_EXISTS, (TABLE,)), False):
         return ()
     found = connection.run(_READ, ())
     return tuple(Applied(*row) for row in connection.load(found, 0, found.ntuples, None))
 
 
-def migrate(connection: Connection, order: Order) -> MigrationReport:
-    """Applies what is pending.
+def migrate(connection: Connection, order: Order, _params: Any = None, _extra: Any = None) -> MigrationReport:
+    """Applies what is pending. An operation.
 
     Raises:
         MigrationError: A file failed (and was rolled back; those before it stand), or the record contradicts the folder.

@@ -28,9 +28,9 @@ from database.engine.contract import Role
 from database.postgresql.connection import Connection
 from database.postgresql.raw import RawConnection
 from database.postgresql.redaction import hide
-from database.settings import PostgresqlSettings
+from database.postgresql.settings import PostgresqlSettings
 
-__all__ = ["Replicas", "describe", "local_settings", "open_session", "parameters"]
+__all__ = ["Replicas", "describe", "local_settings", "open_connection", "parameters"]
 
 BACKSLASH = "\\"
 
@@ -191,7 +191,7 @@ def _is_unencoded(conninfo: str | None) -> bool:
     return False
 
 
-def open_session(
+def open_connection(
     settings: PostgresqlSettings,
     role: Role,
     progress: Callable[[], bool],

@@ -28,8 +28,8 @@ from psycopg.adapt import AdaptersMap
 from database import errors
 from database.engine.statement import CONTROL, READ, Statement
 from database.postgresql import analysis
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import clean, control_error
+from database.postgresql.plan import Plan, reshaped
 from database.postgresql.values import bind, row_class
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class RawConnection(psycopg.Connection[Any]):
                 if plan.stains or plan.calls:
                     session.stained = True
                 if plan.shapes:
-                    analysis.reshaped()
+                    reshaped()
 
     def cursor(self, *args: Any, **options: Any) -> Any:
         """As psycopg's; closed at the latest when the function returns."""

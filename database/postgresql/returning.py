@@ -14,7 +14,7 @@ from psycopg import pq
 
 from database.engine.statement import OTHER, READ, Result, Statement
 from database.postgresql import analysis
-from database.postgresql.analysis import Plan
+from database.postgresql.plan import Plan
 
 if TYPE_CHECKING:
     from database.postgresql.connection import Connection

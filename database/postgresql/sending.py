@@ -25,9 +25,9 @@ from psycopg.adapt import Loader, PyFormat, Transformer
 from psycopg.types.json import JsonbDumper
 
 from database import errors
-from database.postgresql.analysis import Plan, reshaped
 from database.postgresql.failures import MISTYPED, STALE, made_from, mark_alone
 from database.postgresql.levels import Levels
+from database.postgresql.plan import Plan, reshaped
 from database.postgresql.values import bind, coerced, coercion
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from psycopg import pq
 
 from database.driver.request import Request
 from database.engine.statement import READ
-from database.postgresql.analysis import Plan
 from database.postgresql.failures import AGAIN, MISTYPED, STALE, Lost, made_from
+from database.postgresql.plan import Plan
 from database.postgresql.returning import UNFIT_FOR_RETURNING, done
 from database.postgresql.sending import is_reshaped, widen
 from database.postgresql.values import bind, coerced
@@ -60,7 +60,7 @@ def run_together(
     sent: list[_Sent] = []
     for request in requests:  # all values first: what raises within a pipeline costs the connection
         try:
-            plan: Plan = request.sql.hint
+            plan: Plan = request.subject.hint
             values = bind(plan, request.params)
             plan.check_shapes()
             values = coerced(values, plan.coercions.get(tuple(map(type, values))))
@@ -82,12 +82,12 @@ def run_together(
             connection.impatient = position + 1 < len(sent)
             started = time.perf_counter()
             answers = connection.until_sync()
-            request.sql.hint.took(time.perf_counter() - started)
+            request.subject.hint.took(time.perf_counter() - started)
             failed = next((answer for answer in answers if answer.status == _FATAL), None)
             if each.new and len(answers) > len(each.parts) and answers[len(each.parts)].status in _OK:
                 connection.keep_name(each.key, each.name or b"")
             if failed is None:
-                widen(request.sql.hint, each.key[1], each.values)
+                widen(request.subject.hint, each.key[1], each.values)
                 end(request, _deliver(connection, request, answers[-1]))
                 continue
             error = made_from(failed)
@@ -102,13 +102,13 @@ def run_together(
             raise
         for each in sent[position:]:  # who knows which of them the server has got to
             request = each.request
-            if request.sql.kind == READ and not request.sql.hint.acts:
+            if request.subject.kind == READ and not request.subject.hint.acts:
                 again.append(request)
             else:
                 lost = Lost(str(error).strip())
                 begin(request)
                 # In the package's words already: the connection is noticed to be dead before its next use, not here.
-                translated = connection.translate(lost, request.sql, request.params)
+                translated = connection.translate(lost, request.subject, request.params)
                 translated.__cause__ = lost
                 end(request, translated)
     except BaseException:
@@ -134,7 +134,7 @@ def _send(connection: Connection, sent: list[_Sent]) -> None:
             pg.send_query_params(part, None)
         each.name = under_way.get(each.key)  # should that PREPARE fail, this statement does as well, and is run alone
         if each.name is None:
-            each.name, each.new = connection.name_for(each.key, each.request.sql.hint)
+            each.name, each.new = connection.name_for(each.key, each.request.subject.hint)
             if each.new and each.name is not None:
                 under_way[each.key] = each.name
                 pg.send_prepare(each.name, text.encode(), types)
@@ -155,7 +155,7 @@ def _deliver(connection: Connection, request: Request, result: pq.abc.PGresult) 
         elif operation is type(connection).fetch_value:
             request.result = connection.value(result, request.extra)
         else:
-            request.result = done(request.sql, result, connection.transformer)
+            request.result = done(request.subject, result, connection.transformer)
     except BaseException as error:  # a record class that refuses its columns
         return error
     return None
@@ -168,5 +168,5 @@ def _is_to_be_run_alone(error: psycopg.Error, sent: _Sent) -> bool:
         or state in AGAIN
         or is_reshaped(error)
         or (sent.name is not None and state in STALE)
-        or (sent.key[0] == sent.request.sql.hint.returning and isinstance(error, UNFIT_FOR_RETURNING))
+        or (sent.key[0] == sent.request.subject.hint.returning and isinstance(error, UNFIT_FOR_RETURNING))
     )

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from psycopg.types.numeric import Int2
 
-from database.postgresql.analysis import Plan
+from database.postgresql.plan import Plan
 
 __all__ = ["BindError", "Row", "bind", "coerced", "coercion", "row_class"]
 

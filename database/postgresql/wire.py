@@ -272,15 +272,15 @@ class Wire:
         raise Lost("the connection was lost") if self.farewell is None else made_from(self.farewell)
 
     def interrupt(self) -> None:
-        """See `Session`. Only wakes the thread: it knows what is running, and sends the cancellation."""
+        """See `Connection`. Only wakes the thread: it knows what is running, and sends the cancellation."""
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
 
     def share(self, shared: bool) -> None:
-        """See `Session`. Here transactions are not shared."""
+        """See `Connection`. Here transactions are not shared."""
 
     def close(self) -> None:
-        """See `Session`."""
+        """See `Connection`."""
         self.raw.session = None
         try:
             self.raw.close()
@@ -289,7 +289,7 @@ class Wire:
             self._waker.close()
 
     def disown(self) -> None:
-        """See `Session`. An extra reference, never given back: libpq must not say goodbye in the parent's name."""
+        """See `Connection`. An extra reference, never given back: libpq must not say goodbye in the parent's name."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from database.driver.request import MANY
 from database.engine.statement import Statement
 from database.errors import TransactionError
+from database.session.binding import Binding
+from database.session.sending import send_unit
 from database.session.statements import still
+from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from database.session.database import Database
     from database.session.statements import Query
 
 __all__ = ["Batch"]
@@ -20,10 +23,10 @@ __all__ = ["Batch"]
 class Batch:
     """Collects writes and sends every `size` of them as one transaction. `async with` it."""
 
-    __slots__ = ("_closed", "_database", "_items", "_size", "count")
+    __slots__ = ("_binding", "_closed", "_items", "_size", "count")
 
-    def __init__(self, database: Database, size: int) -> None:
-        self._database = database
+    def __init__(self, binding: Binding, size: int) -> None:
+        self._binding = binding
         self._size = size
         self._items: list[tuple[Statement, Any]] = []
         self._closed = False
@@ -42,7 +45,12 @@ class Batch:
         """
         if self._closed:
             raise TransactionError("the batch is over: use it inside its `async with` block")
-        self._items.append((self._database.batch_statement(query), still(params)))
+        binding = self._binding
+        statement = binding.statements.for_batch(query)
+        level = binding.level()
+        if isinstance(level, Transaction) and level.readonly:
+            level.refuse_write(statement)
+        self._items.append((statement, still(params)))
         if len(self._items) >= self._size:
             await self.flush()
 
@@ -50,7 +58,8 @@ class Batch:
         """Sends what has been collected, and commits it if no transaction is open around the batch."""
         items, self._items = self._items, []
         if items:
-            await self._database.send_batch(items)
+            binding = self._binding
+            await send_unit(binding, MANY, binding.connection.execute_batch, items, None, label="batch")
             self.count += len(items)
 
     async def __aexit__(

@@ -13,7 +13,7 @@ import anyio
 from database.driver.wakeup import current_loop
 from database.errors import DatabaseError, TransactionError
 from database.session.database import Database
-from database.session.offload import Job, Offloaded
+from database.session.offload import Job, Offloaded, is_here, offload
 from database.session.origin import Origin
 from database.session.propagation import (
     PROPAGATIONS,
@@ -112,6 +112,8 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
                 )
             databases = [get_db(each) for each in names]
             origin = _make_origin(name, function)
+            if timeout is None and retries == 0 and len(databases) == 1 and not offload:
+                return _wrap_plainly(databases[0], function, origin, propagation, readonly, options)
             run = _make_runner(databases, function, origin, propagation, offload, readonly, options)
             return _wrap(databases[0], function, run, origin, timeout, retries)
 
@@ -164,6 +166,32 @@ def _make_origin(name: str, function: Any) -> Callable[[], Origin]:
     return functools.partial(Origin, what, code, 0 if code is None else code.co_firstlineno)
 
 
+def _wrap_plainly(
+    database: Database,
+    function: Any,
+    origin: Callable[[], Origin],
+    propagation: str,
+    readonly: bool,
+    options: Options | None,
+) -> Any:
+    """What most functions ask for: with a coroutine less for every call than `_wrap` has."""
+
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        entered, token = await enter(
+            database.binding, origin(), readonly=readonly, propagation=propagation, options=options
+        )
+        try:
+            result = await function(*args, **kwargs)
+        except BaseException as error:
+            await leave(entered, token, error)
+            raise
+        await leave(entered, token, None)
+        return result
+
+    return wrapper
+
+
 def _wrap(
     database: Database, function: Any, run: Runner, origin: Callable[[], Origin], timeout: float | None, retries: int
 ) -> Any:
@@ -191,10 +219,10 @@ def _wrap(
                 else:
                     result = await run(args, kwargs, None, limit)
             except BaseException as error:
-                if not await stop(database, limit, error):
+                if not await stop(database.binding, limit, error):
                     raise
                 return limit.result
-            await stop(database, limit, None)
+            await stop(database.binding, limit, None)
             return result
 
     return wrapper
@@ -209,7 +237,7 @@ async def _run_again(run: Runner, retries: int, args: Any, kwargs: Any, limit: T
                 if not left or not is_passing(error) or not attempt.may_be_repeated():
                     raise
         if current_loop() is not None:  # those that this one was in the way of go first, or they meet again
-            await anyio.sleep(random.uniform(0, min(0.001 * 2 ** (retries - left), 0.05)))  # noqa: S311  - not a secret
+            await anyio.sleep(random.uniform(0, 0.001 * 2 ** min(retries - left, 6)))  # noqa: S311  - not a secret
     raise AssertionError
 
 
@@ -218,7 +246,7 @@ def _make_runner(
     function: Any,
     origin: Callable[[], Origin],
     propagation: str,
-    offload: bool,
+    offloads: bool,
     readonly: bool,
     options: Options | None,
 ) -> Runner:
@@ -232,18 +260,19 @@ def _make_runner(
         return run_on_several
 
     database = databases[0]
-    offloaded = Offloaded(database, function, origin(), readonly=readonly)
+    offloaded = Offloaded(function, origin(), readonly=readonly)
     dooms = propagation == "required"
 
     async def run(args: Any, kwargs: Any, attempt: Attempt | None, limit: TimeLimit | None) -> Any:
-        if offload and not database.is_here():
-            job = Job(offloaded, args, kwargs, dooms=dooms)
+        binding = database.binding
+        if offloads and not is_here(binding):
+            job = Job(offloaded, binding, args, kwargs, dooms=dooms)
             if attempt is not None:
                 attempt.begun(job)
             if limit is not None:
                 limit.bound(job)
-            return await database.offload(job, readonly=readonly, options=options, limit=limit)
-        entered, token = await enter(database, origin(), readonly=readonly, propagation=propagation, options=options)
+            return await offload(job, readonly=readonly, options=options, limit=limit)
+        entered, token = await enter(binding, origin(), readonly=readonly, propagation=propagation, options=options)
         if attempt is not None:
             attempt.begun(entered)
         if limit is not None:
@@ -279,7 +308,9 @@ async def _run_on_several(
     behind = limit or TimeLimit(0, origin())  # which collects what is to run behind all of the commits
     try:
         for database in databases:
-            level, token = await enter(database, origin(), readonly=readonly, propagation=propagation, options=options)
+            level, token = await enter(
+                database.binding, origin(), readonly=readonly, propagation=propagation, options=options
+            )
             entered.append((database, level, token))
             if attempt is not None:
                 attempt.begun(level)
@@ -299,7 +330,7 @@ async def _run_on_several(
         cancelled = False
     finally:
         if limit is None:
-            await run_behind(databases[0], behind.callbacks, shield=cancelled)
+            await run_behind(databases[0].binding, behind.callbacks, shield=cancelled)
     return result
 
 

@@ -1,6 +1,6 @@
 """Entering and leaving a transaction: which level a task is in, as `propagation` says.
 
-The current level of a database is kept in a context variable (`Database.current`). `enter` opens a level or joins the
+The current level of a database is kept in a context variable (`Binding.current`). `enter` opens a level or joins the
 one that is open, `leave` ends what `enter` has begun. `TransactionContext` is what `db.transaction()` gives.
 
 Loop thread, but inside an `offload=True` function, which enters and leaves on the worker's thread.
@@ -8,9 +8,7 @@ Loop thread, but inside an `offload=True` function, which enters and leaves on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 import anyio
@@ -18,37 +16,39 @@ import anyio
 from database.driver.wakeup import current_task
 from database.errors import ReadOnlyTransactionError, TransactionError, TransactionTimeoutError
 from database.session import retry
+from database.session.binding import Binding
+from database.session.callbacks import Callback, run_callbacks
+from database.session.generators import watch
+from database.session.level import Detached, Level, detached, step_back, step_out
 from database.session.origin import Origin
 from database.session.timelimit import TimeLimit
-from database.session.transaction import Detached, Transaction, run_callbacks, step_back
+from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from database.driver.pool import Pool
-    from database.session.database import Database
 
 __all__ = [
     "ISOLATIONS",
     "PROPAGATIONS",
-    "Detached",
     "Entered",
     "Isolation",
     "Options",
     "Propagation",
     "TransactionContext",
-    "detached",
     "enter",
     "leave",
+    "open_transaction",
     "options_of",
+    "reading_pool",
     "refuse_isolation",
     "refuse_waiting_for_itself",
     "refuse_writing_in_readonly",
     "run_behind",
     "stop",
+    "watch_generators",
 ]
-
-Callback = Callable[[], Any]
 
 PROPAGATIONS: Final = frozenset(
     {"nested", "required", "requires_new", "mandatory", "supports", "not_supported", "never"}
@@ -79,6 +79,17 @@ def options_of(isolation: str | None, replica: bool) -> Options | None:
     if isolation is not None and isolation not in ISOLATIONS:
         raise ValueError(f"isolation {isolation!r} is unknown; it is one of {', '.join(sorted(ISOLATIONS))}")
     return Options(None if isolation is None else isolation.upper(), replica)
+
+
+def reading_pool(binding: Binding, options: Options | None) -> Pool:
+    """The pool for a read-only transaction."""
+    return binding.reading_pool(replica=options is None or options.replica)
+
+
+def open_transaction(binding: Binding) -> Transaction | None:
+    """The level that this task is in, if it is open and can be used from here."""
+    level = binding.level()
+    return level if isinstance(level, Transaction) and not level.ended and not level.is_elsewhere else None
 
 
 class _Joined:
@@ -115,7 +126,7 @@ Entered: TypeAlias = Transaction | _Joined
 
 
 async def enter(
-    database: Database,
+    binding: Binding,
     origin: Origin,
     *,
     readonly: bool,
@@ -128,16 +139,16 @@ async def enter(
     Raises:
         TransactionError: The propagation does not allow it here.
     """
-    variable = database.current
+    variable = binding.current
     found = variable.get()
     if found is not None and found.ended:
         found = step_back(variable, found)
-    level = None if found is None or type(found) is Detached else cast("Transaction", found)
+    level = found if isinstance(found, Transaction) else None
     if level is not None and propagation not in ("not_supported", "requires_new"):
         level.check()
     if propagation == "nested" or propagation == "required":
         if level is None:
-            return _open(database, origin, variable, found, readonly=readonly, manual=manual, options=options)
+            return _open(binding, origin, variable, found, readonly=readonly, manual=manual, options=options)
         if options is not None:
             refuse_isolation(level, options)
         refuse_writing_in_readonly(level, readonly)
@@ -147,27 +158,27 @@ async def enter(
             await level.take_turn()
         if level.ended or level.root.doom is not None:
             raise level.refusal()
-        if level.session is None:
+        if level.connection is None:
             origin.set_task()
-        nested = Transaction(database, level.pool, origin, readonly=readonly, parent=level, manual=manual)
+        nested = level.nested(origin, readonly=readonly, manual=manual)
         nested.dooms = propagation == "required"
         return nested, variable.set(nested)
     return await _enter_rarely(
-        database, origin, level, found, readonly=readonly, propagation=propagation, options=options
+        binding, origin, level, found, readonly=readonly, propagation=propagation, options=options
     )
 
 
 async def _enter_rarely(
-    database: Database,
+    binding: Binding,
     origin: Origin,
     level: Transaction | None,
-    found: Any,
+    found: Level | None,
     *,
     readonly: bool,
     propagation: str,
     options: Options | None,
 ) -> tuple[Entered, Any]:
-    variable = database.current
+    variable = binding.current
     if propagation not in PROPAGATIONS:
         raise ValueError(f"propagation {propagation!r} is unknown; it is one of {', '.join(sorted(PROPAGATIONS))}")
     if propagation == "never" and level is not None:
@@ -175,15 +186,15 @@ async def _enter_rarely(
     if propagation == "mandatory" and level is None:
         raise TransactionError("propagation 'mandatory': no transaction is open, and this function needs one")
     if propagation in ("mandatory", "supports") and level is not None:
-        return await enter(database, origin, readonly=readonly, propagation="required", options=options)
+        return await enter(binding, origin, readonly=readonly, propagation="required", options=options)
     if propagation == "requires_new":
-        if level is not None and level.session is not None:
+        if level is not None and level.connection is not None:
             raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
         if not readonly:
-            _refuse_write_within_write(database, found)
-        return _open(database, origin, variable, found, readonly=readonly, manual=False, options=options)
+            _refuse_write_within_write(found)
+        return _open(binding, origin, variable, found, readonly=readonly, manual=False, options=options)
     if propagation == "not_supported":
-        if level is not None and level.session is not None:
+        if level is not None and level.connection is not None:
             raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
         stepped_out = Detached(found)
         return _Joined(None, stepped_out), variable.set(stepped_out)
@@ -191,20 +202,20 @@ async def _enter_rarely(
 
 
 def _open(
-    database: Database,
+    binding: Binding,
     origin: Origin,
     variable: Any,
-    found: Transaction | Detached | None,
+    found: Level | None,
     *,
     readonly: bool,
     manual: bool,
     options: Options | None,
 ) -> tuple[Transaction, Any]:
-    pool = database.reading_pool(options) if readonly else database.pool()
+    pool = reading_pool(binding, options) if readonly else binding.pool()
     if not readonly and found is not None:
         refuse_waiting_for_itself(found, pool)
     origin.set_task()
-    root = Transaction(database, pool, origin, readonly=readonly, around=found, manual=manual)
+    root = Transaction(binding, pool, origin, readonly=readonly, around=found, manual=manual)
     if options is not None:
         root.isolation = options.isolation
     if retry.attempts:
@@ -234,17 +245,15 @@ def refuse_writing_in_readonly(level: Transaction, readonly: bool) -> None:
         )
 
 
-def _around(found: Transaction | Detached | None) -> Iterator[Transaction]:
+def _around(found: Level | None) -> Iterator[Transaction]:
     """The open levels that may write, from the innermost outwards, also those that were stepped out of."""
     while found is not None:
-        if type(found) is not Detached and not found.ended:
-            level = cast("Transaction", found)
-            if not level.root.readonly:
-                yield level
+        if isinstance(found, Transaction) and not found.ended and not found.root.readonly:
+            yield found
         found = found.around
 
 
-def _refuse_write_within_write(database: Database, found: Transaction | Detached | None) -> None:
+def _refuse_write_within_write(found: Level | None) -> None:
     for outer in _around(found):
         if outer.pool.single_writer:
             raise TransactionError(
@@ -253,7 +262,7 @@ def _refuse_write_within_write(database: Database, found: Transaction | Detached
             )
 
 
-def refuse_waiting_for_itself(found: Transaction | Detached, pool: Pool) -> None:
+def refuse_waiting_for_itself(found: Level, pool: Pool) -> None:
     """A write that does not belong to the transaction which this task holds open could only wait for that.
 
     Raises:
@@ -273,6 +282,14 @@ def refuse_waiting_for_itself(found: Transaction | Detached, pool: Pool) -> None
                 )
 
 
+def watch_generators(entered: Entered, origin: Origin) -> None:
+    """What `enter` has begun in an async generator ends when that is left."""
+    generators, origin.generators = origin.generators, ()
+    level = entered.stepped_out if isinstance(entered, _Joined) else entered
+    if level is not None and level.connection is None:  # on a worker's thread, Python closes generators at once
+        watch(level, generators)
+
+
 async def leave(entered: Entered, token: Any, error: BaseException | None, limit: TimeLimit | None = None) -> None:
     """Ends what `enter` has begun: kept if there was no error.
 
@@ -283,7 +300,7 @@ async def leave(entered: Entered, token: Any, error: BaseException | None, limit
         if token is not None:
             assert entered.stepped_out is not None
             entered.stepped_out.ended = True
-            _step_out(entered.stepped_out, token)
+            step_out(entered.stepped_out, token)
         if error is not None and entered.level is not None:
             entered.level.dooms_the_whole(error)
         return
@@ -297,74 +314,50 @@ async def leave(entered: Entered, token: Any, error: BaseException | None, limit
             if entered.dooms:
                 entered.dooms_the_whole(error)
     except BaseException:
-        _step_out(entered, token)
+        step_out(entered, token)
         if entered.callbacks:  # the commit went through, and then a cancellation struck
             callbacks = entered.take_callbacks()
             if limit is not None:
                 limit.callbacks += callbacks
             else:
-                await run_behind(entered.database, callbacks, shield=True)
+                await run_behind(entered.binding, callbacks, shield=True)
         raise
-    _step_out(entered, token)
+    step_out(entered, token)
     if error is None and entered.callbacks:
         callbacks = entered.take_callbacks()
         if limit is not None:
             limit.callbacks += callbacks
         else:
-            await run_behind(entered.database, callbacks)
+            await run_behind(entered.binding, callbacks)
 
 
-async def run_behind(database: Database, callbacks: list[Callback], *, shield: bool = False) -> None:
+async def run_behind(binding: Binding, callbacks: list[Callback], *, shield: bool = False) -> None:
     """Runs what was handed to `on_commit`, outside of any transaction on its database."""
     if not callbacks:
         return
     with anyio.CancelScope(shield=shield):
-        if database.in_transaction:  # the one that was suspended (`requires_new`)
-            with detached(database.current):
+        if open_transaction(binding) is not None:  # the one that was suspended (`requires_new`)
+            with detached(binding.current):
                 await run_callbacks(callbacks)
         else:
             await run_callbacks(callbacks)
 
 
-def _step_out(level: Transaction | Detached, token: Any) -> None:
-    """Puts the task back to where it was, unless it is somewhere else by now: `step_back` sees to the rest."""
-    if token.var.get() is level:
-        try:
-            token.var.reset(token)
-        except ValueError:  # ended in another context than it was begun in (a fixture, a generator)
-            pass
-
-
-@contextmanager
-def detached(variable: ContextVar[Any]) -> Generator[None, None, None]:
-    """Steps outside the current transaction."""
-    found = variable.get()
-    if found is not None and found.ended:
-        found = step_back(variable, found)
-    outside = Detached(found)
-    token = variable.set(outside)
-    try:
-        yield
-    finally:
-        outside.ended = True
-        _step_out(outside, token)
-
-
 class TransactionContext:
     """What `db.transaction()` gives: `async with` it. A class, for it costs a fifth of `@asynccontextmanager`."""
 
-    __slots__ = ("_arguments", "_database", "_entered", "_limit", "_timeout", "_token")
+    __slots__ = ("_arguments", "_binding", "_entered", "_limit", "_timeout", "_token")
 
     def __init__(
         self,
-        database: Database,
+        binding: Binding,
         origin: Origin,
         readonly: bool,
         timeout: float | None,
         propagation: str,
         options: Options | None,
     ) -> None:
-        self._database = database
+        self._binding = binding
         self._arguments = (origin, readonly, propagation, options)
         self._timeout = timeout
         self._limit: TimeLimit | None = None
@@ -379,7 +372,7 @@ class TransactionContext:
             limit.start()
         try:
             self._entered, self._token = await enter(
-                self._database, origin, readonly=readonly, propagation=propagation, options=options
+                self._binding, origin, readonly=readonly, propagation=propagation, options=options
             )
         except BaseException as error:
             if limit is not None:
@@ -387,6 +380,8 @@ class TransactionContext:
             raise
         if limit is not None:
             limit.bound(self._entered)
+        if origin.generators:
+            watch_generators(self._entered, origin)
         if isinstance(self._entered, Transaction):
             self._entered.limit = limit
             return self._entered
@@ -414,10 +409,10 @@ class TransactionContext:
             await leave(self._entered, self._token, error or late, limit)
         except BaseException as failure:
             _add_context(failure, error)
-            if not await stop(self._database, limit, failure):
+            if not await stop(self._binding, limit, failure):
                 raise
             return False
-        await stop(self._database, limit, error)
+        await stop(self._binding, limit, error)
         if late is not None:
             raise late
         return False
@@ -429,7 +424,7 @@ def _add_context(failure: BaseException, error: BaseException | None) -> None:
         failure.__context__ = error
 
 
-async def stop(database: Database, limit: TimeLimit, error: BaseException | None) -> bool:
+async def stop(binding: Binding, limit: TimeLimit, error: BaseException | None) -> bool:
     """Stops the clock, then runs what is to run behind the commit.
 
     Returns:
@@ -442,4 +437,4 @@ async def stop(database: Database, limit: TimeLimit, error: BaseException | None
         return settled
     finally:
         if limit.callbacks:
-            await run_behind(database, limit.callbacks, shield=cancelled)
+            await run_behind(binding, limit.callbacks, shield=cancelled)

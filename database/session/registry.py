@@ -115,7 +115,7 @@ def lifespan(app: object = None, engine: str | None = None) -> AbstractAsyncCont
 
 def _forget_in_child() -> None:
     for handle in set(_handles.values()):
-        handle.forget_pools()
+        handle.binding.forget_pools()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""What may be asked for: SQL text, or a query function of a file."""
+"""What may be asked for: SQL text, or a query function of a file. Each is analysed once, and held against the method."""
 
 from __future__ import annotations
 
@@ -7,15 +7,151 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
 from typing import Any, Final, Protocol, TypeVar, cast
 
-__all__ = ["Query", "TypedQuery", "still"]
+from database.engine.contract import Engine
+from database.engine.statement import CONTROL, WRITE, Statement
+from database.errors import QueryExecutionError
+
+__all__ = ["Query", "Statements", "TypedQuery", "check_operation", "still"]
 
 T_co = TypeVar("T_co", covariant=True)
 
 Query = str | Callable[..., Any]
 """SQL text, or a query function of `load_queries()`."""
 
+_LIMIT = 5000
+"""Statements whose analysis is remembered; a program that sends more different texts starts anew."""
+_CHARACTERS = 4_000_000
+"""The same for what they hold: some programs put their data into the text."""
+
+
+class Statements(dict[Any, Statement]):
+    """A database's statements by their query, as far as they have been analysed: `known.get(q) or known.learn(q)`."""
+
+    __slots__ = ("_characters", "_engine")
+
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        super().__init__()
+        self._engine = engine
+        self._characters = 0
+
+    def learn(self, query: Query) -> Statement:
+        """Analyses a statement the first time it is seen.
+
+        Raises:
+            QueryExecutionError: It is empty, or no statement.
+        """
+        engine = self._engine()
+        sql = query if isinstance(query, str) else getattr(query, "sql", None)
+        if not isinstance(sql, str):
+            raise QueryExecutionError(
+                f"a query is SQL text or a query function of load_queries(), not {type(query).__name__}"
+            )
+        statement = engine.analyse(sql)
+        if not statement.verb:
+            raise QueryExecutionError("the statement is empty", sql=sql)
+        self._characters += len(sql)
+        if len(self) >= _LIMIT or self._characters > _CHARACTERS:
+            self.clear()
+            self._characters = len(sql)
+        self[query] = statement
+        return statement
+
+    def with_rows(self, method: str, query: Query) -> Statement:
+        """The statement, if it gives rows.
+
+        Raises:
+            QueryExecutionError: It does not; nothing is executed.
+        """
+        statement = self.get(query) or self.learn(query)
+        if not statement.returns_rows:
+            raise self.unfit(method, statement)
+        return statement
+
+    def for_many(self, query: Query) -> Statement:
+        """The statement, if it may be executed once for every row of parameters.
+
+        Raises:
+            QueryExecutionError: It may not.
+        """
+        statement = self.get(query) or self.learn(query)
+        if type(query) is not str:
+            check_operation("execute_many", query)
+        if statement.kind != WRITE or statement.returns_rows:
+            if statement.kind == CONTROL:
+                raise self.unfit("execute_many", statement)
+            raise QueryExecutionError(
+                "execute_many() takes an INSERT, UPDATE or DELETE without RETURNING; nothing was executed",
+                sql=statement.sql,
+            )
+        return statement
+
+    def for_batch(self, query: Query) -> Statement:
+        """The statement, if it may stand in a batch.
+
+        Raises:
+            QueryExecutionError: It may not.
+        """
+        statement = self.get(query) or self.learn(query)
+        if statement.kind == CONTROL:
+            raise self.unfit("batch.execute", statement)
+        if statement.kind != WRITE:
+            raise QueryExecutionError(
+                f"a batch takes INSERT, UPDATE and DELETE, not {statement.verb}; nothing was executed",
+                sql=statement.sql,
+            )
+        return statement
+
+    def unfit(self, method: str, statement: Statement) -> BaseException:
+        """Why a method does not take a statement that controls the transaction, or that gives no rows."""
+        if statement.kind == CONTROL:
+            return self._engine().control_error(statement.verb)
+        return QueryExecutionError(
+            f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute()"
+            f"{', or add a RETURNING clause' if statement.kind == WRITE else ''}; nothing was executed",
+            sql=statement.sql,
+        )
+
+
+_READING: Final = frozenset({"SELECT", "SELECT_ONE", "SELECT_VALUE", "INSERT_RETURNING"})
+_WRITING: Final = frozenset({"INSERT_RETURNING", "INSERT_UPDATE_DELETE", "INSERT_UPDATE_DELETE_MANY"})
+_OPERATIONS: Final = {
+    "execute": _WRITING,
+    "execute_many": _WRITING,
+    "fetch_one": _READING,
+    "fetch_all": _READING,
+    "fetch_value": _READING,
+}
+"""What aiosql calls the operators of the queries that a method takes."""
+_METHODS: Final = {
+    "INSERT_RETURNING": "execute()",
+    "INSERT_UPDATE_DELETE": "execute()",
+    "INSERT_UPDATE_DELETE_MANY": "execute_many()",
+    "SCRIPT": "execute_script()",
+    "SELECT": "fetch_all()",
+    "SELECT_ONE": "fetch_one()",
+    "SELECT_VALUE": "fetch_value()",
+}
+
+
+def check_operation(method: str, query: Any) -> Callable[..., Any] | None:
+    """Holds the operator of an aiosql query against the method; gives its record class.
+
+    Raises:
+        QueryExecutionError: They do not go together.
+    """
+    operation = getattr(query, "operation", None)
+    name = getattr(operation, "name", "SELECT")
+    if name not in _OPERATIONS[method]:
+        raise QueryExecutionError(
+            f"{method}() does not fit the query {getattr(query, '__name__', '?')!r}, which is declared as"
+            f" {name.lower().replace('_', ' ')}: use {_METHODS.get(name, 'another method')}; nothing was executed",
+            sql=getattr(query, "sql", None),
+        )
+    return getattr(query, "record_class", None)
+
 
 _CHANGING: Final = frozenset({bytearray, memoryview, array})
+_fixed: Final = _CHANGING.isdisjoint  # a tenth of a microsecond for every statement
 """Values whose contents may be others by the time they are bound."""
 
 
@@ -24,21 +160,19 @@ _UNTOUCHED: Final[tuple[type[Any], ...]] = (Sequence, Set, type)
 
 
 def still(params: Any) -> Any:
-    """Parameters as they are now: whoever hands them over may go on to change the object, and a worker binds them later.
+    """Parameters as they are now: their owner may go on to change the object, and a worker binds them later.
 
     What holds them is copied; of the values, buffers are. Other values that change are nobody's parameters.
     """
     kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+    if kind is tuple:
+        return params if _fixed(map(type, params)) else [_still(value) for value in params]
     if kind is dict:
-        for value in params.values():
-            if type(value) in _CHANGING:
-                return {name: _still(value) for name, value in params.items()}
-        return params.copy()
-    if kind is tuple or kind is list:
-        for value in params:
-            if type(value) in _CHANGING:
-                return [_still(value) for value in params]
-        return params if kind is tuple else params.copy()
+        if _fixed(map(type, params.values())):
+            return params.copy()
+        return {name: _still(value) for name, value in params.items()}
+    if kind is list:
+        return params.copy() if _fixed(map(type, params)) else [_still(value) for value in params]
     if params is None:
         return None
     return _still_object(params)

@@ -14,14 +14,14 @@ from database.driver.request import STATEMENT, Request
 from database.driver.wakeup import current_loop
 from database.engine.statement import READ, WRITE, Statement
 from database.errors import PoolClosedError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
+from database.session.binding import Binding
 from database.session.origin import Origin
-from database.session.statements import still
-from database.session.transaction import Transaction, give_back
+from database.session.statements import check_operation, still
+from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from database.session.database import Database
     from database.session.statements import Query
 
 __all__ = ["Stream"]
@@ -38,8 +38,8 @@ class Stream(Generic[T]):
     """An asynchronous context manager that gives itself, an asynchronous iterator over rows."""
 
     __slots__ = (
+        "_binding",
         "_chunk_size",
-        "_database",
         "_done",
         "_failure",
         "_generator",
@@ -47,7 +47,6 @@ class Stream(Generic[T]):
         "_lease",
         "_level",
         "_next",
-        "_operations",
         "_origin",
         "_params",
         "_pending",
@@ -62,14 +61,14 @@ class Stream(Generic[T]):
 
     def __init__(
         self,
-        database: Database,
+        binding: Binding,
         query: Query,
         params: Any,
         chunk_size: int,
         record_class: Callable[..., Any] | None,
         origin: Origin,
     ) -> None:
-        self._database = database
+        self._binding = binding
         self._query = query
         self._params = still(params)
         self._chunk_size = chunk_size
@@ -91,10 +90,12 @@ class Stream(Generic[T]):
         if self._state != "new":
             raise TransactionError("a stream can be entered only once; call db.stream() again")
         self._state = "open"
-        database = self._database
-        statement, record_class, self._operations = database.prepare_stream(self._query)
-        self._record_class = self._record_class or record_class
-        level = database.level()
+        binding, query = self._binding, self._query
+        statement = binding.statements.with_rows("stream", query)
+        if type(query) is not str:
+            record_class = check_operation("fetch_all", query)
+            self._record_class = self._record_class or record_class
+        level = binding.level()
         if isinstance(level, Transaction):
             if level.readonly and statement.kind == WRITE and not level.ended:
                 raise ReadOnlyTransactionError(f"a read-only transaction refuses this {statement.verb}")
@@ -105,7 +106,7 @@ class Stream(Generic[T]):
                     "stream() of a statement that writes needs a transaction around it; nothing was executed",
                     sql=statement.sql,
                 )
-            self._pool = database.pool()
+            self._pool = binding.pool()
             self._origin.set_task()
             self._lease = Lease(self._pool, self._origin, number=None, readonly=True, transaction=False)
         try:
@@ -120,11 +121,11 @@ class Stream(Generic[T]):
         lease, pool = self._lease, self._pool
         if lease is not None and pool is not None and self._state == "open" and not lease.ended:
             pool.waker.post(
-                [], partial(lease.let_go, partial(aside, partial(self._database.observer.lost, self._origin())))
+                [], partial(lease.let_go, partial(aside, partial(self._binding.observer.lost, self._origin())))
             )
 
     async def _open(self, statement: Statement) -> None:
-        request = self._make(STATEMENT, self._operations.open_stream, statement, self._params, self._key)
+        request = self._make(STATEMENT, self._binding.connection.open_stream, statement, self._params, self._key)
         if self._level is not None:
             await self._level.run(request)
         else:
@@ -169,7 +170,7 @@ class Stream(Generic[T]):
         """Makes the next chunk current and, outside a transaction, asks for the one behind it.
 
         A chunk that failed, or whose reading was called off, is gone: the cursor has moved on, nobody knows how far. Then
-        the stream is over. One that was answered in the moment of a cancellation is kept for whoever goes on.
+        the stream is over. One that was answered in the moment of a cancellation is kept for the reader that goes on.
         """
         if self._state != "open":
             raise TransactionError("the stream is over: its rows can be read only inside its `async with` block")
@@ -216,7 +217,9 @@ class Stream(Generic[T]):
             )
 
     def _request(self, size: int) -> Request:
-        return self._make(STATEMENT, self._operations.read_stream, self._key, size, self._record_class, "stream")
+        return self._make(
+            STATEMENT, self._binding.connection.read_stream, self._key, size, self._record_class, "stream"
+        )
 
     def _grow(self) -> int:
         size = self._size
@@ -250,7 +253,7 @@ class Stream(Generic[T]):
         level = self._level
         if level is not None:
             if not self._done and not level.ended and level.root.doom is None:
-                request = self._make(STATEMENT, self._operations.close_stream, self._key, None, None, "stream")
+                request = self._make(STATEMENT, self._binding.connection.close_stream, self._key, None, None, "stream")
                 try:
                     await level.run(request, in_turn=False)
                 except (TransactionError, PoolClosedError):
@@ -263,4 +266,4 @@ class Stream(Generic[T]):
         if pending is not None and not pending[0].answered and lease.pool.waker.is_current():
             lease.stop(pending[0])
         self._lease = None
-        await give_back(lease, "the end of a stream")
+        await lease.give_back("the end of a stream")

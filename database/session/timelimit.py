@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -89,6 +90,13 @@ class TimeLimit:
             raise self._exceeded(_doing(error)) from error
         return False
 
+    def left(self) -> None:
+        """The generator that the clock runs in has been left: it stops, here, in the task that iterated over that."""
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            with suppress(RuntimeError):  # found by the collector, at another place
+                scope.__exit__(None, None, None)
+
     def _exceeded(self, doing: str) -> TransactionTimeoutError:
         return TransactionTimeoutError(
             f"the transaction begun by {self._origin()} took longer than its timeout of {self._seconds:g} s and"
@@ -147,7 +155,7 @@ def _doing(error: BaseException | None) -> str:
             request = found.get("request", found.get("self"))  # a request is what is awaited
             if isinstance(request, Request):
                 if request.kind != ROLLBACK:
-                    what = str(request.label or getattr(request.sql, "sql", request.sql))
+                    what = str(request.label or getattr(request.subject, "sql", request.subject))
                     home = request.home
                     waiting = isinstance(home, Lease) and home.worker is None
                     return f"{'waiting for a connection to execute' if waiting else 'executing'}: {what[:200]}"

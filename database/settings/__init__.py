@@ -28,7 +28,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from database.errors import ConfigurationError
 from database.settings import reading
@@ -36,19 +36,13 @@ from database.settings.model import MEMORY, Configuration, LoggingSettings, Sett
 from database.settings.reading import DEFAULT_FILE, ENVIRONMENT_VARIABLE
 from database.settings.rules import unfit_function
 
-if TYPE_CHECKING:
-    from database.postgresql.settings import PostgresqlSettings
-    from database.sqlite3.settings import SqliteSettings
-
 __all__ = [
     "DEFAULT_FILE",
     "ENVIRONMENT_VARIABLE",
     "MEMORY",
     "Configuration",
     "LoggingSettings",
-    "PostgresqlSettings",
     "Settings",
-    "SqliteSettings",
     "configure",
     "current",
     "forget",
@@ -60,6 +54,7 @@ __all__ = [
     "reset",
 ]
 
+# Both stand in their engines' folders. These names stay for the code that was written before.
 _ENGINES = {"PostgresqlSettings": "postgresql", "SqliteSettings": "sqlite3"}
 
 

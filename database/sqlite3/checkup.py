@@ -16,13 +16,14 @@ from typing import Any
 
 from database import errors
 from database.engine.migrations import load, pending
-from database.settings import MEMORY, SqliteSettings
+from database.settings import MEMORY
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
 from database.sqlite3.engine import WAL_RESET_FIXED
 from database.sqlite3.library import classes
 from database.sqlite3.migrate import applied
-from database.sqlite3.opening import connect, look, open_session
+from database.sqlite3.opening import connect, look, open_connection
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["Finding", "checkup", "measure"]
 
@@ -89,12 +90,12 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
     yield from _place(path)
     tidy = _Tidied(settings, path)
     try:
-        session = open_session(settings, str(path), "reader", stopped)
+        connection = open_connection(settings, str(path), "reader", stopped)
     except errors.ConnectionFailedError as error:
         yield from _unopened(settings, path, error)
         return
-    with tidy, closing(session):
-        raw = session.raw
+    with tidy, closing(connection):
+        raw = connection.raw
         try:
             where = yield from _writer(raw, settings, path, stopped)
             yield from _prepared(settings, where)
@@ -102,7 +103,7 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
             yield from _wal(path, settings)
             yield from _integrity(raw, quick=quick)
             yield from _references(raw, settings)
-            yield from _migrations(session, settings)
+            yield from _migrations(connection, settings)
         except classes.OperationalError as error:
             if stopped():
                 return
@@ -247,7 +248,7 @@ def _writer(
             )
             return READER
     try:
-        open_session(settings, str(path), "writer", stopped, create=False).close()
+        open_connection(settings, str(path), "writer", stopped, create=False).close()
     except errors.ConnectionFailedError as error:
         yield Finding("writer", FAILED, str(error.reason))
         return READER
@@ -345,10 +346,10 @@ def _references(raw: Any, settings: SqliteSettings) -> Iterator[Finding]:
         )
 
 
-def _migrations(session: Any, settings: SqliteSettings) -> Iterator[Finding]:
+def _migrations(connection: Any, settings: SqliteSettings) -> Iterator[Finding]:
     if settings.migrations is None:
         return
-    record = applied(session)
+    record = applied(connection)
     try:
         left = pending(load(settings.migrations), record, settings.migrations)
     except errors.MigrationError as error:

@@ -1,38 +1,28 @@
-"""One SQLite connection: opened, restricted, used and closed on one worker's thread.
+"""One SQLite connection: its statements, run on one worker's thread. Its transactions stand in `levels`.
 
-The writer is the only connection that writes and checkpoints; readers are opened with `mode=ro`, which no SQL can
-change. What else a reader, or a read-only transaction on the writer, must not do (temporary tables, ATTACH, pragmas
-that set something) the authorizer refuses: SQLite asks it about every statement that it prepares. It also keeps BEGIN,
-COMMIT, SAVEPOINT and the like to this module, so that nothing sent as SQL text, nor a function given the raw
-connection, can end a transaction that the package manages.
+What a reader, or a read-only transaction on the writer, must not do (temporary tables, ATTACH, pragmas that set something)
+the authorizer refuses: SQLite asks it about every statement that it prepares. It also keeps BEGIN, COMMIT, SAVEPOINT and
+the like to `levels`, so that nothing sent as SQL text, nor a function given the raw connection, can end a transaction that
+the package manages: see `guard`.
 
 A statement is over before it is answered (`fetch_one`, `_end`): in autocommit SQLite commits with the last step of a
-write, so a write is always stepped to its end, whoever wants how many of its rows, and the error of that step is the
+write, so a write is always stepped to its end, however many of its rows are wanted, and the error of that step is the
 statement's. Only then are rows converted, by the user's classes: their errors are the user's own. A SELECT may stop early.
 
 What changes the connection instead of the database (a PRAGMA, ATTACH, a temporary table) the authorizer sees, whatever
 it is spelled like. Outside a transaction it is refused; in a transaction that others share, put off until it has one of
 its own (`Alone`); in one of its own it holds until the end, and then the connection is exchanged for a new one.
-
-The statements of this module carry a trailing comment that nobody can guess. `sqlite3`'s statement cache goes by the
-text, and what comes out of it is not shown to the authorizer again: so nobody else's text may equal one of ours.
-
-Facts this rests on (sqlite.org/c3ref/set_authorizer.html, /lang_transaction.html, /wal.html):
-BEGIN IMMEDIATE on a read-only connection pins its snapshot at once and takes no lock; setting an authorizer anew makes
-SQLite prepare all statements again; a connection that closes last checkpoints and removes the `-wal` file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from database import errors
 from database.engine.contract import Alone, Interrupted
@@ -49,51 +39,24 @@ from database.sqlite3.failures import (
     of_one_connection,
     read_only,
 )
-from database.sqlite3.guard import MARK, Guard
+from database.sqlite3.lending import ENDED_BY_ITSELF
+from database.sqlite3.levels import Levels
 from database.sqlite3.library import classes
-from database.sqlite3.raw import ENDED_BY_ITSELF, Lent
+from database.sqlite3.raw import Lent
 from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
 
-if TYPE_CHECKING:
-    from database.engine.migrations import Applied, MigrationReport, Order
-
-__all__ = ["SqliteSession"]
-
-PROGRESS_STEPS = 10_000
-"""Steps of SQLite's machine between two calls of the progress handler: some 80 µs of the CPU's time."""
+__all__ = ["Connection"]
 
 REMEMBERED = 500
 """Texts of INSERTs of which it is known whether their table has row ids; and no long ones."""
 
-_BEGIN = f"BEGIN IMMEDIATE {MARK}"
-_COMMIT = f"COMMIT {MARK}"
-_ROLLBACK = f"ROLLBACK {MARK}"
-
-_SAVEPOINT = f"SAVEPOINT level_0 {MARK}"
-_RELEASE = f"RELEASE level_0 {MARK}"
-"""Around every unit of a group, so not put together each time."""
-
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
 
-class SqliteSession(Guard):
-    """See `database.engine.contract.Session`."""
+class Connection(Levels):
+    """See `database.engine.contract.Connection`."""
 
-    __slots__ = (
-        "_adapters",
-        "_connect",
-        "_counts",
-        "_failing",
-        "_lock",
-        "_locked",
-        "_patience",
-        "_progress",
-        "_reopen",
-        "_row_class",
-        "_streams",
-        "_users",
-        "identities",
-    )
+    __slots__ = ("_adapters", "_connect", "_failing", "_patience", "_users")
 
     def __init__(
         self,
@@ -109,149 +72,19 @@ class SqliteSession(Guard):
         adapters: Adapters | None = None,
         reopen: Callable[[], Lent] | None = None,
     ) -> None:
-        super().__init__(readonly=readonly)
         self._patience = patience
-        """Seconds to wait for another process's lock, where the driver does not do that: in scripts."""
-        self.identities = identities
-        """Of its files: the database and what is attached to it."""
-        self._row_class = row_class
-        """`Row`, on top of the library that this connection is of."""
+        """Seconds to wait for another process's lock, where the worker does not do that: in scripts."""
         self._adapters: Adapters = {} if adapters is None else adapters
         """How types of the user's are stored."""
         self._connect = connect
         """Opens another file in the same way, with the same key."""
-        self._reopen = reopen
-        """Opens a new connection, just as this one was opened."""
-        self._lock = lock
-        self._locked = False
-        self._progress = progress
-        self._streams: dict[int, sqlite3.Cursor] = {}
-        self._counts: dict[int, int] = {}
-        """Of streams of records: how many have been made."""
         self._failing: tuple[Any, Any, str] | None = None
         """What has just failed, and which of many it was, where the request does not say it."""
         self._users: BaseException | None = None
         """What the user's own code has just raised."""
-        files.opened.update(identities)
-        self._take(raw)
-
-    def _take(self, raw: Lent) -> None:
-        self.raw = raw
-        raw.row_factory = self._row_class
-        raw.prepared(self, self._authorize, self._progress, PROGRESS_STEPS)
-        self._cursor = raw.plain_cursor()
-
-    def _exchange(self) -> None:
-        """Replaces the connection by a new one, which is as the configuration says."""
-        self._changed = self._schema_writable = False
-        self._rowids.clear()
-        if self._reopen is None:
-            return
-        old = self.raw
-        self._cursor.close()
-        with contextlib.suppress(*classes.Error):
-            if old.plain_cursor().execute("PRAGMA locking_mode").fetchone()[0] == "exclusive":
-                old.close()  # nobody else could open the file
-        try:
-            self._take(self._reopen())
-        except Exception:
-            # What was to be done is done. The next statement fails for a closed connection, and the driver opens another.
-            self._changed = False
-        finally:
-            old.close()
-
-    # Transactions
-
-    @property
-    def in_transaction(self) -> bool:
-        """See `Session`. A connection that was given up has none."""
-        try:
-            return self.raw.in_transaction
-        except classes.ProgrammingError:
-            return False
-
-    @property
-    def excludes(self) -> bool:
-        """Whether it keeps a lock on the file while nothing runs: for a transaction, or for a stream. Any thread."""
-        return bool(self._streams) or self.in_transaction
-
-    def try_lock(self, seconds: float) -> bool:
-        """See `Session`."""
-        if self._locked:
-            return True
-        self._locked = self._lock.acquire(timeout=seconds) if seconds else self._lock.acquire(blocking=False)
-        return self._locked
-
-    def unlock(self) -> None:
-        """See `Session`."""
-        if self._locked:
-            self._locked = False
-            self._lock.release()
-
-    def _control(self, sql: str) -> None:
-        self._admitting = True
-        try:
-            self._cursor.execute(sql)
-        finally:
-            self._admitting = False
-
-    def empty_log(self) -> bool:
-        """Checkpoints, and cuts the WAL off; False if somebody reads from it. Outside any transaction."""
-        self._admitting = True
-        try:
-            busy = self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]
-        except classes.OperationalError:  # another process holds a lock: there will be another time
-            return False
-        finally:
-            self._admitting = False
-        return not busy
-
-    def owns(self, cursor: Any) -> bool:
-        """See `Keeper`."""
-        return cursor is self._cursor or any(cursor is each for each in self._streams.values())
-
-    # Within a transaction
-
-    def begin(self, *, readonly: bool) -> None:
-        """See `Session`."""
-        self._control(_BEGIN)
-        if readonly and not self.readonly:
-            self.restrict(True)
-
-    def commit(self) -> None:
-        """See `Session`."""
-        self._close_streams()
-        self._control(_COMMIT)
-        if self._restricted and not self.readonly:
-            self.restrict(False)
-        if self._changed:
-            self._exchange()
-
-    def rollback(self) -> None:
-        """See `Session`."""
-        self._close_streams()
-        if self.raw.in_transaction:
-            self._control(_ROLLBACK)
-        if self._restricted and not self.readonly:
-            self.restrict(False)
-        if self._changed:
-            self._exchange()
-
-    def savepoint(self, number: int) -> None:
-        """See `Session`."""
-        self._control(_SAVEPOINT if number == 0 else f"SAVEPOINT level_{number} {MARK}")
-
-    def release(self, number: int) -> None:
-        """See `Session`."""
-        self._control(_RELEASE if number == 0 else f"RELEASE level_{number} {MARK}")
-
-    def undo(self, number: int) -> None:
-        """See `Session`."""
-        self._control(f"ROLLBACK TO level_{number} {MARK}")
-        self._control(f"RELEASE level_{number} {MARK}")
-
-    def isolation(self, level: str) -> None:
-        """See `Session`. There is but one level here, and it is the strictest."""
+        super().__init__(
+            raw, lock, progress, readonly=readonly, identities=identities, row_class=row_class, reopen=reopen
+        )
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
 
@@ -489,17 +322,6 @@ class SqliteSession(Guard):
             self.close_stream(key)
         return rows
 
-    def close_stream(self, key: Any, _params: Any = None, _extra: Any = None) -> None:
-        """Stops reading."""
-        cursor = self._streams.pop(key, None)
-        self._counts.pop(key, None)
-        if cursor is not None:
-            cursor.close()
-
-    def _close_streams(self) -> None:
-        for key in tuple(self._streams):
-            self.close_stream(key)
-
     # User code
 
     def _records(self, names: list[str], rows: list[Any], record_class: Any, stream: int | None = None) -> list[Any]:
@@ -545,33 +367,9 @@ class SqliteSession(Guard):
         finally:
             self.unlock()
 
-    def begin_patiently(self, seconds: float) -> None:
-        """Begins a write transaction, waiting that long for other processes, unless the caller goes away."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                self.begin(readonly=False)
-                return
-            except classes.OperationalError as error:
-                if not is_busy(error) or time.monotonic() >= deadline or self._progress():
-                    raise
-            time.sleep(0.002)
-
     def broken_references(self) -> Counter[tuple[str, str]]:
         """How many rows of which table refer to rows of which other that do not exist."""
         return Counter((row[0], row[2]) for row in self.raw.plain_cursor().execute("PRAGMA foreign_key_check"))
-
-    def migrate(self, order: Any, _params: Any = None, _extra: Any = None) -> MigrationReport:
-        """Applies pending migrations, each in a transaction; `order` is a `migrations.Order`."""
-        from database.sqlite3.migrate import migrate  # noqa: PLC0415  - few connections ever need it
-
-        return migrate(self, cast("Order", order))
-
-    def applied_migrations(self, _sql: Any = None, _params: Any = None, _extra: Any = None) -> tuple[Applied, ...]:
-        """The database's record of migrations."""
-        from database.sqlite3.migrate import applied  # noqa: PLC0415  - few connections ever need it
-
-        return applied(self)
 
     def call_aiosql(self, statement: Statement, params: Any, extra: Any) -> Any:
         """Does what a method of aiosql's synchronous adapter would do, with our ends of statements."""
@@ -610,33 +408,8 @@ class SqliteSession(Guard):
 
         copy(path, run, self._connect)
 
-    def interrupt(self) -> None:
-        """See `Session`."""
-        with contextlib.suppress(*classes.ProgrammingError):  # it is just being exchanged
-            self.raw.interrupt()
-
-    def close(self) -> None:
-        """See `Session`. The last one out checkpoints, and only one may do so at a time."""
-        held = self._locked or self.readonly or self.try_lock(1.0)
-        files.opened.subtract(self.identities)
-        try:
-            # A cursor that some traceback keeps alive would keep its statement, and that the files open.
-            self._close_streams()
-            with contextlib.suppress(*classes.ProgrammingError):
-                self._cursor.close()
-            self.raw.close()
-        finally:
-            if held:
-                self.unlock()
-
-    def disown(self) -> None:
-        """See `Session`. What SQLite knows of locks on this file is inherited and wrong: it cannot be opened here."""
-        # An extra reference, never given back: not even the child's own exit may finalize the connection.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.raw))
-        files.inherited.update(self.identities)
-
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
-        """See `Session`."""
+        """See `Connection`."""
         if error is self._users:
             self._users = None
             return error

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from database import errors
-from database.settings import SqliteSettings
 from database.sqlite3.library import classes
 from database.sqlite3.pragmas import CIPHER, read_back, write
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["attach", "reason", "unlock"]
 

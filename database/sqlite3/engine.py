@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
-from database.engine.contract import Backend, Engine, Log, Role
+from database.engine.contract import Backend, Engine, Log, Migrations, Role
 from database.logs import say
-from database.settings import MEMORY, SqliteSettings
+from database.settings import MEMORY
 from database.sqlite3 import analysis, files
-from database.sqlite3.connection import SqliteSession
+from database.sqlite3.connection import Connection
 from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_busy
 from database.sqlite3.library import classes, load
-from database.sqlite3.opening import open_session, resolved
+from database.sqlite3.opening import open_connection, resolved
+from database.sqlite3.settings import SqliteSettings
 from database.sqlite3.values import Adapters
 
 __all__ = ["ENGINE"]
@@ -56,7 +57,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
 
         path, dispose = memory.acquire(settings.name)
 
-    def connect(role: Role, progress: Callable[[], bool]) -> SqliteSession:
+    def connect(role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal opened
         if role == "reader" and opened is not None and os.path.exists(path) and files.identity(Path(path)) != opened:
             raise errors.ConnectionFailedError(
@@ -64,21 +65,22 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
                 "another file has been put in its place since this pool opened it: what is written goes to the old one, and is"
                 " lost with it. Close the pool before a database is replaced (`await db.close()`), or restart",
             )
-        session = open_session(settings, path, role, progress, adapters=adapters)
+        connection = open_connection(settings, path, role, progress, adapters=adapters)
         if role == "writer":
-            opened = session.identities[0]
+            opened = connection.identities[0]
             try:
-                _initialise(session, settings)
+                _initialise(connection, settings)
                 if settings.auto_migrate and settings.migrations is not None:
                     from database.engine.migrations import Order  # noqa: PLC0415  - most programs do without
+                    from database.sqlite3.migrate import migrate  # noqa: PLC0415
 
-                    session.migrate(Order(settings.migrations))
+                    migrate(connection, Order(settings.migrations))
             except BaseException as error:
-                session.close()
+                connection.close()
                 if isinstance(error, classes.Error):
                     raise errors.ConnectionFailedError(shown, f"the schema cannot be made: {error}") from error
                 raise
-        return session
+        return connection
 
     return Backend(
         description=shown,
@@ -90,7 +92,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
         dispose=dispose,
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
         log=_log(settings, f"{path}-wal"),
-        excludes=None if settings.journal_mode == "WAL" else lambda session: session.excludes,
+        excludes=None if settings.journal_mode == "WAL" else lambda connection: connection.excludes,
     )
 
 
@@ -116,7 +118,7 @@ def _log(settings: SqliteSettings, path: str) -> Log | None:
     limit: float | None = getattr(settings, "wal_limit", 64)
     if limit is None or settings.journal_mode != "WAL":
         return None
-    return Log(limit=int(limit * 2**20), size=lambda: _size(path), empty=lambda session: session.empty_log())
+    return Log(limit=int(limit * 2**20), size=lambda: _size(path), empty=lambda connection: connection.empty_log())
 
 
 def _size(path: str) -> int:
@@ -126,7 +128,7 @@ def _size(path: str) -> int:
         return 0
 
 
-def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
+def _initialise(connection: Connection, settings: SqliteSettings) -> None:
     """Runs `init_sql`, all of it in one transaction."""
     if settings.init_sql == "" or (settings.init_sql is None and settings.migrations is not None):
         return
@@ -137,7 +139,7 @@ def _initialise(session: SqliteSession, settings: SqliteSettings) -> None:
         text = source.read_text("utf-8")
     else:
         text = Path(settings.init_sql).expanduser().read_text("utf-8")
-    session.initialise(_scripts(text), settings.busy_timeout / 1000)
+    connection.initialise(_scripts(text), settings.busy_timeout / 1000)
 
 
 def _scripts(text: str) -> list[str]:
@@ -157,11 +159,18 @@ def _adapter() -> Any:
     return cast("Any", SQLite3Adapter)()
 
 
+def _migrations() -> Migrations:
+    from database.sqlite3 import migrate  # noqa: PLC0415  - few programs ever need it
+
+    return Migrations(migrate.migrate, migrate.applied)
+
+
 ENGINE = Engine(
     name="sqlite3",
     analyse=analysis.analyse,
     control_error=control_error,
-    operations=SqliteSession,
+    connection=Connection,
+    migrations=_migrations,
     backend=_backend,
     adapter=_adapter,
     pins="the WAL cannot be reset and grows with every write (sqlite.org/wal.html#bigwal)",

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from database import errors
-from database.settings import SqliteSettings
 from database.sqlite3.library import classes
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["load", "place"]
 

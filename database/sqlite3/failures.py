@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 BUSY_SLICE = 0.02
-"""Seconds for which SQLite's own busy handler waits: it cannot be interrupted, so the driver waits in slices."""
+"""Seconds for which SQLite's own busy handler waits: it cannot be interrupted, so the worker waits in slices."""
 
 _BROKEN = frozenset(
     {

@@ -78,7 +78,7 @@ _WORDS: Final = {sqlite3.SQLITE_ATTACH: "ATTACH", sqlite3.SQLITE_DETACH: "DETACH
 
 
 class Guard:
-    """A session's rules; `SqliteSession` is what lives by them."""
+    """A connection's rules; `Connection` is what lives by them."""
 
     __slots__ = (
         "_admitting",
@@ -125,7 +125,7 @@ class Guard:
         """Whether statements may be prepared already that change such tables."""
 
     def share(self, shared: bool) -> None:
-        """See `Session`.
+        """See `Connection`.
 
         A foreign key that is checked with the commit is checked for all members at once: one could make up for what
         another leaves behind. So what may leave something behind gets a transaction of its own. The authorizer sees it, if
@@ -173,7 +173,7 @@ class Guard:
         return not self._restricted
 
     def restrict(self, readonly: bool) -> None:
-        """See `Session`. Setting the authorizer anew has every cached statement checked again."""
+        """See `Connection`. Setting the authorizer anew has every cached statement checked again."""
         self._restricted = readonly
         self.raw.install()
 

@@ -21,7 +21,7 @@ import sqlite3
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
 from database.engine.statement import CONTROL
@@ -31,7 +31,7 @@ from database.sqlite3 import analysis
 from database.sqlite3.library import classes
 
 if TYPE_CHECKING:
-    from database.sqlite3.connection import SqliteSession
+    from database.sqlite3.connection import Connection
 
 __all__ = ["applied", "migrate"]
 
@@ -50,15 +50,17 @@ _READ = f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER 
 _WRITE = f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES (?, ?, ?, ?)"  # noqa: S608 - a constant
 
 
-def applied(session: SqliteSession) -> tuple[Applied, ...]:
-    """The database's record; empty where it has none."""
-    if session.raw.execute(_EXISTS, (TABLE,)).fetchone() is None:
+def applied(
+    connection: Connection, _statement: Any = None, _params: Any = None, _extra: Any = None
+) -> tuple[Applied, ...]:
+    """The database's record; empty where it has none. An operation."""
+    if connection.raw.execute(_EXISTS, (TABLE,)).fetchone() is None:
         return ()
-    return tuple(Applied(*row) for row in session.raw.execute(_READ))
+    return tuple(Applied(*row) for row in connection.raw.execute(_READ))
 
 
-def migrate(session: SqliteSession, order: Order) -> MigrationReport:
-    """Applies what is pending.
+def migrate(connection: Connection, order: Order, _params: Any = None, _extra: Any = None) -> MigrationReport:
+    """Applies what is pending. An operation.
 
     Raises:
         MigrationError: A file failed (and was rolled back; those before it stand), or the record contradicts the folder.
@@ -67,26 +69,26 @@ def migrate(session: SqliteSession, order: Order) -> MigrationReport:
     for option, number in (("to", order.to), ("baseline", order.baseline)):
         if number is not None and not 0 < number <= len(migrations):
             raise MigrationError(f"{order.folder} holds no migration {number}, which `{option}` names")
-    record = applied(session)
+    record = applied(connection)
     if order.baseline is None:
         left = _wanted(migrations, record, order)
         if not left:
             return MigrationReport((), len(record), order.dry_run)
         for migration in left:
             _check(migration)
-    enforced = bool(session.raw.execute("PRAGMA foreign_keys").fetchone()[0])
+    enforced = bool(connection.raw.execute("PRAGMA foreign_keys").fetchone()[0])
     try:
         if order.baseline is not None:
-            return _baseline(session, migrations, order, enforced=enforced)
+            return _baseline(connection, migrations, order, enforced=enforced)
         if order.dry_run:
-            return _try(session, migrations, order, enforced=enforced)
-        return _apply(session, migrations, order, enforced=enforced)
+            return _try(connection, migrations, order, enforced=enforced)
+        return _apply(connection, migrations, order, enforced=enforced)
     finally:
         try:
-            session.rollback()
+            connection.rollback()
         finally:
             if enforced:
-                _enforce_again(session)
+                _enforce_again(connection)
 
 
 # What a file may hold
@@ -180,22 +182,22 @@ def _drop_temporary(raw: sqlite3.Connection, before: set[tuple[str, str]]) -> No
         raw.execute(f'DROP {kind} IF EXISTS temp."{quoted}"')
 
 
-def _put_right(session: SqliteSession, before: dict[str, int]) -> None:
-    """Sets PRAGMAs back between the files of a dry run. Otherwise the session has a new connection after each file."""
+def _put_right(connection: Connection, before: dict[str, int]) -> None:
+    """Sets PRAGMAs back between the files of a dry run. Otherwise the raw connection is a new one after each file."""
     for name, value in before.items():
-        session.control(f"PRAGMA {name} = {value}")
+        connection.control(f"PRAGMA {name} = {value}")
 
 
-def _enforce_again(session: SqliteSession) -> None:
+def _enforce_again(connection: Connection) -> None:
     """Enforces foreign keys again; a connection on which that fails must not be used any more."""
     # Whoever cancels interrupts whatever runs at that moment, and that may be this.
     for _ in range(3):
         with suppress(*classes.OperationalError):
-            session.control("PRAGMA foreign_keys = ON")
-            if session.raw.execute("PRAGMA foreign_keys").fetchone()[0]:
+            connection.control("PRAGMA foreign_keys = ON")
+            if connection.raw.execute("PRAGMA foreign_keys").fetchone()[0]:
                 return
     error = sqlite3.InternalError("foreign keys cannot be enforced again")
-    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the driver gives a connection up
+    error.sqlite_errorcode = sqlite3.SQLITE_INTERNAL  # for which the pool gives a connection up
     raise error
 
 
@@ -204,17 +206,17 @@ def _wanted(migrations: tuple[Migration, ...], record: tuple[Applied, ...], orde
     return left if order.to is None else tuple(each for each in left if each.number <= order.to)
 
 
-def _begin(session: SqliteSession, order: Order, *, enforced: bool) -> tuple[Applied, ...]:
+def _begin(connection: Connection, order: Order, *, enforced: bool) -> tuple[Applied, ...]:
     """Takes the write lock, and reads the record as it is under it."""
-    if enforced:  # for each file: the one before may have left the session a new connection
-        session.control("PRAGMA foreign_keys = OFF")
-    session.begin_patiently(order.wait)
-    session.raw.execute(_CREATE)
-    return applied(session)
+    if enforced:  # for each file: behind the one before, the raw connection may be a new one
+        connection.control("PRAGMA foreign_keys = OFF")
+    connection.begin_patiently(order.wait)
+    connection.raw.execute(_CREATE)
+    return applied(connection)
 
 
 def _apply(
-    session: SqliteSession,
+    connection: Connection,
     migrations: tuple[Migration, ...],
     order: Order,
     *,
@@ -223,20 +225,20 @@ def _apply(
     done: list[Migration] = []
     tolerated: Counter[tuple[str, str]] | None = None
     while True:
-        record = _begin(session, order, enforced=enforced)
+        record = _begin(connection, order, enforced=enforced)
         left = _wanted(migrations, record, order)
         if not left:  # another process has been quicker
-            session.rollback()
+            connection.rollback()
             return MigrationReport(tuple(done), len(record))
         try:
-            seconds = _run(session, left[0], tolerated, enforced=enforced)
+            seconds = _run(connection, left[0], tolerated, enforced=enforced)
         except _BrokenError:
-            session.rollback()
+            connection.rollback()
             if tolerated is not None:
                 raise
-            tolerated = session.broken_references()  # what was broken before: looked for only when it matters
+            tolerated = connection.broken_references()  # what was broken before: looked for only when it matters
             continue
-        session.commit()
+        connection.commit()
         done.append(left[0])
         say(_logger, logging.INFO, "migration %s applied in %.3f s", left[0].name, seconds)
         if order.progress is not None:
@@ -244,39 +246,39 @@ def _apply(
 
 
 def _try(
-    session: SqliteSession,
+    connection: Connection,
     migrations: tuple[Migration, ...],
     order: Order,
     *,
     enforced: bool,
 ) -> MigrationReport:
-    record = _begin(session, order, enforced=enforced)
+    record = _begin(connection, order, enforced=enforced)
     left = _wanted(migrations, record, order)
-    tolerated = session.broken_references() if enforced else None
-    before = {name: int(session.raw.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PUT_RIGHT}
+    tolerated = connection.broken_references() if enforced else None
+    before = {name: int(connection.raw.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PUT_RIGHT}
     for migration in left:
-        seconds = _run(session, migration, tolerated, enforced=enforced)
-        _put_right(session, before)
+        seconds = _run(connection, migration, tolerated, enforced=enforced)
+        _put_right(connection, before)
         if order.progress is not None:
             order.progress(migration, seconds)
-    session.rollback()
+    connection.rollback()
     return MigrationReport(left, len(record), dry_run=True)
 
 
 def _baseline(
-    session: SqliteSession, migrations: tuple[Migration, ...], order: Order, *, enforced: bool
+    connection: Connection, migrations: tuple[Migration, ...], order: Order, *, enforced: bool
 ) -> MigrationReport:
-    record = _begin(session, order, enforced=enforced)
+    record = _begin(connection, order, enforced=enforced)
     if record:
         raise MigrationError(
             f"a baseline is for a database without a record, and this one has had {record[-1].name} already"
         )
     for migration in migrations[: order.baseline]:
-        session.raw.execute(_WRITE, (migration.number, migration.name, migration.checksum, 0.0))
+        connection.raw.execute(_WRITE, (migration.number, migration.name, migration.checksum, 0.0))
     if order.dry_run:
-        session.rollback()
+        connection.rollback()
     else:
-        session.commit()
+        connection.commit()
     return MigrationReport((), 0 if order.dry_run else order.baseline or 0, order.dry_run)
 
 
@@ -285,13 +287,13 @@ class _BrokenError(MigrationError):
 
 
 def _run(
-    session: SqliteSession, migration: Migration, tolerated: Counter[tuple[str, str]] | None, *, enforced: bool
+    connection: Connection, migration: Migration, tolerated: Counter[tuple[str, str]] | None, *, enforced: bool
 ) -> float:
     """One file, inside the open transaction."""
     began = time.perf_counter()
     position = 0
-    temporary = _temporary(session.raw)
-    cursor = session.raw.cursor()
+    temporary = _temporary(connection.raw)
+    cursor = connection.raw.cursor()
     try:
         for text in analysis.split(migration.sql):
             position = migration.sql.index(text, position)
@@ -306,28 +308,28 @@ def _run(
                 if cursor.description is not None:
                     cursor.fetchall()
             except Exception as error:
-                raise _failed(session, migration, position + _start(text), error) from error
-            if not session.in_transaction:
+                raise _failed(connection, migration, position + _start(text), error) from error
+            if not connection.in_transaction:
                 raise MigrationError(
                     f"{migration.path}: the database has ended the transaction by itself; nothing is kept"
                 )
             position += len(text)
     finally:
         cursor.close()
-    _drop_temporary(session.raw, temporary)
-    if enforced and (broken := session.broken_references() - (tolerated or Counter())):
+    _drop_temporary(connection.raw, temporary)
+    if enforced and (broken := connection.broken_references() - (tolerated or Counter())):
         (table, parent), count = broken.most_common(1)[0]
         raise _BrokenError(
             f"{migration.path}: rolled back, for afterwards {count} rows of {table!r} refer to rows of {parent!r} that do"
             " not exist (PRAGMA foreign_key_check shows them)"
         )
     seconds = time.perf_counter() - began
-    session.raw.execute(_WRITE, (migration.number, migration.name, migration.checksum, seconds))
+    connection.raw.execute(_WRITE, (migration.number, migration.name, migration.checksum, seconds))
     return seconds
 
 
-def _failed(session: SqliteSession, migration: Migration, offset: int, error: Exception) -> MigrationError:
+def _failed(connection: Connection, migration: Migration, offset: int, error: Exception) -> MigrationError:
     line = migration.sql.count("\n", 0, offset) + 1
-    translated = session.translate(error, migration.sql[offset:].lstrip(), None)
+    translated = connection.translate(error, migration.sql[offset:].lstrip(), None)
     reason = translated.args[0] if isinstance(translated, DatabaseError) and translated.args else str(translated)
     return MigrationError(f"{migration.path}:{line}: {reason}; the migration was rolled back, nothing of it is kept")

@@ -21,23 +21,24 @@ from typing import Any, cast
 
 from database import errors
 from database.engine.contract import Role
-from database.settings import SqliteSettings
 from database.settings.model import steps_of
 from database.settings.rules import unfit_function
 from database.sqlite3 import encryption, extensions, files
-from database.sqlite3.connection import SqliteSession
+from database.sqlite3.connection import Connection
 from database.sqlite3.failures import BUSY_SLICE, Patience, is_busy, reason
+from database.sqlite3.lending import CACHED
 from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
-from database.sqlite3.raw import CACHED, Lent, connection_class
+from database.sqlite3.raw import Lent, connection_class
+from database.sqlite3.settings import SqliteSettings
 from database.sqlite3.values import Adapters
 
-__all__ = ["connect", "journal_mode", "look", "open_prepared", "open_session", "prepare", "resolved"]
+__all__ = ["connect", "journal_mode", "look", "open_connection", "open_prepared", "prepare", "resolved"]
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
 
-def open_session(
+def open_connection(
     settings: SqliteSettings,
     path: str,
     role: Role,
@@ -45,7 +46,7 @@ def open_session(
     *,
     create: bool = True,
     adapters: Adapters | None = None,
-) -> SqliteSession:
+) -> Connection:
     """Opens a connection and applies the settings, each read back.
 
     Args:
@@ -77,7 +78,7 @@ def open_session(
     def reopen() -> Lent:
         return open_prepared(settings, path, progress, readonly=readonly)
 
-    return SqliteSession(
+    return Connection(
         reopen(),
         files.write_lock(file, *attached),
         progress,
@@ -94,10 +95,10 @@ def open_session(
 def open_prepared(
     settings: SqliteSettings, path: str, progress: Callable[[], bool] = lambda: False, *, readonly: bool
 ) -> Lent:
-    """A connection of the driver's own, as the pool's are, without what the pool keeps about it.
+    """A raw connection, as the pool's are, without what the pool keeps about it.
 
     Raises:
-        ConnectionFailedError: As for `open_session`; no file is made that there is not.
+        ConnectionFailedError: As for `open_connection`; no file is made that there is not.
     """
     file = Path(path).absolute()
     raw: Lent | None = None

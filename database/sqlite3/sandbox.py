@@ -9,9 +9,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from database.settings import SqliteSettings
 from database.sqlite3 import files
 from database.sqlite3.opening import connect
+from database.sqlite3.settings import SqliteSettings
 
 __all__ = ["copy", "fresh"]
 

@@ -15,5 +15,7 @@ reports medians. A contender that answers wrongly or fails is reported as such a
 ``runner.py``      rounds, event loops, results
 ``report.py``      Markdown and JSON
 ``charts.py``      SVG
+``compare.py``     a command of its own: two checkouts of this package against one another
+``compared.py``    what that starts: one checkout at one workload
 =================  ==================================================================================
 """

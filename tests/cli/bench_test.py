@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from database.cli import bench
+from database.cli import bench, contenders
 from database.cli.support import Failure
 
 Cli = Callable[..., Any]
@@ -43,7 +43,7 @@ def test_json_and_only(cli: Cli, tmp_path: Path) -> None:
 def test_a_contender_that_loses_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What was acknowledged and is not in the database ends the measurement."""
 
-    class Forgetful(bench.Raw):
+    class Forgetful(contenders.Raw):
         async def insert(self, key: int) -> None:
             pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import warnings
@@ -130,6 +131,137 @@ async def test_left_generator(db: Any, engine: Engine, around: str) -> None:
             await check()
     assert not db.in_transaction
     assert engine.committed() == sorted(expected)
+    await usable(db)
+
+
+async def _stacked(db: Any, name: str) -> Rows:
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(db.transaction())
+        await add(db, name)
+        yield 0
+
+
+async def _by_hand_elsewhere(db: Any, name: str) -> Rows:
+    async def begin() -> Any:
+        return await db.begin()
+
+    level = await begin()
+    try:
+        await add(db, name)
+        yield 0
+    finally:
+        await level.abandon()
+
+
+async def _managed(db: Any, name: str) -> Rows:
+    @contextlib.asynccontextmanager
+    async def transaction() -> Any:
+        async with db.transaction():
+            yield
+
+    async with transaction():
+        await add(db, name)
+        yield 0
+
+
+async def _one_after_the_other(db: Any, name: str) -> Rows:
+    for number in range(3):
+        async with db.transaction():
+            await add(db, f"{name}, {number}")
+            yield number
+    yield 3
+
+
+async def _wrapped(rows: Rows) -> Rows:
+    async for number in rows:
+        yield number
+
+
+async def _leave_by_break(make: Callable[[], Rows]) -> None:
+    async for _ in make():
+        break
+
+
+async def _leave_by_error(make: Callable[[], Rows]) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        async for _ in make():
+            raise ZeroDivisionError
+
+
+async def _leave_by_return(make: Callable[[], Rows]) -> None:
+    async def first() -> int:
+        async for number in make():
+            return number
+        raise AssertionError
+
+    assert await first() == 0
+
+
+async def _leave_a_wrapper(make: Callable[[], Rows]) -> None:
+    async for _ in _wrapped(_wrapped(make())):
+        break
+
+
+NOT_CLOSED = [_leave_by_break, _leave_by_error, _leave_by_return, _leave_a_wrapper]
+HELD_ONLY_BY_ITS_CONSUMER = HOLDING | {
+    "limited": _limited,
+    "stacked": _stacked,
+    "by hand elsewhere": _by_hand_elsewhere,
+    "managed": _managed,
+    "one after the other": _one_after_the_other,
+}
+
+
+@pytest.mark.parametrize("around", ["outside", "inside"])
+async def test_left_and_not_closed_yet(db: Any, engine: Engine, around: str) -> None:
+    """Who breaks off is at once where he was before, though Python closes the generator only later: what he executes next
+    is not part of what will be rolled back."""
+    expected: list[str] = []
+
+    async def check() -> None:
+        for (holding, hold), leave in itertools.product(HELD_ONLY_BY_ITS_CONSUMER.items(), NOT_CLOSED):
+            case = f"{holding} {leave.__name__}"
+            await leave(lambda hold=hold, case=case: hold(db, f"held {case}"))
+            assert db.in_transaction == (around == "inside"), case
+            await add(db, f"behind {case}")
+            expected.append(f"behind {case}")
+            if around == "outside":
+                assert f"behind {case}" in engine.committed(), case
+            else:
+                assert engine.committed() == [], case
+            async with db.transaction():
+                await names(db)
+
+    if around == "outside":
+        await check()
+    else:
+        async with db.transaction():
+            await check()
+    assert not db.in_transaction
+    assert engine.committed() == sorted(expected)
+    await usable(db)
+
+
+async def test_what_goes_on_is_not_left(db: Any, engine: Engine) -> None:
+    """A generator that somebody still refers to keeps its transaction, and so does one that a context manager is made of."""
+
+    @contextlib.asynccontextmanager
+    async def transaction() -> Any:
+        async with db.transaction():
+            yield
+
+    async with transaction():
+        gc.collect()
+        await add(db, "managed")
+    assert engine.committed() == ["managed"]
+    rows = _one_after_the_other(db, "kept")
+    async for _ in rows:
+        break
+    gc.collect()
+    assert db.in_transaction
+    assert [number async for number in rows] == [1, 2, 3]
+    assert engine.committed() == ["kept, 0", "kept, 1", "kept, 2", "managed"]
+    assert not db.in_transaction
     await usable(db)
 
 

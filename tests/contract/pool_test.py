@@ -715,5 +715,6 @@ def test_stats_from_elsewhere(configured: Any, engine: Engine, other: str) -> No
         leave.set()
         for thread in threads:
             thread.join(20)
-    assert found == {"own 3": 3, "own 4": 4, "thread": 7, "loop": 7, "readers": 2}
+    assert found.pop("readers") >= 2  # one for each loop; a shared connection that is slow calls for another
+    assert found == {"own 3": 3, "own 4": 4, "thread": 7, "loop": 7}
     assert db.stats() == type(db.stats())()

@@ -203,7 +203,7 @@ async def test_a_lock_taken_behind_a_partial_commit(
     """What `commit()` has made permanent is not done again, although the next part finds the lock taken."""
     db = await make_db(busy_timeout=50)
     parts: list[int] = []
-    commit = db.engine.operations.commit
+    commit = db.engine.connection.commit
     with ExitStack() as stack:
 
         def commit_and_be_overtaken(session: Any) -> None:
@@ -214,7 +214,7 @@ async def test_a_lock_taken_behind_a_partial_commit(
         async def work() -> None:
             await add(db, f"a{len(parts)}")
             with monkeypatch.context() as patch:
-                patch.setattr(db.engine.operations, "commit", commit_and_be_overtaken)
+                patch.setattr(db.engine.connection, "commit", commit_and_be_overtaken)
                 await db.commit()
             parts.append(1)
             await add(db, "next")

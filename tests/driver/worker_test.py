@@ -149,7 +149,7 @@ async def test_what_brings_a_worker_down(
 
     for name, call in _calls(db).items():
         await db.fetch_value("SELECT 1")
-        operations = db._operations
+        operations = db.binding.connection
         with monkeypatch.context() as patched, anyio.fail_after(20):
             if where == "translate":
                 patched.setattr(operations, "translate", fatal)

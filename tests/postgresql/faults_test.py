@@ -1042,7 +1042,7 @@ async def test_connections_grow_old(make_db: Any) -> None:
 async def test_a_cancellation_never_hits_the_next_statement(engine: PostgresqlEngine) -> None:
     """However close to the end of its statement a cancellation is sent, what comes next is not cancelled."""
     from database.engine.contract import Role
-    from database.postgresql.opening import open_session
+    from database.postgresql.opening import open_connection
     from database.postgresql.settings import PostgresqlSettings
 
     gone = False
@@ -1052,7 +1052,7 @@ async def test_a_cancellation_never_hits_the_next_statement(engine: PostgresqlEn
 
     role: Role = "shared"
     settings = PostgresqlSettings("default", conninfo=shared().conninfo(tcp=True))
-    connection = open_session(settings, role, progress, lambda: False)
+    connection = open_connection(settings, role, progress, lambda: False)
     analyse = __import__("database.postgresql.analysis").postgresql.analysis.analyse
     quick, slow = analyse("SELECT pg_sleep(0.0005)"), analyse("SELECT pg_sleep(0.003)")
     try:

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from database import settings
 from database.errors import ConfigurationError
-from database.settings import Configuration, LoggingSettings, SqliteSettings, document, reading
+from database.settings import Configuration, LoggingSettings, document, reading
 from database.settings.reading import section
 from database.settings.rules import LOGGING_RULES, Section, Unfit
+from database.sqlite3.settings import SqliteSettings
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -241,7 +241,7 @@ async def test_on_connect(make_db: Any, engine: Any) -> None:
             db.on_connect(prepare)
     finally:
         await db.close()
-        db._steps.clear()
+        db.binding.declared.steps.clear()
 
 
 async def test_on_connect_that_fails(make_db: Any, engine: Any) -> None:
@@ -478,7 +478,7 @@ def test_encryption_without_sqlcipher(engine: Any) -> None:
 def test_connections_for_tools(engine: Any) -> None:
     """What looks at a database without a pool has the same connection: `open_prepared`, and `look` at any journal mode."""
     settings = engine_settings(engine, on_connect=prepare, pragmas={"recursive_triggers": True})
-    session = opening.open_session(settings, settings.path, "writer", lambda: False)
+    session = opening.open_connection(settings, settings.path, "writer", lambda: False)
     session.close()
     for readonly in (True, False):
         raw = opening.open_prepared(settings, settings.path, readonly=readonly)
@@ -542,7 +542,7 @@ async def test_adapt(make_db: Any, engine: Any) -> None:
             with pytest.raises(errors.ConfigurationError, match="'default'"):
                 db.adapt(kind, function)
     finally:
-        db._adapters.clear()
+        db.binding.declared.adapters.clear()
 
 
 class Holder:

@@ -4,10 +4,11 @@ from database.driver.wakeup.waker import (
     Notice,
     Timer,
     Waker,
+    asyncio_loop,
     create_waker,
     current_loop,
     current_task,
     task_name,
 )
 
-__all__ = ["Notice", "Timer", "Waker", "create_waker", "current_loop", "current_task", "task_name"]
+__all__ = ["Notice", "Timer", "Waker", "asyncio_loop", "create_waker", "current_loop", "current_task", "task_name"]

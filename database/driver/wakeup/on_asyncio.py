@@ -194,7 +194,7 @@ class AsyncioWaker(Waker):
 
     __slots__ = ()
 
-    backend = "asyncio"
+    library = "asyncio"
 
     def __init__(self) -> None:
         super().__init__()

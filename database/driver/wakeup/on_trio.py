@@ -137,7 +137,7 @@ class TrioWaker(Waker):
 
     __slots__ = ("_answer", "_end_pump", "_reschedule", "_token", "_trio", "_watch")
 
-    backend = "trio"
+    library = "trio"
 
     def __init__(self) -> None:
         super().__init__()

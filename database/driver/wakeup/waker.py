@@ -34,12 +34,9 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from database.driver.request import Request
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "FAR_AWAY",
@@ -62,6 +59,8 @@ FAR_AWAY = 1e8
 Notice = Callable[[], None]
 
 _running_loop = asyncio._get_running_loop  # pyright: ignore[reportPrivateUsage]  # documented for event loop makers
+asyncio_loop = _running_loop
+"""asyncio's running loop, or None. Where trio has not been imported, it is `current_loop`, with a call less."""
 _modules = sys.modules
 
 
@@ -89,7 +88,7 @@ class Waker:
         "request",
     )
 
-    backend: str
+    library: str
     """AnyIO's name of the loop's kind."""
 
     request: type[Request]
@@ -125,9 +124,6 @@ class Waker:
         In this order, so that whoever is woken finds the pool as it will be: the connection that answered is free.
         """
         self._posted.append((answered, notice))
-        self._ring()
-
-    def _ring(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             with self._lock:
@@ -157,7 +153,7 @@ class Waker:
                     wake()
                 sleepers.clear()
             if posted:  # something raised
-                self._ring()
+                self.post([])
 
     def wake(self, answered: list[Request]) -> None:
         """Has the tasks of these requests go on, at the loop's next turn. Loop thread, also within a task."""

@@ -3,7 +3,7 @@
 Each translated page ends with a comment that holds a short hash of each paragraph of its original, in order. When the
 original is changed, `docs_test.py` names the paragraphs that have to be translated again. When that is done:
 
-    python -m tests.translations docs/guides/pool.ko.md   # or without a name: all that are out of date
+    python -m tests.docs.translations docs/guides/pool.ko.md   # or without a name: all that are out of date
 
 Code is not hashed: it is compared with the original's, but for comments, docstrings and other words for people.
 """
@@ -18,7 +18,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"\n*<!-- english: ([0-9a-f ]*)-->\n*\Z")
 
 

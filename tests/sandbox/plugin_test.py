@@ -558,7 +558,7 @@ def test_a_loop_that_is_paused(project: Project) -> None:
 
 def test_the_guide(project: Project) -> None:
     """The guide's test modules pass as they stand there."""
-    guide = Path(__file__).parent.parent / "docs" / "guides" / "pytest-plugin.md"
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "pytest-plugin.md"
     modules = re.findall(r'```python title="(\w+\.py)"\n(.*?)```', guide.read_text("utf-8"), re.DOTALL)
     modules = [each for each in modules if each[0] in ("jobs.py", "conftest.py", "test_jobs.py")]
     for name, text in modules:

@@ -27,7 +27,7 @@ from tests import watchdog
 
 pytestmark = pytest.mark.slow  # about the documentation, and with a browser: a quarter of the time of all quick tests
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHOTS = os.environ.get("SCREENSHOTS")
 """A folder for pictures of all pages."""
 PHONE, DESKTOP = (360, 740), (1280, 900)

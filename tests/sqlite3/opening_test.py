@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from database import errors
-from database.settings import SqliteSettings
 from database.sqlite3 import opening
+from database.sqlite3.settings import SqliteSettings
 
 
 class Stubborn:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests import programs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 SAMPLE = EXAMPLES / "sample.crontab"
 ENTRIES = 37

@@ -39,7 +39,7 @@ def outcome(folder: Path, setup: str, settings: str = "{}") -> str:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(setup=setup, logging=settings)],
         cwd=folder, capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     return done.stderr

@@ -127,7 +127,7 @@ def test_what_changes_while_it_is_looked_at() -> None:
     """Collections belong to another thread: one that changes under the walk is walked again, and not for ever."""
 
     class Pool:
-        name, waker = "default", SimpleNamespace(backend="asyncio")
+        name, waker = "default", SimpleNamespace(library="asyncio")
         backend = SimpleNamespace(description="nowhere.db")
 
         def __init__(self, failures: int) -> None:

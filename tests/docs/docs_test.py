@@ -9,7 +9,7 @@ How blocks are run, by what they look like:
   it is Python; `test_*.py` is run by pytest.
 - A ```` ```py ```` block is Python that is only shown: it is compiled. A ```` ```console ```` block is a session: the lines
   that begin with `$ ` are commands.
-- A translated page's Python is the original's but for its comments (`tests/translations.py`), so it is not run again.
+- A translated page's Python is the original's but for its comments (`tests/docs/translations.py`), so it is not run again.
 - A ```` ```text title="Output" ```` block is what the Python block above it prints; `…` stands for anything.
 """
 
@@ -34,9 +34,10 @@ import yaml
 from database import settings
 from database.errors import ConfigurationError
 from database.sqlite3 import load_queries
-from tests import programs, translations
+from tests import programs
+from tests.docs import translations
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(
@@ -265,7 +266,7 @@ def test_translations_keep_pace(page: Path) -> None:
             mine
         )
     assert not (changed := translations.changed(page)), (
-        f"translate what has changed in {original.name}, then: python -m tests.translations {page.relative_to(ROOT)}\n"
+        f"translate what has changed in {original.name}, then: python -m tests.docs.translations {page.relative_to(ROOT)}\n"
         + "\n".join(changed)
     )
 

@@ -24,7 +24,7 @@ from tests.contract.support import HANGING, add, names
 pytest.importorskip("ecs_logging")
 from database.elk import EcsFormatter  # noqa: E402
 
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 spec = importlib.util.spec_from_file_location("example_forward", EXAMPLES / "forward.py")
 assert spec is not None
 assert spec.loader is not None

@@ -15,7 +15,7 @@ import yaml
 from database import settings
 from database.sqlite3 import Database
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LANGUAGES = ["", ".ko"]
 
 
@@ -97,10 +97,7 @@ def test_the_reference_has_every_public_name() -> None:
 
 def test_the_reference_has_every_method() -> None:
     """Each public method of `Database` stands in the reference, but for those that parts of the package use."""
-    inside = {
-        "batch_statement", "call_aiosql", "current", "engine", "forget_pools", "give_back", "is_here", "level", "observer",
-        "offload", "park", "pin", "pool", "pools", "prepare_stream", "reading_pool", "send_batch", "unpark",
-    }  # fmt: skip
+    inside = {"call_aiosql", "engine", "pin", "pool", "pools"}
     text = page("reference/database", "")
     listed = set(re.findall(r"^(?:::: database\.sqlite3\.Database\.|### )(\w+)(?: \{.*)?$", text, re.M))
     public = {name for name, _ in inspect.getmembers(Database) if not name.startswith("_")}
@@ -123,3 +120,18 @@ def test_the_errors(language: str) -> None:
             assert getattr(errors, above[-1]) in getattr(errors, name).__bases__
         above.append(name)
     assert [name for _, name in tree] == re.findall(r"^## (\w*Error)\b", text, re.M)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_tree(language: str) -> None:
+    """Each module that the tree in "How it works" names is there, in the folder it stands beside, and no folder is left out."""
+    tree = re.search(r"```text\ndatabase/\n(.*?)```", page("guides/how-it-works", language), re.S)[1]
+    package, folder, folders = DOCS.parent / "database", "", set()
+    for line in tree.splitlines():
+        names = line.strip("│├└─ ").split()
+        if names[0].endswith("/"):
+            folder = names.pop(0)
+            folders.add(folder.rstrip("/"))
+        for name in names:
+            assert (package / folder / name).is_dir() or (package / folder / f"{name}.py").is_file(), folder + name
+    assert folders == {each.name for each in package.iterdir() if (each / "__init__.py").is_file()}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).with_name("typing_cases.py")
-ROOT = CASES.parent.parent
+ROOT = CASES.parents[2]
 
 
 def wanted() -> set[int]:

@@ -1,0 +1,110 @@
+"""How a statement is sent to PostgreSQL, and what is learnt about it while it is used again and again."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["Insert", "Plan", "reshaped"]
+
+
+class Insert(NamedTuple):
+    """What is known of an INSERT.
+
+    Attributes:
+        table: The table as it is written.
+        end: Where a RETURNING clause would go.
+        values: Whether the rows stand in the statement (VALUES), so that they are few.
+        upsert: Whether it may update instead.
+        columns: The columns as they are written, if all that the statement does is to put one placeholder into each:
+            then rows can be sent by COPY.
+    """
+
+    table: str
+    end: int
+    values: bool
+    upsert: bool
+    columns: str | None
+
+
+_shapes = [0]
+"""How often this process has seen a statement that may give a table another shape. Any thread; a lost update does no harm."""
+
+
+def reshaped() -> None:
+    """A statement has been executed that may have given a table another shape."""
+    _shapes[0] += 1
+
+
+class Plan:
+    """How a statement is sent. Cached with it, so what is found out about it is kept here.
+
+    Attributes:
+        sql: The text for the server, with `$1`, `$2`, …
+        names: The parameters' names in order; None where they are positional.
+        count: How many parameters there are.
+        insert: What is known of it, if it is an INSERT.
+        coercions: How parameters are converted, by their Python types; see `connection.py`.
+        returning: The text with RETURNING for `lastrowid`; `""` if there is nothing to return, None if nobody has looked.
+        look_again: When a table without such a key is looked at again.
+        seconds: How long it takes, roughly; None if nobody knows.
+        uses: How often it has been executed.
+        wide: Positions of parameters that have been larger than an `int4`, and are sent as `int8` since.
+        calls: Functions that it calls and of which only the server knows whether they change anything.
+        acts: Whether a function that it calls does something, so that it is never left half executed.
+        stains: Whether the connection may be another one after it; it is then put right when the transaction ends.
+        refusal: Why it is refused outside a transaction.
+        alone: Whether it may not run within a transaction.
+        nameless: Whether it is not prepared under a name any more.
+        shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong.
+        learnt_at: How many such statements there had been when something was learnt of this one.
+    """
+
+    __slots__ = (
+        "acts",
+        "alone",
+        "calls",
+        "coercions",
+        "count",
+        "insert",
+        "learnt_at",
+        "look_again",
+        "nameless",
+        "names",
+        "refusal",
+        "returning",
+        "seconds",
+        "shapes",
+        "sql",
+        "stains",
+        "uses",
+        "wide",
+    )
+
+    def __init__(self, sql: str, names: tuple[str, ...] | None, count: int) -> None:
+        self.sql = sql
+        self.names = names
+        self.count = count
+        self.insert: Insert | None = None
+        self.coercions: dict[tuple[type, ...], Any] = {}
+        self.returning: str | None = None
+        self.look_again = 0.0
+        self.seconds: float | None = None
+        self.uses = 0
+        self.wide: frozenset[int] = frozenset()
+        self.calls: tuple[str, ...] = ()
+        self.acts = self.alone = self.stains = self.shapes = self.nameless = False
+        self.learnt_at = 0
+        self.refusal: str | None = None
+
+    def check_shapes(self) -> None:
+        """Forgets what was learnt if a table may have another shape since."""
+        count = _shapes[0]
+        if self.learnt_at != count:
+            self.learnt_at = count
+            self.coercions = {}
+            self.returning = None
+
+    def took(self, seconds: float) -> None:
+        """Learns from one execution. Any worker's thread; a lost update does no harm."""
+        known = self.seconds
+        self.seconds = seconds if known is None else known + (seconds - known) * 0.2

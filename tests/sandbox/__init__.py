@@ -1,0 +1,1 @@
+"""Databases for users' tests."""

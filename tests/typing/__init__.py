@@ -1,0 +1,1 @@
+"""Types, as type checkers see them; and the stubs that tell them more."""
