@@ -57,7 +57,7 @@ def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
             good = True
         return session
 
-    return _shared(describe(settings), connect)
+    return _shared(describe(settings), connect, settings)
 
 
 def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
@@ -73,10 +73,12 @@ def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
         good = True
         return session
 
-    return _shared(f"{describe(settings)} (replicas)", connect)
+    return _shared(f"{describe(settings)} (replicas)", connect, settings)
 
 
-def _shared(description: str, connect: Callable[[Role, Callable[[], bool]], Connection]) -> Backend:
+def _shared(
+    description: str, connect: Callable[[Role, Callable[[], bool]], Connection], settings: PostgresqlSettings
+) -> Backend:
     """A backend whose connections are all alike."""
     return Backend(
         description=description,
@@ -85,6 +87,7 @@ def _shared(description: str, connect: Callable[[Role, Callable[[], bool]], Conn
         is_broken=is_broken,
         busy_timeout=PATIENCE,
         single_writer=False,
+        max_idle=settings.max_idle,
         may_join=may_join,
         run_together=Connection.run_together,
     )

@@ -241,7 +241,7 @@ class Levels(Wire):
         pg = self.pg
         self.prefix = []
         self.begin_wait()
-        failed: pq.abc.PGresult | None = None
+        answers: list[pq.abc.PGresult] = []
         try:
             pg.enter_pipeline_mode()
             for part in parts:
@@ -251,20 +251,20 @@ class Levels(Wire):
             pg.send_query_params(b"COMMIT", None)
             pg.pipeline_sync()
             self.flush()
-            for number in range(len(parts) + 2):
-                result = self.answer()
-                if result.status == _FATAL:
-                    failed = failed or result
-                elif number == len(parts) and result.ntuples and result.get_value(0, 0) is not None:
-                    self.ticket = result.get_value(0, 0), result.get_value(0, 1)
+            while len(answers) < len(parts) + 2:
+                answer = self.answer()
+                if len(answers) == len(parts) and answer.ntuples and answer.get_value(0, 0) is not None:
+                    self.ticket = answer.get_value(0, 0), answer.get_value(0, 1)
+                answers.append(answer)
                 self.result()  # the None between two
-            failed = self.leave_pipeline() or failed
+            late = self.leave_pipeline()
         except BaseException:
             self.abandon()
             raise
+        failed = next((answer for answer in answers if answer.status == _FATAL), late)
         if failed is not None:
             raise made_from(failed)
-        return result
+        return answers[-1]
 
     def _look_up(self) -> str:
         """What has become of the transaction whose COMMIT got no answer: asked of the server, on another connection.
