@@ -64,6 +64,7 @@ class Levels(Wire):
         "local",
         "prefix",
         "readonly",
+        "rereads",
         "restricted",
         "saved",
         "settings",
@@ -162,7 +163,11 @@ class Levels(Wire):
         """No transaction is open."""
         self.began = False
         self.beginning: list[bytes] | None = None
-        """The BEGIN of a transaction in which nothing has succeeded yet: until then, beginning anew undoes a failure."""
+        """The BEGIN of a transaction in which nothing has succeeded yet but what only reads, at READ COMMITTED: until then,
+        beginning anew undoes a failure, and nobody can tell.
+        """
+        self.rereads = False
+        """Whether each statement has a snapshot of its own."""
         self.readonly = False
         self.restricted = 0
         self.saved = False
@@ -208,6 +213,7 @@ class Levels(Wire):
         opening = [beginning] if self.local is None else [beginning, self.local]
         self.prefix = [*opening, *self.prefix[len(opening) :]]
         self.beginning = opening if self.settings.statement_rollback else None
+        self.rereads = b"READ COMMITTED" in beginning
 
     def commit(self) -> None:
         """See `Connection`."""
@@ -356,7 +362,7 @@ class Levels(Wire):
         """Before a statement of a transaction: whatever comes of it, the transaction goes on."""
         if not self.settings.statement_rollback or self.fresh:
             return
-        if self.beginning is not None and self.prefix and self.prefix[-len(self.beginning) :] == self.beginning:
+        if self.beginning is not None and (not self.prefix or self.prefix[-len(self.beginning) :] == self.beginning):
             return
         self.beginning = None
         if self.saved:

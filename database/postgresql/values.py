@@ -16,7 +16,7 @@ from psycopg.types.numeric import Int2
 
 from database.postgresql.plan import Plan
 
-__all__ = ["BindError", "Row", "bind", "coerced", "coercion", "row_class"]
+__all__ = ["BindError", "Row", "bind", "coerced", "coercion", "is_plain", "row_class"]
 
 
 class BindError(TypeError):
@@ -94,7 +94,8 @@ def row_class(names: tuple[str, ...]) -> type[Row]:
 
 
 _PLAIN = frozenset({int, float, str, bytes, type(None), bool, datetime})
-_is_plain = _PLAIN.issuperset
+is_plain = _PLAIN.issuperset
+"""Whether all of these types are such that psycopg knows them, and their values never change."""
 
 
 def _adapt(value: Any) -> Any:
@@ -142,7 +143,7 @@ def bind(plan: Plan, params: Any) -> Sequence[Any]:
             raise BindError("positional placeholders take a sequence of values, not an object")
         if len(values) != plan.count:
             raise BindError(f"the statement has {plan.count} placeholders, and {len(values)} values were given")
-    if _is_plain(map(type, values)):
+    if is_plain(map(type, values)):
         return values
     return [_adapt(value) for value in values]
 
