@@ -65,7 +65,7 @@ def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[S
         except BaseException as error:
             connection.theirs = error
             raise
-        kind: type[Any] = type(row)
+        kind: type[Any] = type(row)  # pyright: ignore[reportUnknownVariableType]
         if kind is tuple and len(row) == count and is_plain(map(type, row)):  # nothing of it can change
             yield row
         else:
