@@ -219,11 +219,11 @@ async def copy(
     order = {table.name: number for number, table in enumerate(itertools.chain.from_iterable(groups))}
     pairs.sort(key=lambda pair: order[pair[1].name])
     report = Report([], [])
-    left = iter(pairs)
+    coming = iter(pairs)
     async with source.transaction(readonly=True):
         for group in groups:
             async with _waiting(target, group):
-                for table, other in itertools.islice(left, len(group)):
+                for table, other in itertools.islice(coming, len(group)):
                     await _Copying(source, target, table, other, chunk_size, progress).run()
                     if target.engine.name == "postgresql":
                         await _advance_sequences(target, other)
