@@ -150,13 +150,13 @@ class Inline:
         if (threshold is not None and threshold < LOGGED) or not lent.acquire(blocking=False):
             return False
         try:
-            session = worker.session
-            if session is None or not worker.sleeping:
+            connection = worker.connection
+            if connection is None or not worker.sleeping:
                 return False
             began = perf_counter()
             worker.until = began + BUDGET
             try:
-                result = request.operation(session, request.subject, request.params, request.extra)  # type: ignore[misc]
+                result = request.operation(connection, request.subject, request.params, request.extra)  # type: ignore[misc]
             except Exception:
                 result = self
             finally:

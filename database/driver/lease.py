@@ -26,7 +26,7 @@ from typing import Final, Protocol
 from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Home, Request
 from database.driver.roles import Owner
 from database.driver.worker import Worker
-from database.engine.contract import Interrupted, Session
+from database.engine.contract import Connection, Interrupted
 from database.errors import PoolClosedError, TransactionError
 
 __all__ = ["Holder", "Lease"]
@@ -222,7 +222,7 @@ class Lease:
         worker.acquired += 1
         worker.waited += self.granted_at - self.queued_at
         worker.attend()
-        session: Session | None = None if self.transaction else worker.session
+        connection: Connection | None = None if self.transaction else worker.connection
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
         request: Request | None = None
@@ -232,15 +232,15 @@ class Lease:
                     worker.flush()
                 request = get()
                 if request.kind >= COMMIT:
-                    self._end(worker, session, request)
+                    self._end(worker, connection, request)
                 elif self.doom is not None:
                     request.error = self.refusal()
-                elif session is None:
-                    session = self._begin(worker, request)
-                    if session is not None:
-                        self._run(worker, session, request)
+                elif connection is None:
+                    connection = self._begin(worker, request)
+                    if connection is not None:
+                        self._run(worker, connection, request)
                 else:
-                    self._run(worker, session, request)
+                    self._run(worker, connection, request)
                 worker.answers.append(request)
                 worker.left()
         except BaseException as defect:
@@ -248,7 +248,7 @@ class Lease:
             worker.fail(defect, [request])
             self.ended = True
         worker.answers.extend(self._answer_the_rest())
-        if self.transaction and session is not None and request is not None:
+        if self.transaction and connection is not None and request is not None:
             seconds = perf_counter() - self.granted_at
             if worker.observer.hears_of(seconds):
                 outcome = "committed" if self.committed else "rolled back"
@@ -293,12 +293,12 @@ class Lease:
             late[0].error = error
         worker.answers.extend(late)
 
-    def _begin(self, worker: Worker, request: Request) -> Session | None:
+    def _begin(self, worker: Worker, request: Request) -> Connection | None:
         try:
             if request.cancelled:
                 raise Interrupted
             if not self.transaction:
-                return worker.session or worker.ready()
+                return worker.connection or worker.ready()
             return worker.begin(request, readonly=self.readonly)
         except Interrupted as interrupted:  # nothing was begun: the next statement may try again
             request.error = interrupted if self.doom is None else self.refusal()
@@ -308,8 +308,8 @@ class Lease:
             self.ended = True
         return None
 
-    def _run(self, worker: Worker, session: Session, request: Request) -> None:
-        if (request.controls is not None or self.carried) and not self._control(worker, session, request):
+    def _run(self, worker: Worker, connection: Connection, request: Request) -> None:
+        if (request.controls is not None or self.carried) and not self._control(worker, connection, request):
             return
         if request.cancelled:
             request.error = Interrupted()
@@ -319,14 +319,14 @@ class Lease:
         else:
             worker.execute(request)
         if request.error is not None or request.cancelled:
-            self._check(worker, session, request)
+            self._check(worker, connection, request)
 
-    def _control(self, worker: Worker, session: Session, request: Request) -> bool:
+    def _control(self, worker: Worker, connection: Connection, request: Request) -> bool:
         controls = [*self.carried, *(request.controls or ())]
         self.carried.clear()
         try:
             for method, argument in controls:
-                getattr(session, method)(argument)
+                getattr(connection, method)(argument)
         except BaseException as error:
             request.error = self.doom = worker.translate(error, request)
             worker.rollback()
@@ -334,7 +334,7 @@ class Lease:
             return False
         return True
 
-    def _check(self, worker: Worker, session: Session, request: Request) -> None:
+    def _check(self, worker: Worker, connection: Connection, request: Request) -> None:
         """After an error: is the transaction still there, and may it go on?"""
         if not self.transaction:
             if isinstance(self.doom, PoolClosedError):
@@ -344,7 +344,7 @@ class Lease:
             request.error = self.refusal()
         elif request.cancelled and not isinstance(request.error, Interrupted):
             self.doom = INTERRUPTED
-        elif worker.session is not session or not session.in_transaction:
+        elif worker.connection is not connection or not connection.in_transaction:
             self.doom = request.error
         else:
             return
@@ -353,7 +353,7 @@ class Lease:
         worker.rollback()
         self.ended = True
 
-    def _end(self, worker: Worker, session: Session | None, request: Request) -> None:
+    def _end(self, worker: Worker, connection: Connection | None, request: Request) -> None:
         if request.kind == ROLLBACK:
             worker.rollback()  # also without a transaction: it closes the cursors of streams
         elif request.cancelled:
@@ -361,15 +361,15 @@ class Lease:
             return
         elif self.doom is not None:
             request.error = self.refusal()
-        elif session is not None and self.transaction:
+        elif connection is not None and self.transaction:
             if not worker.enter(request):
                 request.error = Interrupted()
                 return
-            if (request.controls is not None or self.carried) and not self._control(worker, session, request):
+            if (request.controls is not None or self.carried) and not self._control(worker, connection, request):
                 self.ended = True
                 return
             try:
-                worker.commit(session)
+                worker.commit(connection)
                 self.committed = True
             except BaseException as error:
                 request.error = worker.translate(error, request)

@@ -43,7 +43,7 @@ from database.driver.wakeup import Timer, Waker
 from database.driver.watch import Watch, refuse
 from database.driver.worker import Servable, Worker, here
 from database.driver.write_lane import WriteLane
-from database.engine.contract import Backend, Role, Session
+from database.engine.contract import Backend, Connection, Role
 from database.errors import PoolClosedError
 
 __all__ = ["Pool", "PoolStats"]
@@ -286,7 +286,7 @@ class Pool:
         leases = self.writes.leases
         return PoolStats(
             pool_size=self.size,
-            readers_open=sum(1 for worker in self._readers if worker.session is not None),
+            readers_open=sum(1 for worker in self._readers if worker.connection is not None),
             readers_in_use=in_use if self.single_writer else in_use - writing,
             writer_in_use=writing,
             waiting=len(self._line.leases) + leases,
@@ -496,10 +496,10 @@ class Pool:
         """Whether the worker attends to a transaction or a stream, and so to nothing else. Any thread."""
         return any(lease.worker is worker and not lease.ended for lease in tuple(self.transactions))
 
-    def disown(self) -> list[Session]:
-        """In a forked child: this pool is the parent's. Gives the sessions that must never be touched."""
+    def disown(self) -> list[Connection]:
+        """In a forked child: this pool is the parent's. Gives the connections that must never be touched."""
         self.closing = self.closed = True
         for lease in self.transactions:
             lease.doom = PoolClosedError("this transaction belongs to the process that this one was forked from")
             lease.ended = True
-        return [worker.session for worker in (self.writer, *self._readers) if worker.session is not None]
+        return [worker.connection for worker in (self.writer, *self._readers) if worker.connection is not None]

@@ -76,7 +76,7 @@ class _Retreat:
         return self.pool.lane_of(worker)
 
     def _step_aside(self, worker: Worker) -> None:
-        opened = worker.session is not None
+        opened = worker.connection is not None
         worker.retreat()
         self.gone.set()
         self.over.wait()
@@ -125,8 +125,8 @@ def _go_on() -> None:
 def _forget_in_child() -> None:
     _retreats.clear()
     for pool in _pools:
-        for session in pool.disown():
-            session.disown()
+        for connection in pool.disown():
+            connection.disown()
     _pools.clear()
 
 

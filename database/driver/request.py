@@ -59,7 +59,7 @@ ROLLBACK: Final = 6
 LEASE: Final = 7
 
 Control = tuple[str, Any]
-"""A session's method and its argument, to be called before the request: `("savepoint", 1)`."""
+"""A connection's method and its argument, to be called before the request: `("savepoint", 1)`."""
 
 
 class Home(Protocol):

@@ -28,7 +28,7 @@ from database.driver.room import Room
 from database.driver.stats import PoolStats
 from database.driver.wakeup import Waker
 from database.driver.worker import Servable, Worker
-from database.engine.contract import Backend, Session
+from database.engine.contract import Backend, Connection
 
 __all__ = ["Claimant", "Owner"]
 
@@ -160,6 +160,6 @@ class Owner(Protocol[LeaseT]):
         """Closes without a loop: at the loop's end, or at the process's."""
         ...
 
-    def disown(self) -> list[Session]:
-        """In a forked child: this pool is the parent's. Gives the sessions that must never be touched."""
+    def disown(self) -> list[Connection]:
+        """In a forked child: this pool is the parent's. Gives the connections that must never be touched."""
         ...

@@ -21,7 +21,7 @@ from threading import Event
 from time import perf_counter
 from typing import Protocol
 
-from database.engine.contract import Log, Session
+from database.engine.contract import Connection, Log
 
 __all__ = ["Room", "Writer"]
 
@@ -41,7 +41,7 @@ class Writer(Protocol):
     """What empties the log."""
 
     @property
-    def session(self) -> Session | None:
+    def connection(self) -> Connection | None:
         """Its connection, if that is open."""
         ...
 
@@ -84,12 +84,12 @@ class Room:
         """Empties the log if it has become too long."""
         began = perf_counter()
         self.next_look = began + LOOK_SECONDS
-        session = writer.session
-        if session is None or self._log.size() <= self._log.limit:
+        connection = writer.connection
+        if connection is None or self._log.size() <= self._log.limit:
             return
         writer.flush()  # nobody need wait for this
         empty = self._log.empty
-        emptied = empty(session)
+        emptied = empty(connection)
         if not emptied:
             rooms = tuple(self._rooms())
             for room in rooms:
@@ -97,7 +97,7 @@ class Room:
             try:
                 while not emptied and perf_counter() - began < HOLD_SECONDS and not writer.hurried:
                     time.sleep(0.001)
-                    emptied = empty(session)
+                    emptied = empty(connection)
             finally:
                 for room in rooms:
                     room._let_go()

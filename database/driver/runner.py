@@ -42,7 +42,7 @@ from database.driver.observer import Observer
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Home, Request, text_of
 from database.driver.room import Room
 from database.driver.wakeup import Notice, Waker
-from database.engine.contract import Alone, Backend, Interrupted, Role, Session
+from database.engine.contract import Alone, Backend, Connection, Interrupted, Role
 from database.errors import (
     ConnectionFailedError,
     DatabaseError,
@@ -82,6 +82,7 @@ class Runner:
         "answers",
         "backend",
         "commits",
+        "connection",
         "current",
         "grouped",
         "grouping",
@@ -93,7 +94,6 @@ class Runner:
         "role",
         "rollbacks",
         "room",
-        "session",
         "statements",
         "threshold",
         "ticks",
@@ -121,8 +121,8 @@ class Runner:
         self.room = room
         """Where it waits before it takes a snapshot."""
         self._deadline = None if backend.excludes is None else deadline
-        self.session: Session | None = None
-        self._last: Session | None = None
+        self.connection: Connection | None = None
+        self._last: Connection | None = None
         self.current: Request | None = None
         self.answers: list[Request] = []
         self.threshold: float | None = None
@@ -146,18 +146,18 @@ class Runner:
     def interrupt(self, request: Request) -> None:
         """Stops the request if it is the one that runs. Its `cancelled` has been set."""
         with self._guard:
-            session = self.session
-            if self.current is request and session is not None:
-                session.interrupt()
+            connection = self.connection
+            if self.current is request and connection is not None:
+                connection.interrupt()
 
     def interrupt_current(self, home: Home) -> None:
         """Stops what runs, if it has come from there and is no commit."""
         with self._guard:
-            current, session = self.current, self.session
-            if current is not None and current.home is home and current.kind < COMMIT and session is not None:
+            current, connection = self.current, self.connection
+            if current is not None and current.home is home and current.kind < COMMIT and connection is not None:
                 current.cancelled = True
                 if self.current is current:  # looked at once more, after `cancelled` has been set
-                    session.interrupt()
+                    connection.interrupt()
 
     def call_off(self, request: Request) -> bool:
         """Keeps the request from being run; False if it runs, or has run, already."""
@@ -174,8 +174,8 @@ class Runner:
         self._stopping = True
         with self._guard:
             current = self.current
-            if current is not None and current.kind < COMMIT and self.session is not None:
-                self.session.interrupt()
+            if current is not None and current.kind < COMMIT and self.connection is not None:
+                self.connection.interrupt()
 
     @property
     def hurried(self) -> bool:
@@ -241,7 +241,7 @@ class Runner:
 
     def _open(self) -> BaseException | None:
         try:
-            self.session = self._last = self.backend.connect(self.role, self._progress)
+            self.connection = self._last = self.backend.connect(self.role, self._progress)
         except BaseException as error:
             if not isinstance(error, DatabaseError):
                 failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
@@ -253,29 +253,29 @@ class Runner:
 
     def _close(self) -> None:
         with self._guard:
-            session, self.session = self.session, None
-        if session is not None:
+            connection, self.connection = self.connection, None
+        if connection is not None:
             try:
-                session.close()
+                connection.close()
             except BaseException as error:
                 self.tell(None, self.observer.failure, error)
 
-    def ready(self) -> Session:
-        """The session; opened anew if the last one had to be given up.
+    def ready(self) -> Connection:
+        """The connection; opened anew if the last one had to be given up.
 
         Raises:
             DatabaseError: It cannot be opened.
         """
-        session = self.session
-        if session is None:
+        connection = self.connection
+        if connection is None:
             error = self._open()
             if error is not None:
                 raise error
-            session = self.session
-            assert session is not None
+            connection = self.connection
+            assert connection is not None
             self.replaced += self._opened
             self._opened = True
-        return session
+        return connection
 
     def discard(self) -> None:
         """Gives the connection up: the next request opens another."""
@@ -287,12 +287,12 @@ class Runner:
         self._opened = False
 
     def _progress(self) -> bool:
-        """The session's progress handler: true stops the statement."""
+        """The connection's progress handler: true stops the statement."""
         request = self.current
         if request is None:
             if self.until:  # on the loop's thread
                 return perf_counter() > self.until
-            return self._stopping and self.session is None  # while a connection is opened, not while it commits
+            return self._stopping and self.connection is None  # while a connection is opened, not while it commits
         if request.kind >= COMMIT:
             return False
         if request.cancelled or self._stopping:
@@ -336,7 +336,7 @@ class Runner:
         try:
             request.result = request.context.run(
                 request.operation,
-                self.session or self.ready(),
+                self.connection or self.ready(),
                 request.subject,
                 request.params,
                 request.extra,
@@ -362,7 +362,7 @@ class Runner:
         threshold = self.threshold
         started = 0.0 if threshold is None else perf_counter()
         try:
-            result = request.result = request.operation(self.session, request.subject, request.params, request.extra)  # type: ignore[misc]
+            result = request.result = request.operation(self.connection, request.subject, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
             request.error = self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
             result = None
@@ -379,14 +379,14 @@ class Runner:
         """What a function is told whose caller has gone."""
         return TransactionError("the caller of this function was cancelled; what it did is rolled back")
 
-    def step(self, session: Any, method: str, argument: Any) -> None:
-        """Runs one of the session's own methods, with its errors mapped."""
+    def step(self, connection: Any, method: str, argument: Any) -> None:
+        """Runs one of the connection's own methods, with its errors mapped."""
         try:
-            getattr(session, method)(argument)
+            getattr(connection, method)(argument)
         except BaseException as error:
             raise self.translate(error, None) from error
 
-    def end_part(self, session: Session, *, keep: bool) -> None:
+    def end_part(self, connection: Connection, *, keep: bool) -> None:
         """Commits the open transaction of a function that runs here, or rolls it back.
 
         Raises:
@@ -396,14 +396,14 @@ class Runner:
             raise Alone
         try:
             if keep:
-                self.commit(session)
+                self.commit(connection)
             else:
-                session.rollback()
+                connection.rollback()
                 self.rollbacks += 1
         except BaseException as error:
             raise self.translate(error, None) from error
 
-    def begin_again(self, session: Session, *, readonly: bool) -> None:
+    def begin_again(self, connection: Connection, *, readonly: bool) -> None:
         """Opens the next one."""
         try:
             self.begin(self.current, readonly=readonly)
@@ -416,8 +416,8 @@ class Runner:
         # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
         again = request.kind == STATEMENT or request.kind == ALONE
         if again and self.backend.is_busy(error) and not request.cancelled:
-            session = self.session
-            assert session is not None
+            connection = self.connection
+            assert connection is not None
             before = self.locked
             if started:  # somebody observes: the first try was waiting, too
                 self.locked += perf_counter() - started
@@ -427,7 +427,7 @@ class Runner:
                     request,
                     request.context.run,
                     request.operation,
-                    session,
+                    connection,
                     request.subject,
                     request.params,
                     request.extra,
@@ -445,19 +445,19 @@ class Runner:
         """The package's error for the driver's; gives up a connection that can no longer be trusted."""
         if isinstance(error, Interrupted):
             return error
-        session = self._last  # also if it has been given up meanwhile: it knows its errors
+        connection = self._last  # also if it has been given up meanwhile: it knows its errors
         translated = error
         if self._stopping:
             translated = error if isinstance(error, PoolClosedError) else PoolClosedError(CLOSED)
-        elif session is not None:
+        elif connection is not None:
             try:
                 if request is None:
-                    translated = session.translate(error, None, None)
+                    translated = connection.translate(error, None, None)
                 else:
-                    translated = session.translate(error, request.subject, request.params)
+                    translated = connection.translate(error, request.subject, request.params)
             except BaseException as defect:  # somebody's error that cannot even be shown
                 _report(f"{self.name} cannot translate an error of {type(error)}", defect)
-            if self.session is not None and self.backend.is_broken(error):
+            if self.connection is not None and self.backend.is_broken(error):
                 self.discard()
         if translated is not error and translated.__cause__ is None:
             translated.__cause__ = error
@@ -502,53 +502,53 @@ class Runner:
             # Of the last try, what it may have waited by itself; the rest is work.
             self.locked += until - began + min(perf_counter() - until, self.backend.busy_slice)
 
-    def begin(self, request: Request | None, *, readonly: bool) -> Session:
+    def begin(self, request: Request | None, *, readonly: bool) -> Connection:
         """Opens a transaction, waiting for other processes as long as `busy_timeout` allows."""
-        session = self.session or self.ready()
+        connection = self.connection or self.ready()
         began = 0.0 if self.threshold is None else perf_counter()
         try:
-            session.begin(readonly=readonly)
+            connection.begin(readonly=readonly)
         except BaseException as error:
             if not self.backend.is_busy(error):
                 self.rollback()  # should it have begun all the same, the next statement would not be committed
                 raise
             if began:
                 self.locked += perf_counter() - began
-            self.patiently(request, _begin, session, readonly)
-        return session
+            self.patiently(request, _begin, connection, readonly)
+        return connection
 
-    def commit(self, session: Session, size: int = 1) -> None:
+    def commit(self, connection: Connection, size: int = 1) -> None:
         """Commits `size` writes. Must be called with no current request, so that nothing can interrupt it."""
         try:
-            session.commit()
+            connection.commit()
         except BaseException as error:
             if not self.backend.is_busy(error):
                 raise
-            self.patiently(None, session.commit)
+            self.patiently(None, connection.commit)
         self.commits += 1
         if self.threshold is not None:
             self.tell(None, self.observer.committed, size)
 
     def rollback(self) -> None:
         """Rolls back what is open, if anything is; gives the connection up if even that fails."""
-        session = self.session
-        if session is None:
+        connection = self.connection
+        if connection is None:
             return
         try:
-            self.rollbacks += session.in_transaction
-            session.rollback()
+            self.rollbacks += connection.in_transaction
+            connection.rollback()
         except BaseException as error:
             self.tell(None, self.observer.failure, error)
             self.discard()
 
     def atomically(self, request: Request) -> None:
         """Runs the request between SAVEPOINT and RELEASE of the open transaction; undone if it fails."""
-        session = self.session
-        if session is None:
+        connection = self.connection
+        if connection is None:
             self.execute(request)  # which reports why the connection is gone
             return
         try:
-            session.savepoint(0)
+            connection.savepoint(0)
         except BaseException as error:
             request.error = self.translate(error, request)
             return
@@ -557,15 +557,15 @@ class Runner:
         self.grouping = False
         if request.cancelled and request.error is None:
             request.error = Interrupted()
-        if self.session is not session or not session.in_transaction:
+        if self.connection is not connection or not connection.in_transaction:
             if request.error is None:  # a function that took no notice of it
                 request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
             return
         try:
             if request.error is None:
-                session.release(0)
+                connection.release(0)
             else:
-                session.undo(0)
+                connection.undo(0)
         except BaseException as error:
             if request.error is None:
                 request.error = self.translate(error, request)
@@ -574,17 +574,17 @@ class Runner:
     def in_transaction_of_its_own(self, request: Request, *, readonly: bool) -> None:
         """BEGIN, the request, COMMIT; rolled back if any of it fails."""
         try:
-            session = self.begin(request, readonly=readonly)
+            connection = self.begin(request, readonly=readonly)
         except BaseException as error:
             request.error = self.translate(error, request)
             return
         self.execute(request)
         if request.error is None and not request.cancelled:
-            if not session.in_transaction:
+            if not connection.in_transaction:
                 request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
                 return
             try:
-                self.commit(session)
+                self.commit(connection)
             except BaseException as error:
                 request.error = self.translate(error, request)
             else:
@@ -603,8 +603,8 @@ class Runner:
                 self.rollback()  # nothing is open after a failed statement, unless a script opened it
 
 
-def _begin(session: Session, readonly: bool) -> None:
-    session.begin(readonly=readonly)
+def _begin(connection: Connection, readonly: bool) -> None:
+    connection.begin(readonly=readonly)
 
 
 def _report(what: str, error: BaseException) -> None:

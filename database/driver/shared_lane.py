@@ -237,8 +237,8 @@ class SharedLane(Lane):
             worker.answers.append(request)
 
         try:
-            session = worker.ready()
-            again = run_together(session, requests, begin, end)
+            connection = worker.ready()
+            again = run_together(connection, requests, begin, end)
         except BaseException as error:
             worker.left()
             translated = worker.translate(error, None)

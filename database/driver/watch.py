@@ -273,13 +273,13 @@ class Watch:
             if pool.backend.description != backend.description:
                 continue
             for other in (pool.writer, *pool.readers()):
-                session, current = other.session, other.current
-                if other is worker or session is None:
+                connection, current = other.connection, other.current
+                if other is worker or connection is None:
                     continue
                 lease = next(
                     (each for each in tuple(pool.transactions) if each.worker is other and not each.ended), None
                 )
-                if lease is not None and excludes(session):
+                if lease is not None and excludes(connection):
                     found.append((lease, lease.holder()))
                 elif current is not None:
                     found.append((None, f"the statement {text_of(current)[:80]!r}"))

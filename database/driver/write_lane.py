@@ -129,9 +129,9 @@ class WriteLane(Lane):
                 else:
                     worker.fail(defect, [item])
             finally:
-                session = worker.session
-                if session is not None:
-                    session.unlock()
+                connection = worker.connection
+                if connection is not None:
+                    connection.unlock()
             if queue and len(worker.answers) >= BATCH_SIZE:
                 worker.flush()
 
@@ -145,18 +145,18 @@ class WriteLane(Lane):
 
     def _lock(self, worker: Worker, item: Request | Lease) -> bool:
         """Takes the process-wide right to write: another event loop's pool may hold it."""
-        session = worker.session
-        if session is None:  # given up after an error: what is opened anew needs the right as well
+        connection = worker.connection
+        if connection is None:  # given up after an error: what is opened anew needs the right as well
             try:
-                session = worker.ready()
+                connection = worker.ready()
             except BaseException as failure:
                 return self._turn_away(worker, item, worker.translate(failure, None))
-        if session.try_lock(0):
+        if connection.try_lock(0):
             return True
         worker.flush()
         began = perf_counter()
         deadline = item.queued_at + self.pool.timeout
-        while not session.try_lock(0.01):
+        while not connection.try_lock(0.01):
             if item.cancelled:
                 error: BaseException = Interrupted()
             elif worker.hurried:
@@ -195,8 +195,8 @@ class WriteLane(Lane):
     def _run_group(self, worker: Worker, first: Request, members: list[Request]) -> None:
         began = perf_counter()
         try:
-            session = worker.begin(first, readonly=False)
-            session.share(True)
+            connection = worker.begin(first, readonly=False)
+            connection.share(True)
         except BaseException as error:
             first.error = worker.translate(error, first)
             worker.rollback()
@@ -216,7 +216,7 @@ class WriteLane(Lane):
                 else:
                     worker.atomically(request)
                 if request.error is not None:
-                    if worker.session is not session or not session.in_transaction:
+                    if worker.connection is not connection or not connection.in_transaction:
                         self._again_alone(worker, members, request)
                         return
                     if type(request.error) is Alone:
@@ -239,16 +239,16 @@ class WriteLane(Lane):
             self._again_alone(worker, [alone], None)
 
     def _commit(self, worker: Worker, members: list[Request]) -> None:
-        session = worker.session
-        assert session is not None
-        session.share(False)
+        connection = worker.connection
+        assert connection is not None
+        connection.share(False)
         try:
-            worker.commit(session, len(members))
+            worker.commit(connection, len(members))
         except BaseException as error:
-            open_still = session.in_transaction
+            open_still = connection.in_transaction
             broken = worker.backend.is_broken(error)
             worker.rollback()
-            if open_still and not broken and worker.session is session:
+            if open_still and not broken and worker.connection is connection:
                 # Refused, and rolled back by us: certainly nothing is committed. One member is to blame (a deferred
                 # foreign key, a row that no longer fitted the disk); alone, each gets its own verdict.
                 self._again_alone(worker, members, None)
@@ -263,8 +263,8 @@ class WriteLane(Lane):
 
     def _again_alone(self, worker: Worker, members: list[Request], culprit: Request | None) -> None:
         """The whole group was rolled back: runs its members once more, each in a transaction of its own."""
-        if worker.session is not None:
-            worker.session.share(False)
+        if worker.connection is not None:
+            worker.connection.share(False)
         worker.rollback()
         if culprit is not None:
             worker.answers.append(culprit)

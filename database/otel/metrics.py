@@ -14,7 +14,7 @@ Attributes = dict[str, str | int | float]
 
 def _count(pool: Owner[Any]) -> list[tuple[float, Attributes]]:
     stats = pool.stats()
-    writers = 0 if pool.writer.session is None else 1
+    writers = 0 if pool.writer.connection is None else 1
     return [
         (stats.readers_in_use, {"db.client.connection.state": "used", "database.role": "reader"}),
         (

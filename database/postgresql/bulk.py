@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import itertools
+import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +56,7 @@ def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[S
     """The values of each row, for good. What the user's own iterator raises is marked as theirs."""
     source = iter(rows)
     count = plan.count if plan.names is None else -1
+    adapters = connection.adapters
     while True:
         if connection.progress():
             raise psycopg.errors.QueryCanceled("the caller has gone")
@@ -66,10 +68,12 @@ def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[S
             connection.theirs = error
             raise
         kind: type[Any] = type(row)  # pyright: ignore[reportUnknownVariableType]
-        if kind is tuple and len(row) == count and is_plain(map(type, row)):  # nothing of it can change
+        if (
+            not adapters and kind is tuple and len(row) == count and is_plain(map(type, row))
+        ):  # nothing of it can change
             yield row
         else:
-            yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row)]
+            yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row, adapters)]
 
 
 def execute_many(connection: Connection, statement: Statement, rows: Any) -> Result:
@@ -198,7 +202,8 @@ _TIMESTAMP, _TIMESTAMPTZ, _VARCHAR = 1114, 1184, 1043
 
 _TABLE = Plan(
     "SELECT a.attname, a.atttypid::int8, a.atttypmod FROM pg_catalog.pg_class c JOIN pg_catalog.pg_attribute a ON a.attrelid ="
-    " c.oid WHERE c.oid = to_regclass($1::text) AND a.attname = ANY($2::text[]) AND a.attnum > 0 AND NOT a.attisdropped"
+    " c.oid WHERE c.oid = to_regclass($1::text) AND a.attname = ANY(ARRAY(SELECT json_array_elements_text($2::json)))"
+    " AND a.attnum > 0 AND NOT a.attisdropped"
     " AND a.attidentity <> 'a' AND a.attgenerated = '' AND c.relkind = 'r' AND NOT c.relhasrules AND NOT c.relrowsecurity"
     # INSERT among the events of the trigger (1 << 2)
     " AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 4 <> 0)"
@@ -216,7 +221,7 @@ def _columns_for_copy(connection: Connection, insert: Insert) -> list[frozenset[
         each[1:-1].replace('""', '"') if each.startswith('"') else each.lower()
         for each in re.findall(r'"(?:[^"]|"")*"|[\w$]+', insert.columns or "")
     ]
-    found = connection.run(_TABLE, (insert.table, names), timed=False)
+    found = connection.run(_TABLE, (insert.table, json.dumps(names)), timed=False)
     transformer = connection.transformer
     transformer.set_pgresult(found)
     types: dict[str, frozenset[type]] = {}
@@ -342,7 +347,7 @@ def _batch(connection: Connection, items: Any) -> int:
         try:
             plan.check_shapes()
             connection.admit(plan)
-            values = bind(plan, params)
+            values = bind(plan, params, connection.adapters)
             kinds = tuple(map(type, values))
             if values and kinds not in plan.coercions:
                 plan.coercions[kinds] = _conversion(connection, plan, values)

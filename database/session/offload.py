@@ -35,7 +35,7 @@ from database.session.transaction import Transaction
 if TYPE_CHECKING:
     from database.driver.pool import Pool
     from database.driver.runner import Runner
-    from database.engine.contract import Connection, Operation
+    from database.engine.contract import Operation
     from database.engine.statement import Statement
     from database.session.timelimit import TimeLimit
 
@@ -68,21 +68,8 @@ class OffloadedTransaction(Transaction):
     joined = False
     """Of a root: whether it is part of its caller's transaction."""
 
-    def __init__(
-        self,
-        binding: Binding,
-        pool: Pool,
-        worker: Runner,
-        connection: Connection,
-        origin: Origin,
-        *,
-        readonly: bool,
-        parent: OffloadedTransaction | None = None,
-        manual: bool = False,
-    ) -> None:
-        super().__init__(binding, pool, origin, readonly=readonly, parent=parent, manual=manual)
-        self.worker = worker
-        self.connection = connection
+    worker: Runner
+    """Whose thread it runs on; set behind its making, as `connection` is."""
 
     @property
     def root(self) -> OffloadedTransaction:
@@ -93,10 +80,9 @@ class OffloadedTransaction(Transaction):
 
     def nested(self, origin: Origin, *, readonly: bool, manual: bool) -> OffloadedTransaction:
         """Opens a level within this one."""
-        assert self.connection is not None
-        return OffloadedTransaction(
-            self.binding, self.pool, self.worker, self.connection, origin, readonly=readonly, parent=self, manual=manual
-        )
+        level = OffloadedTransaction(self.binding, self.pool, origin, readonly=readonly, parent=self, manual=manual)
+        level.worker, level.connection = self.worker, self.connection
+        return level
 
     @property
     def is_elsewhere(self) -> bool:
@@ -165,7 +151,7 @@ class OffloadedTransaction(Transaction):
         """Of a root: whether it is still there after an error."""
         connection = self.connection
         assert connection is not None
-        if self.worker.session is connection and connection.in_transaction:
+        if self.worker.connection is connection and connection.in_transaction:
             return True
         self.fail(f"the transaction has been rolled back after an error: {error}", error)
         return False
@@ -214,7 +200,7 @@ class OffloadedTransaction(Transaction):
             raise worker.called_off()
         if self.controls and self.controls[0][0] == BEGIN:  # nothing was executed since
             return
-        if worker.session is not connection or (worker.grouping and not connection.in_transaction):
+        if worker.connection is not connection or (worker.grouping and not connection.in_transaction):
             self.fail("the database has ended the transaction after an error; the function can only be left", None)
             raise self.refusal()
         if self.joined or (worker.grouping and not keep):  # there is a savepoint around the function
@@ -311,9 +297,10 @@ class Job:
         offloaded = job.offloaded
         binding = job.binding
         parent = job.parent
-        root = OffloadedTransaction(binding, pool, worker, connection, offloaded.origin, readonly=offloaded.readonly)
-        root.job = job
-        job.kept = None
+        root = OffloadedTransaction(binding, pool, offloaded.origin, readonly=offloaded.readonly)
+        root.worker, root.connection, root.job = worker, connection, job
+        if job.kept is not None:  # by a run that has been undone
+            job.kept = None
         if job.isolation is not None:
             root.isolation = job.isolation
             worker.step(connection, "isolation", job.isolation)
@@ -345,9 +332,9 @@ class Job:
             raise foreign
         finally:
             root.ended = True
-            if restricted and not returned and worker.session is connection:
+            if restricted and not returned and worker.connection is connection:
                 worker.step(connection, "restrict", False)
-        if restricted and worker.session is connection:
+        if restricted and worker.connection is connection:
             if root.doom is None and root.top is root:
                 root.settle()
             worker.step(connection, "restrict", False)
@@ -355,8 +342,10 @@ class Job:
             raise root.refusal()
         if root.top is not root:
             raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
-        root.settle()
-        return result, [*(job.kept or ()), *root.callbacks]
+        if root.controls:
+            root.settle()
+        kept: list[Callback] | None = job.kept
+        return result, root.callbacks if kept is None else [*kept, *root.callbacks]
 
 
 def is_here(binding: Binding) -> bool:

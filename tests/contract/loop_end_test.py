@@ -150,7 +150,7 @@ def test_the_end_of_a_loop_and_a_commit_under_way(configured: Any, engine: Engin
         async with db.transaction():
             await db.execute("INSERT INTO jobs (name) VALUES ('kept')")
             db.on_commit(lambda: told.append("committed"))
-            slow_commit(db.pool().writer.session)
+            slow_commit(db.pool().writer.connection)
 
     async def main() -> str:
         await db.execute_script(engine.schema)
