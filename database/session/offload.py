@@ -274,6 +274,10 @@ class Job:
         """What is called."""
         return self.offloaded.function
 
+    def begin_again(self) -> None:
+        """What an earlier run has handed over has been undone with it."""
+        self.kept = None
+
     def failed(self, request: Request, error: BaseException) -> list[Callback]:
         """It has failed, or its caller has been cancelled; gives what is to run all the same. Loop thread."""
         self.running = request.cancelled and not request.answered
@@ -299,8 +303,8 @@ class Job:
         parent = job.parent
         root = OffloadedTransaction(binding, pool, offloaded.origin, readonly=offloaded.readonly)
         root.worker, root.connection, root.job = worker, connection, job
-        if job.kept is not None:  # by a run that has been undone
-            job.kept = None
+        if job.kept is not None:
+            job.begin_again()
         if job.isolation is not None:
             root.isolation = job.isolation
             worker.step(connection, "isolation", job.isolation)
@@ -344,7 +348,7 @@ class Job:
             raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
         if root.controls:
             root.settle()
-        kept: list[Callback] | None = job.kept
+        kept = job.kept
         return result, root.callbacks if kept is None else [*kept, *root.callbacks]
 
 

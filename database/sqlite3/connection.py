@@ -267,19 +267,7 @@ class Connection(Levels):
         return self._records(_names(cursor), tuples, record_class)
 
     def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
-        """The first row, or None."""
-        row = self._first(statement, params)
-        if row is None or record_class is None:
-            return row
-        return self._records(row.keys(), [row], record_class)[0]
-
-    def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
-        """The first column of the first row, or the default."""
-        row = self._first(statement, params)
-        return default if row is None else row[0]
-
-    def _first(self, statement: Statement, params: Any) -> Any:
-        """The first row; the statement is over when it is given back."""
+        """The first row, or None; the statement is over when it is given back."""
         cursor = self._cursor
         sql = statement.sql
         cursor.execute(sql, bind(params, sql, self._adapters))
@@ -292,7 +280,14 @@ class Connection(Levels):
             self._end(statement)
             if row is None or not is_undecodable(error):  # nobody asked for what is in the second row
                 raise
-        return row
+        if row is None or record_class is None:
+            return row
+        return self._records(row.keys(), [row], record_class)[0]
+
+    def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
+        """The first column of the first row, or the default."""
+        row = self.fetch_one(statement, params, None)
+        return default if row is None else row[0]
 
     # Streams: a cursor of their own, known by a number
 
