@@ -127,10 +127,10 @@ class Stack:
         watchdog.lasting.add(process.pid)
         self.processes[name] = process
 
-    def state(self, name: str) -> dict[str, Any]:
+    def state(self, name: str, of: str = "patroni") -> dict[str, Any]:
         """What Patroni says of a node; nothing if it does not answer."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.rest[name]}/patroni", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.rest[name]}/{of}", timeout=2) as answer:
                 return dict(json.load(answer))
         except urllib.error.HTTPError as error:
             return dict(json.load(error))
@@ -141,10 +141,10 @@ class Stack:
         return next((name for name in NODES if self.state(name).get("role") in ("primary", "master")), None)
 
     def is_whole(self) -> bool:
-        """Whether there is a leader with a synchronous replica."""
+        """Whether there is a leader, and a replica that Patroni would make one."""
         leader = self.leader()
-        streams = self.state(leader).get("replication", []) if leader else []
-        return any(each.get("sync_state") == "sync" for each in streams)
+        members = self.state(leader, "cluster").get("members", []) if leader else []
+        return any(each["role"] == "sync_standby" and each["state"] == "streaming" for each in members)
 
     def switch(self) -> bool:
         """Makes the other the leader; False while that is not ready."""
