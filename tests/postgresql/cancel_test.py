@@ -127,7 +127,9 @@ async def test_an_early_cancellation_is_sent_again(make_db: Any, engine: Postgre
             if kind == b"P" and sleep.encode() in body and not held.is_set():
                 before, slept = proxy.delivered, naps(pid)
                 held.set()
-                while proxy.delivered == before or naps(pid) == slept:
+                for _ in range(5000):  # seconds, against hanging
+                    if proxy.delivered > before and naps(pid) > slept:
+                        break
                     threading.Event().wait(0.001)
             return True
 
