@@ -54,6 +54,7 @@ def on_page_content(content: str, *, config: Any, **_: Any) -> str:
     content = re.sub(r'<div class="(language-text [^"]*)">(.*?)</div>', aligned, content, flags=re.S)
     for name, value in DEFAULTS.items():
         content = re.sub(rf'<span class="n">{name}</span>', f'<span class="mf">{value}</span>', content)
+        content = re.sub(rf'<code><span title="[^"]*">{name}</span></code>', f"<code>{value}</code>", content)
     return content.replace('<pre class="diagram">', '<pre class="diagram" data-search-exclude>')
 
 
