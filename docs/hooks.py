@@ -54,7 +54,6 @@ def on_page_content(content: str, *, config: Any, **_: Any) -> str:
     content = re.sub(r'<div class="(language-text [^"]*)">(.*?)</div>', aligned, content, flags=re.S)
     for name, value in DEFAULTS.items():
         content = re.sub(rf'<span class="n">{name}</span>', f'<span class="mf">{value}</span>', content)
-        content = re.sub(rf'<code><span title="[^"]*">{name}</span></code>', f"<code>{value}</code>", content)
     return content.replace('<pre class="diagram">', '<pre class="diagram" data-search-exclude>')
 
 
@@ -80,6 +79,8 @@ def on_post_page(output: str, *, config: Any, **_: Any) -> str:
     output = re.sub(
         r"<td[ >].*?</td>", lambda cell: re.sub(r"<code>([^<]{9,})</code>", breakable, cell[0]), output, flags=re.S
     )
+    for name, value in DEFAULTS.items():
+        output = re.sub(rf'<span title="?[\w.]*{name}"?>{name}</span>', value, output)
     if here != DEFAULT:  # "base" is what the search takes its index and the places of its results from
         output = re.sub(
             r'(<script id="?__config"?[^>]*>\{.*?"base": ")([./]+)"',
