@@ -114,6 +114,23 @@ class ReadLane(Lane):
             self.pool.line_up(self)
         return worker
 
+    def lend(self) -> Worker | None:
+        """Gives the reader away without waking it, if nobody else wants it."""
+        worker = self.resident
+        if worker is None or not worker.sleeping or worker.yielding or self.queue or worker.connection is None:
+            return None
+        self.resident = None
+        self.serving.discard(worker)
+        return worker
+
+    def take_back(self, worker: Worker) -> bool:
+        """The reader that was lent is the lane's again, if that has no other by now. It has not been woken."""
+        if self.resident is not None or self.queue:
+            return False
+        self.serving.add(worker)
+        self.resident = worker
+        return True
+
     def look(self) -> None:
         """Called every few milliseconds while a worker is at work: sees to those that wait behind one long request.
 

@@ -30,6 +30,9 @@ from database import errors
 HANGING = 60.0
 """Seconds after which what should have happened long ago never will; nothing takes as long, on however slow a machine."""
 
+INLINE_READS = bool(os.environ.get("INLINE_READS"))
+"""Whether all tests are to run with `inline_reads: true`, and every text is tried on the loop's thread at once."""
+
 # 15 seconds of work where nothing stops it: long enough that "came back early" can only mean "was stopped".
 _STEPS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000000)"
 SLOW_SELECT = f"{_STEPS} SELECT count(*) FROM c"
@@ -117,6 +120,8 @@ class Engine:
             "init_sql": "",
             "synchronous": "OFF",  # no test pulls the plug, and thousands of files are closed
         }
+        if INLINE_READS:
+            section["inline_reads"] = True
         section |= more
         if audit is not None:
             section["databases"] = {"audit": {"path": str(self.path("audit")), **audit}}
