@@ -47,7 +47,7 @@ class EveryText(dict[str, list[int]]):
     """In the place of what is known of texts: each of them is quick until it turns out not to be."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self.setdefault(key, [0, inline.RELAPSE])
+        return self.setdefault(key, [0, inline.RELAPSE, 0])
 
 
 @pytest.fixture(autouse=INLINE_READS)

@@ -62,6 +62,15 @@ RELAPSE = 16
 
 MOST = 4096
 
+AGAIN = 4
+"""How many more for each run on the worker that was not quick. It may have waited for the GIL."""
+
+STRIKE = 16
+"""What an inline read counts that was late, but came to its end, and how many quick ones make up for it."""
+
+STRIKES = 40
+"""From more than this on, it is the statement and not the machine."""
+
 TEXTS = 2000
 """Texts that are remembered."""
 
@@ -70,9 +79,6 @@ LOGGED = 0.001
 
 READS = frozenset({"fetch_one", "fetch_all", "fetch_value", "call_aiosql"})
 """The operations that are over when they return; a stream leaves a cursor behind."""
-
-
-_UNKNOWN = [0, 0]
 
 
 class Waiting(Protocol):
@@ -124,7 +130,7 @@ class Inline:
         self._crowded = 0
         """Reads that are still to be left to the lane, since so many were answered together."""
         self.texts: dict[str, list[int]] = {}
-        """By text: quick runs on the worker that it still owes, and how many it owes after the next relapse."""
+        """By text: quick runs on the worker that it still owes, how many it owes after the next relapse, and its strikes."""
         self.total = 0
 
     # Single reads
@@ -198,6 +204,11 @@ class Inline:
         """Whether nothing is left of this turn."""
         return self._left <= 0
 
+    @property
+    def full(self) -> bool:
+        """Whether too many wait already for the next turn."""
+        return len(self.queue) >= QUEUE
+
     def wait(self, request: Request) -> None:
         """Has the request wait for the next turn. Its home is set."""
         request.queued_at = perf_counter()
@@ -223,6 +234,7 @@ class Inline:
 
         The caller holds the lock. Gives the error if there was one; then it is to be run again on the worker.
         """
+        result: Any = None
         failure: BaseException | None = None
         began = perf_counter()
         worker.until = began + BUDGET
@@ -238,11 +250,9 @@ class Inline:
             self._left -= seconds
         if not self._waiting:
             self._come_again()
-        known = self.texts.get(request.subject.sql, _UNKNOWN)
-        if seconds > BUDGET:
-            self._relapse(known)
-        elif known[1] > RELAPSE:
-            known[1] -= 1
+        known = self.texts.get(request.subject.sql)
+        if known is not None and (seconds > BUDGET or known[1] > RELAPSE or known[2]):
+            self._judge(known, seconds, stopped=failure is not None)
         if failure is not None:
             return failure
         request.result = result
@@ -307,9 +317,15 @@ class Inline:
     # Worker's thread, and the loop's: each entry is a list of its own, whose items are assigned, nothing more
 
     @staticmethod
-    def _relapse(known: list[int]) -> None:
-        known[0] = known[1]
-        known[1] = min(2 * known[1], MOST)
+    def _judge(known: list[int], seconds: float, *, stopped: bool) -> None:
+        """A read has run on the loop's thread. One that was late all the same may have been kept waiting by the machine."""
+        if seconds > BUDGET:
+            known[2] += STRIKE
+            if stopped or known[2] > STRIKES:
+                known[0], known[1], known[2] = known[1], min(2 * known[1], MOST), 0
+        else:
+            known[1] = max(known[1] - 1, RELAPSE)
+            known[2] = max(known[2] - 1, 0)
 
     def is_quick(self, request: Request) -> bool | None:
         """Whether the request is a read that is known to be quick; None: it is no read for this place at all."""
@@ -332,9 +348,9 @@ class Inline:
         if known is None:
             if len(self.texts) >= TEXTS:
                 self.texts.clear()
-            self.texts[text] = [NEW - 1, RELAPSE] if seconds < BUDGET else [RELAPSE, 2 * RELAPSE]
+            self.texts[text] = [NEW - 1 if seconds < BUDGET else RELAPSE, RELAPSE, 0]
         elif seconds > BUDGET or request.error is not None:
-            self._relapse(known)
+            known[0] = min(known[0] + AGAIN, MOST)
         elif known[0] > 0:
             known[0] -= 1
 

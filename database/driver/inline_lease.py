@@ -29,7 +29,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from database.driver.inline import QUEUE, Inline
+from database.driver.inline import Inline
 from database.driver.lease import Holder, Lease
 from database.driver.request import COMMIT, Request, taken_from
 from database.driver.roles import Owner
@@ -42,7 +42,7 @@ __all__ = ["InlineLease"]
 class InlineLease(Lease):
     """A lease whose reads may run on the loop's thread."""
 
-    __slots__ = ("_begun", "_failure", "_inline", "_of_lane", "_served", "_sent", "_taken", "_waiting", "_woken")
+    __slots__ = ("_begun", "_failure", "_granted", "_inline", "_of_lane", "_sent", "_served", "_taken", "_waiting", "_woken")
 
     def __init__(
         self, pool: Owner[Lease], holder: Holder, inline: Inline, *, number: int | None, readonly: bool
@@ -57,6 +57,8 @@ class InlineLease(Lease):
         """Those that the worker has done with, and those that it has taken. Worker thread."""
         self._begun = self._woken = False
         """Whether the transaction was begun here, and whether the worker has been told to take it over."""
+        self._granted: Worker | None = None
+        """The reader on which it is to begin in the loop's next turn."""
         self._of_lane = False
         """Whether the sleeping worker is to go back to its lane."""
         self._failure: BaseException | None = None
@@ -74,7 +76,25 @@ class InlineLease(Lease):
     def _send(self, request: Request) -> None:
         self._sent += 1
         super().submit(request)
+        granted = self._granted
+        if granted is not None:
+            self._granted = None
+            super().given(granted)
         self._hand_over()
+
+    def given(self, worker: Worker) -> None:
+        """See `Claimant`. Begins here in the loop's next turn, if that is possible: the worker need not be woken."""
+        if self._sent == 1 and worker.resting and worker.connection is not None and self._may_begin():
+            request = self.mailbox.get_nowait()
+            if self._inline.is_quick(request) and request.controls is None and not self._inline.full:
+                self._sent = 0
+                self.pending.clear()
+                self._granted = worker
+                self._waiting = request
+                self._inline.wait(request)
+                return
+            self.mailbox.put(request)
+        super().given(worker)
 
     def _hand_over(self) -> None:
         """Wakes a worker that holds this asleep. Any thread."""
@@ -92,12 +112,13 @@ class InlineLease(Lease):
             return worker is not None and worker.held is self and self._end_here(worker, request)
         if not self._inline.is_quick(request):
             return False
-        if worker is None and not (self.readonly and self.queued_at == 0.0 and self._may_begin()):
-            return False
-        if worker is not None and not worker.resting:
+        if worker is None:
+            if not (self.readonly and (self.queued_at == 0.0 or self._granted is not None) and self._may_begin()):
+                return False
+        elif not worker.resting:
             return False
         if self._inline.spent:
-            if len(self._inline.queue) >= QUEUE:
+            if self._inline.full:
                 return False
             self._waiting = request
             self._inline.wait(request)
@@ -110,13 +131,18 @@ class InlineLease(Lease):
 
     def _begin_here(self, request: Request) -> bool:
         """Begins the transaction on a reader that sleeps, and runs its first read."""
-        found = self._inline.borrow()
-        if found is None:
-            return False
-        worker, self._of_lane = found
+        granted = self._granted
         pool = self.pool
-        pool.transactions.add(self)  # first, so that whoever closes the pool sees it
-        self.queued_at = self.granted_at = perf_counter()
+        now = perf_counter()
+        if granted is None:
+            found = self._inline.borrow()
+            if found is None:
+                return False
+            worker, self._of_lane = found
+            pool.transactions.add(self)  # first, so that whoever closes the pool sees it
+            self.queued_at = now
+        else:
+            worker = granted
         begun = False
         lent = worker.lent
         assert lent is not None
@@ -131,14 +157,18 @@ class InlineLease(Lease):
             finally:
                 lent.release()
         if not begun:
-            pool.transactions.discard(self)
-            self.queued_at = self.granted_at = 0.0
-            self._inline.give_back(worker, of_lane=self._of_lane)
+            if granted is None:
+                pool.transactions.discard(self)
+                self.queued_at = 0.0
+                self._inline.give_back(worker, of_lane=self._of_lane)
             return False
+        self._granted = None
+        self.granted_at = now
         self.worker = worker
         worker.acquired += 1
+        worker.waited += now - self.queued_at
         pool.watch_reading()
-        self._inline.spend(perf_counter() - self.granted_at)
+        self._inline.spend(perf_counter() - now)
         return self._run_here(worker, request)
 
     @staticmethod
@@ -220,11 +250,17 @@ class InlineLease(Lease):
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
-        if request is self._waiting:
-            self._waiting = None
-            request.cancelled = True
-            return taken_from(self._inline.queue, request)
-        return super().withdraw(request)
+        if request is not self._waiting:
+            return super().withdraw(request)
+        self._waiting = None
+        request.cancelled = True
+        taken = taken_from(self._inline.queue, request)
+        granted, self._granted = self._granted, None
+        if granted is not None:  # as if it had never been asked for
+            self.queued_at = 0.0
+            self.pool.transactions.discard(self)
+            self.pool.free(granted)
+        return taken
 
     def over(self) -> bool:
         """See `Lease`."""

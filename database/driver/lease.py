@@ -235,7 +235,8 @@ class Lease:
         try:
             while not self.ended:
                 if worker.answers and empty():
-                    worker.resting = lends  # first: whoever is woken may find the connection free
+                    if lends:
+                        self._rests(worker)  # first: who is woken by the answers finds the connection free
                     worker.flush()
                 request = get()
                 if request.kind >= COMMIT:
@@ -262,6 +263,10 @@ class Lease:
                 worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.free(worker))
+
+    def _rests(self, worker: Worker) -> None:
+        """All that the worker has taken is done."""
+        worker.resting = True
 
     def _next(self, worker: Worker) -> Request:
         """The next request, where the connection may be lent while there is none."""
