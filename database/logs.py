@@ -201,11 +201,11 @@ class LogObserver:
 
     def threshold(self) -> float | None:
         """See `Observer`. None where nobody listens, so that timing costs nothing."""
-        if _query.isEnabledFor(logging.INFO) and _listened_to(_query):
+        if not _listened_to(_query):  # first, for so it is in most programs
+            return None
+        if _query.isEnabledFor(logging.INFO):
             return 0.0
-        if self._slow is not None and _query.isEnabledFor(logging.WARNING) and _listened_to(_query):
-            return self._slow
-        return None
+        return self._slow if self._slow is not None and _query.isEnabledFor(logging.WARNING) else None
 
     @harmless
     def statement(self, request: Request, seconds: float, worker: str) -> None:
@@ -390,9 +390,11 @@ def _listened_to(logger: logging.Logger) -> bool:
     """Whether any handler but a NullHandler would get the logger's records."""
     current: logging.Logger | None = logger
     while current is not None:
-        for handler in current.handlers:
-            if type(handler) is not logging.NullHandler:
-                return True
+        handlers = current.handlers
+        if handlers:
+            for handler in handlers:
+                if type(handler) is not logging.NullHandler:
+                    return True
         current = current.parent if current.propagate else None
     return False
 

@@ -86,8 +86,11 @@ def database_setup() -> Any:
 
 
 @pytest.fixture(scope="session")
-def _database_sandboxes() -> Sandboxes:
-    return {}
+def _database_sandboxes() -> Generator[Sandboxes, None, None]:
+    sandboxes: Sandboxes = {}
+    yield sandboxes
+    for sandbox in sandboxes.values():
+        sandbox.close()
 
 
 def _sandbox(request: pytest.FixtureRequest) -> Sandbox:

@@ -66,6 +66,10 @@ class Copier(Protocol):
         """
         ...
 
+    def discard(self, settings: Any) -> None:
+        """Throws away what `fresh` or `copy` gave, but for files in the folder; nobody has it open any more."""
+        ...
+
 
 class Sandbox:
     """The databases of a configuration, prepared once, and the layers above them."""
@@ -129,6 +133,12 @@ class Sandbox:
         if self._layers[-1:] != [layer]:
             raise RuntimeError("layers of a database sandbox must be left in the reverse order of their beginning")
         self._layers.pop()
+
+    def close(self) -> None:
+        """Throws the prepared databases away, when all layers are left. The folder stays."""
+        base, self._base = self._base, None
+        if base is not None:
+            _discard(base)
 
     def _prepared(self) -> Configuration:
         if self._base is None:
@@ -199,8 +209,16 @@ class Layer:
         self._sandbox.left(self)
         exchanged, self._exchanged = self._exchanged, None
         exchanged.__exit__()
+        _discard(self.configuration)
         if self._given is None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _discard(configuration: Configuration) -> None:
+    """Throws the databases of a configuration away that an engine has made."""
+    for engine, databases in configuration.engines.items():
+        for found in databases.values():
+            _copier(engine).discard(found)
 
 
 class _Exchanged:

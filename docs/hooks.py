@@ -21,6 +21,8 @@ NOT_TRANSLATED = {
     "ko": "이 페이지는 아직 한국어로 옮기지 않아서 영어로 나옵니다.",
 }
 """What a page says at its head that stands in a language's site in English."""
+OUTPUT = {"en": "Output", "ko": "출력"}
+"""What stands above the output of an example; in the sources it is the same in all languages."""
 
 DEFAULTS = {"DRAIN_SECONDS": repr(DRAIN_SECONDS)}
 """Constants that stand for defaults in signatures."""
@@ -44,8 +46,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     return f'{markdown[:place]}\n!!! note ""\n    {NOT_TRANSLATED[here]}\n\n{markdown[place:]}'
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Keeps the sources of diagrams out of the search, and shows defaults as values."""
+def on_page_content(content: str, *, config: Any, **_: Any) -> str:
+    """Keeps the sources of diagrams out of the search, shows defaults as values, and translates what stands above outputs."""
+    content = content.replace(
+        '<span class="filename">Output</span>', f'<span class="filename">{OUTPUT[language(config)]}</span>'
+    )
     for name, value in DEFAULTS.items():
         content = re.sub(rf'<span class="n">{name}</span>', f'<span class="mf">{value}</span>', content)
     return content.replace('<pre class="diagram">', '<pre class="diagram" data-search-exclude>')
@@ -53,7 +58,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def breakable(code: re.Match[str]) -> str:
     """Lets a long identifier in a table break between its words, so that a phone shows the cells beside it."""
-    word = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_.])(?=\w)", "<wbr>", code[1])
+    word = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[_.:/(])(?=[\w\"'])", "<wbr>", code[1])
     return f"<code>{word}</code>"
 
 
@@ -65,7 +70,7 @@ def on_post_page(output: str, *, config: Any, **_: Any) -> str:
     """
     here = language(config)
     output = re.sub(
-        r"<td[ >].*?</td>", lambda cell: re.sub(r"<code>([\w.]{9,})</code>", breakable, cell[0]), output, flags=re.S
+        r"<td[ >].*?</td>", lambda cell: re.sub(r"<code>([^<]{9,})</code>", breakable, cell[0]), output, flags=re.S
     )
     if here != DEFAULT:  # "base" is what the search takes its index and the places of its results from
         output = re.sub(

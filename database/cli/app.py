@@ -108,8 +108,9 @@ def check(
 ) -> None:
     """Looks databases over: a verdict, and an exit status.
 
-    Opens each with the configured PRAGMAs and reads them back; integrity, foreign keys, the SQLite version and its known
-    bugs, WAL size, free space, file rights, pending migrations. Changes nothing.
+    SQLite: opens each with the configured PRAGMAs and reads them back; integrity, foreign keys, the version and its known
+    bugs, WAL size, free space, file rights. PostgreSQL: version, role, encryption, settings, replicas, bloat, transactions,
+    indexes, sequences. Pending migrations. Changes nothing.
 
     Example: `python -m database check --quick --json`
     """
@@ -127,7 +128,7 @@ def stats(
     count: Annotated[bool, typer.Option("--count/--no-count", help="Count the rows of each table.")] = True,
     json: Json = False,
 ) -> None:
-    """A database in figures: size, pages, and each table's rows and bytes.
+    """A database in figures: size, and each table's rows and bytes.
 
     What the pools of running processes do is shown by `top`.
     """
@@ -149,9 +150,9 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="One look, then end.")] = False,
     json: Json = False,
 ) -> None:
-    """Live view of the pools of running processes; q or Ctrl-C ends it.
+    """Live view of the pools of running processes, and of PostgreSQL's sessions: who blocks whom; q or Ctrl-C ends it.
 
-    Processes offer it where the setting `monitor` names a folder. It costs them nothing until somebody looks, and
+    Processes offer theirs where the setting `monitor` names a folder. It costs them nothing until somebody looks, and
     works while their event loop is busy.
     """
     from database.cli.top import top  # noqa: PLC0415
@@ -232,10 +233,10 @@ def backup(
     db: Db = "default",
     path: Path = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Run quick_check on the copy.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all of the copy: quick_check, or pg_restore.")] = False,
     json: Json = False,
 ) -> None:
-    """Copies a database as it is at one moment, while others read and write.
+    """Copies a database as it is at one moment, while others read and write; PostgreSQL's by pg_dump.
 
     The copy appears under its name when it is complete, never before.
 

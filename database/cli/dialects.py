@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from database.cli.support import Status, fail, quote
+from database.cli.support import Status, fail, quote, remark
 from database.cli.values import Document, Exact, fits, from_csv, json_text
+from database.errors import QueryExecutionError
 from database.session.database import Database
 from database.sqlite3.analysis import split as sqlite_split
 
@@ -69,6 +70,14 @@ class Dialect(Protocol):
         """The statement for a row; `conflict` is fail, ignore or replace."""
         ...
 
+    async def bulk(self, db: Database, table: str, columns: Sequence[Column], conflict: str) -> str:
+        """The COPY for many rows, where nothing can tell it from INSERTs; empty: there is none."""
+        ...
+
+    async def stored(self, db: Database, table: str, columns: Iterable[Column]) -> None:
+        """After rows that brought their own keys: the next one that the database makes must be another."""
+        ...
+
     def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
         """What is done to a value (never None) before it is sent; `plain`: all are text, as in CSV."""
         ...
@@ -103,8 +112,8 @@ class _Sqlite:
         return [f"{row[0]};" for row in rows]
 
     async def banner(self, db: Database) -> str:
-        where = await db.fetch_value("SELECT file FROM pragma_database_list WHERE name = 'main'")
-        return f"SQLite {sqlite3.sqlite_version}, {where}"
+        row = await db.fetch_one("SELECT sqlite_version(), file FROM pragma_database_list WHERE name = 'main'")
+        return f"SQLite {row[0]}, {row[1]}" if row is not None else "SQLite"
 
     def split(self, text: str) -> Iterator[str]:
         return sqlite_split(text)
@@ -118,6 +127,12 @@ class _Sqlite:
         if columns:
             what = f"({', '.join(quote(column.name) for column in columns)}) VALUES ({', '.join('?' * len(columns))})"
         return f"{verb} INTO {quote(table)} {what}"
+
+    async def bulk(self, db: Database, table: str, columns: Sequence[Column], conflict: str) -> str:
+        return ""
+
+    async def stored(self, db: Database, table: str, columns: Iterable[Column]) -> None:
+        pass
 
     def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
         of_text = from_csv(column.type)
@@ -165,20 +180,7 @@ class _Postgresql:
         return [Column(*row) for row in rows]
 
     async def definitions(self, db: Database, name: str) -> list[str]:
-        rows = await db.fetch_all(
-            "SELECT CASE WHEN c.relkind IN ('i', 'I') THEN pg_get_indexdef(c.oid) || ';'"
-            " WHEN c.relkind IN ('v', 'm') THEN 'VIEW ' || quote_ident(c.relname) || ' AS' || pg_get_viewdef(c.oid)"
-            " ELSE 'TABLE ' || quote_ident(c.relname) || ' (' || (SELECT string_agg(quote_ident(a.attname) || ' '"
-            " || format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END, ', '"
-            " ORDER BY a.attnum) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0"
-            " AND NOT a.attisdropped) || ');' END"
-            " FROM pg_catalog.pg_class c LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid"
-            " LEFT JOIN pg_catalog.pg_class t ON t.oid = i.indrelid"
-            " WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'i', 'I')"
-            " AND (c.relname LIKE :name OR t.relname LIKE :name)"
-            " ORDER BY coalesce(t.relname, c.relname), i.indexrelid IS NOT NULL",
-            {"name": name},
-        )
+        rows = await db.fetch_all(_DEFINITIONS, {"name": name})
         return [str(row[0]) for row in rows]
 
     async def banner(self, db: Database) -> str:
@@ -212,19 +214,46 @@ class _Postgresql:
             end += f" UPDATE SET {changes}" if changes else " NOTHING"
         return f"INSERT INTO {quote(table)} {what}{end}"
 
+    async def bulk(self, db: Database, table: str, columns: Sequence[Column], conflict: str) -> str:
+        # A value's text goes through its type's own input function either way. The rest is as for `execute_many`: see
+        # `postgresql.bulk`.
+        if conflict != "fail" or not columns or not await db.fetch_value(_PLAIN, {"table": table}):
+            return ""
+        return f"COPY {quote(table)} ({', '.join(quote(column.name) for column in columns)}) FROM STDIN"
+
+    async def stored(self, db: Database, table: str, columns: Iterable[Column]) -> None:
+        for column in columns:
+            name = {"table": table, "name": column.name}
+            sequence = await db.fetch_value("SELECT pg_get_serial_sequence(quote_ident(:table), :name)", name)
+            if sequence is None:
+                continue
+            ahead = f"SELECT max({quote(column.name)}) FROM {quote(table)}"  # noqa: S608  - quoted
+            try:
+                async with db.transaction():  # a savepoint, for it may be refused
+                    await db.fetch_value(
+                        f"SELECT setval(CAST(CAST(:sequence AS text) AS regclass), ({ahead})) FROM {sequence} s"  # noqa: S608  - quoted by the server
+                        f" WHERE ({ahead}) >= s.last_value + CASE WHEN s.is_called THEN 1 ELSE 0 END",
+                        {"sequence": sequence},
+                    )
+            except QueryExecutionError as error:
+                remark(f"the sequence {sequence} could not be advanced, so its next keys may be taken: {error.args[0]}")
+
     def converter(self, column: Column, *, plain: bool) -> Callable[[Any], Any] | None:
         if column.type == "bytea":
             blob = from_csv("BLOB")
             return lambda value: _bytes(blob(value) if blob is not None and type(value) is str else value)
+        if column.type.endswith("[]"):
+            return _array
+        number = column.type in ("double precision", "real", "numeric")
         if plain:
-            return None
+            return _finite if number else None
         if column.type in ("json", "jsonb"):
             return lambda value: str(value) if isinstance(value, (Document, Exact)) else json_text(value)
         truths = ("true", "false") if column.type == "boolean" else ("1", "0")
 
         def convert(value: Any) -> Any:
             if isinstance(value, str):
-                return str(value)
+                return _finite(str(value)) if number else str(value)
             if isinstance(value, bool):
                 return truths[0 if value else 1]
             return repr(value) if isinstance(value, (int, float)) else json.loads(json_text(value))["$base64"]
@@ -239,6 +268,68 @@ class _Postgresql:
             "BLOB": "bytea",
             "TEXT": "text",
         }.get(name, "jsonb")
+
+
+_DEFINITIONS = """
+SELECT CASE
+    WHEN c.relkind IN ('i', 'I') THEN pg_get_indexdef(c.oid) || ';'
+    WHEN c.relkind IN ('v', 'm') THEN 'CREATE ' || CASE c.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END || 'VIEW '
+        || quote_ident(c.relname) || ' AS' || chr(10) || pg_get_viewdef(c.oid)
+    ELSE 'CREATE TABLE ' || quote_ident(c.relname) || ' (' || chr(10) || '    ' || (
+        SELECT string_agg(line, ',' || chr(10) || '    ' ORDER BY place) FROM (
+            SELECT a.attnum::int AS place, quote_ident(a.attname) || ' ' || format_type(a.atttypid, a.atttypmod)
+                || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
+                || CASE WHEN a.attidentity <> '' THEN ' GENERATED ' || CASE a.attidentity WHEN 'a' THEN 'ALWAYS' ELSE
+                    'BY DEFAULT' END || ' AS IDENTITY'
+                    WHEN a.attgenerated <> '' THEN ' GENERATED ALWAYS AS (' || pg_get_expr(d.adbin, d.adrelid) || ') STORED'
+                    ELSE coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '') END AS line
+            FROM pg_catalog.pg_attribute a
+            LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            UNION ALL
+            SELECT 10000 + row_number() OVER (ORDER BY k.contype DESC, k.conname)::int,
+                'CONSTRAINT ' || quote_ident(k.conname) || ' ' || pg_get_constraintdef(k.oid)
+            FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype IN ('p', 'u', 'f', 'c', 'x')
+        ) lines) || chr(10) || ')' || coalesce(' PARTITION BY ' || pg_get_partkeydef(c.oid), '') || ';' END
+FROM pg_catalog.pg_class c LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid
+LEFT JOIN pg_catalog.pg_class t ON t.oid = i.indrelid
+WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'i', 'I')
+    AND (c.relname LIKE :name OR t.relname LIKE :name)
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint k WHERE k.conindid = c.oid AND k.contype IN ('p', 'u', 'x'))
+ORDER BY coalesce(t.relname, c.relname), i.indexrelid IS NOT NULL
+"""
+_PLAIN = """
+SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT c.relrowsecurity
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 4 <> 0)
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint f WHERE f.conrelid = c.oid AND f.confrelid = c.oid AND f.contype = 'f')
+FROM pg_catalog.pg_class c WHERE c.oid = to_regclass(quote_ident(:table))
+"""
+
+
+def _finite(text: str) -> str:
+    """Infinity, which `export` writes as a number that is too large (see `values`), in the server's own word."""
+    return {"9e999": "Infinity", "-9e999": "-Infinity", "1e999": "Infinity", "-1e999": "-Infinity"}.get(text, text)
+
+
+def _array(value: Any) -> str:
+    """An array as the server reads it; `export` writes one as JSON does."""
+    text = str(value)
+    if not text.startswith("["):
+        return text
+    try:
+        return _literal(json.loads(text))
+    except ValueError:
+        return text  # `[1:2]={…}` is the server's own, too
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        parts: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return f"{{{','.join(map(_literal, parts))}}}"
+    if value is None:
+        return "NULL"
+    text = value if isinstance(value, str) else json_text(value)
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _bytes(value: Any) -> Any:

@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anyio.lowlevel
@@ -92,6 +93,7 @@ async def _attempt(
                         await into.insert(chunk)
                         left -= len(chunk)
                         bar.update(task, completed=source.position, rows=into.read)
+                    await into.end()
         except (Failure, errors.DatabaseError) as error:
             if isinstance(error, _MisfitError) and source.again:
                 raise
@@ -180,6 +182,16 @@ Converters = list[tuple[int, Callable[[Any], Any]]]
 """What to do to the value at an index."""
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How rows with the same columns get into the table."""
+
+    sql: str
+    converters: Converters
+    columns: list[Column]
+    copy: str
+
+
 class _Inserter:
     """Sends records to a table; those with the same columns together."""
 
@@ -205,7 +217,7 @@ class _Inserter:
         """The guessed types, against which all values are held."""
         self.read = 0
         self.stored = 0
-        self._known: dict[tuple[str, ...], tuple[str, Converters]] = {}
+        self._known: dict[tuple[str, ...], _Way] = {}
 
     async def insert(self, records: list[Record]) -> None:
         """Sends some records, in their order.
@@ -216,16 +228,24 @@ class _Inserter:
         if self.types is not None:
             self._hold_against(records, self.types)
         for names, group in itertools.groupby(records, key=lambda record: record[1]):
-            sql, converters = self._known.get(names) or self._statement(names, records[0][0])
+            way = self._known.get(names) or await self._way(names, records[0][0])
             rows = list(group)
             try:
                 async with self.db.transaction():  # a savepoint: what failed can be tried again, row by row
-                    parameters = (values for _, values in self._parameters(rows, converters))
-                    self.stored += (await self.db.execute_many(sql, parameters)).rowcount
+                    parameters = (values for _, values in self._parameters(rows, way.converters))
+                    if way.copy:
+                        self.stored += await self.db.run(_copy, way.copy, parameters)
+                    else:
+                        self.stored += (await self.db.execute_many(way.sql, parameters)).rowcount
             except errors.QueryExecutionError:
-                await self._find_culprit(sql, rows, converters)
+                await self._find_culprit(way.sql, rows, way.converters)
                 raise
         self.read += len(records)
+
+    async def end(self) -> None:
+        """Before a commit: what has to follow the rows."""
+        given = {column.name: column for way in self._known.values() for column in way.columns}
+        await self.dialect.stored(self.db, self.table, given.values())
 
     def _hold_against(self, records: list[Record], types: dict[str, str]) -> None:
         plain = self.format == "csv"
@@ -262,7 +282,7 @@ class _Inserter:
                         values[index] = convert(value)
             yield line, values
 
-    def _statement(self, names: tuple[str, ...], line: int) -> tuple[str, Converters]:
+    async def _way(self, names: tuple[str, ...], line: int) -> _Way:
         found: list[Column] = []
         for name in names:
             column = self.columns.get(name.strip().lower())
@@ -282,8 +302,18 @@ class _Inserter:
             convert = self.dialect.converter(column, plain=self.format == "csv")
             if convert is not None:
                 converters.append((index, convert))
-        self._known[names] = sql, converters
+        copy = await self.dialect.bulk(self.db, self.table, found, self.conflict)
+        self._known[names] = _Way(sql, converters, found, copy)
         return self._known[names]
+
+
+def _copy(connection: Any, sql: str, rows: Iterable[Sequence[Any]]) -> int:
+    """Sends rows by COPY; on the connection's thread."""
+    with connection.cursor() as cursor:
+        with cursor.copy(sql) as copy:
+            for row in rows:
+                copy.write_row(row)
+        return int(cursor.rowcount)
 
 
 _HELD: dict[str, set[str]] = {

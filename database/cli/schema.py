@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,20 @@ def init(target: Target, *, every: bool, as_json: bool) -> None:
         chosen = [choose(configuration, target.name)]
     results: list[dict[str, Any]] = []
     for engine, settings in chosen:
-        path = getattr(settings, "path", "")
+        path: str | None = getattr(settings, "path", None)
         if path == MEMORY:
             remark(f"{settings.name}: {MEMORY} needs no init")
             continue
-        new = bool(path) and not Path(path).exists()
+        new = path is not None and not Path(path).exists()
+        place = path or importlib.import_module(f"database.{engine}.opening").describe(settings)
         applied = run(_init, Target(target.config, f"{engine}:{settings.name}", target.path), settings)
         results.append(
-            {"name": settings.name, "path": path, "created": new, "migrations": [each.name for each in applied]}
+            {"name": settings.name, "path": place, "created": new, "migrations": [each.name for each in applied]}
         )
         if not as_json:
-            verb = "created" if new else "was there already; opened"
+            verb = "created" if new else "was there already; opened" if path is not None else "is ready"
             out().print(
-                Text.assemble(("✓ ", "green"), (clean(settings.name), "cyan"), f" {verb}: {clean(path)}"),
+                Text.assemble(("✓ ", "green"), (clean(settings.name), "cyan"), f" {verb}: {clean(place)}"),
                 soft_wrap=True,
             )
             for migration in applied:
@@ -86,7 +88,7 @@ def migrate(
     async def work() -> MigrationReport:
         db = target.open(must_exist=False)
         if backup is not None and not dry_run and (await db.migration_status(folder)).pending:
-            await copy(db, file_in(backup, db.name), force=False)
+            await copy(db, file_in(backup, db), force=False)
         return await db.migrate(folder, dry_run=dry_run, to=to, baseline=baseline, wait=wait, progress=progress)
 
     report = run(work)

@@ -1,4 +1,7 @@
-"""`top`: what the pools of running processes are doing, live. Reads the sockets that `database.driver.monitor` offers."""
+"""`top`: what the pools of running processes are doing, live, and what PostgreSQL's servers are.
+
+The pools' side is read from the sockets that `database.driver.monitor` offers; the server's is asked of the server.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from database.cli.activity import Server
 from database.cli.support import ENGINES, Status, Target, choose, clean, duration, fail, out, out_json, size
 from database.driver import monitor
 
@@ -58,31 +62,51 @@ _COLUMNS: tuple[tuple[str, Literal["left", "center", "right"], bool], ...] = (
 
 def top(target: Target, name: str | None, *, folder: str | None, interval: float, once: bool, as_json: bool) -> None:
     """Shows all pools, again and again, until somebody has seen enough."""
-    folder = folder or _folder(target, name)
+    servers = _servers(target, name) if folder is None else []
+    folder = folder or _folder(target, name, needed=not servers)
     engine, colon, rest = (name or "").partition(":")
     if colon and engine in ENGINES:  # processes know databases by their names
         name = rest
-    if as_json:
-        out_json({"folder": folder, "processes": _look(folder, name)})
-        return
+
     history = _History()
-    if once or not out().is_terminal:
-        out().print(_picture(_look(folder, name), history, folder))
-        return
-    with _keys() as pressed, Live(console=out(), screen=True, auto_refresh=False) as live:
-        while True:
-            live.update(_picture(_look(folder, name), history, folder), refresh=True)
-            if pressed(interval) in ("q", "Q", "\x1b", "\x04"):
-                return
+
+    def picture() -> RenderableType:
+        shown = [] if folder is None else [_picture(_look(folder, name), history, folder)]
+        return Group(*shown, *(server.picture(server.look()) for server in servers))
+
+    try:
+        if as_json:
+            processes = [] if folder is None else _look(folder, name)
+            out_json({"folder": folder, "processes": processes, "servers": [server.look() for server in servers]})
+        elif once or not out().is_terminal:
+            out().print(picture())
+        else:
+            with _keys() as pressed, Live(console=out(), screen=True, auto_refresh=False) as live:
+                while True:
+                    live.update(picture(), refresh=True)
+                    if pressed(interval) in ("q", "Q", "\x1b", "\x04"):
+                        return
+    finally:
+        for server in servers:
+            server.close()
 
 
-def _folder(target: Target, name: str | None) -> str:
+def _chosen(target: Target, name: str | None) -> list[tuple[str, Any]]:
     configuration = target.configuration()
     if name is not None:
-        chosen = [choose(configuration, name)[1]]
-    else:
-        chosen = [each for named in configuration.engines.values() for each in named.values()]
-    folders: set[str] = {found for each in chosen if (found := getattr(each, "monitor", None)) is not None}
+        return [choose(configuration, name)]
+    return [(engine, each) for engine, named in configuration.engines.items() for each in named.values()]
+
+
+def _servers(target: Target, name: str | None) -> list[Server]:
+    return [Server(each) for engine, each in _chosen(target, name) if engine == "postgresql"]
+
+
+def _folder(target: Target, name: str | None, *, needed: bool) -> str | None:
+    configuration = target.configuration()
+    folders: set[str] = {found for _, each in _chosen(target, name) if (found := each.monitor) is not None}
+    if not folders and not needed:
+        return None
     if not folders:
         fail(
             f"{configuration.source}: no process offers a look at its pools, for `monitor` is not set",

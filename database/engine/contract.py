@@ -201,11 +201,10 @@ class Engine:
         connection: The connection class; its methods `execute`, `fetch_all`, … are what requests run.
         backend: Makes the backend from a database's settings, and from the functions that say how types of the
             user's are stored; of these, more may come later.
-        adapts: Whether it heeds those functions.
         adapter: aiosql's synchronous adapter for this engine.
         pins: What a snapshot that stays open holds back, for the log.
         migrations: Gives the operations for migrations, imported only then; None if it has none.
-        replica_backend: Makes the backend of the database's replicas; None (or it gives None) where there are none.
+        replica_backend: As `backend`, for the database's replicas; None (or it gives None) where there are none.
     """
 
     name: str
@@ -216,8 +215,7 @@ class Engine:
     adapter: Any
     pins: str
     migrations: Callable[[], Migrations] | None = None
-    replica_backend: Callable[[Any], Backend | None] | None = None
-    adapts: bool = True
+    replica_backend: Callable[[Any, Mapping[type, Callable[[Any], Any]]], Backend | None] | None = None
 
 
 def load(name: str) -> Engine:

@@ -22,11 +22,16 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 from uuid import UUID
 
+from database.engine.statement import Statement
 from database.errors import QueryExecutionError
 
-__all__ = ["records"]
+__all__ = ["of_statement", "records"]
 
 Converter = Callable[[Any], Any]
+
+
+class Misfit(QueryExecutionError):
+    """A value does not fit the field that it is for."""
 
 
 def records(names: Sequence[str], rows: Iterable[Any], record_class: Any, *, before: int = 0) -> list[Any]:
@@ -59,12 +64,19 @@ def records(names: Sequence[str], rows: Iterable[Any], record_class: Any, *, bef
                     continue
                 except (ValueError, TypeError, ArithmeticError, LookupError):
                     pass  # outside of the clause, for the error would hold the value
-                raise QueryExecutionError(
+                raise Misfit(
                     f"column {names[position]!r} of row {number} does not fit the field of {_name(record_class)}: it is"
                     f" annotated {expected}, and a value of type {type(value).__name__} is stored that makes none"
                 )
         made.append(record_class(**dict(zip(names, values, strict=True))))
     return made
+
+
+def of_statement(error: BaseException, sql: Any, parameters: Any) -> BaseException:
+    """The same error; where it is this module's, with the statement whose rows were made."""
+    if isinstance(error, Misfit) and error.sql is None and isinstance(sql, Statement):
+        error.sql, error.parameters = sql.sql, parameters
+    return error
 
 
 def _name(record_class: Any) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import itertools
+import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,7 +65,7 @@ def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[l
         except BaseException as error:
             connection.theirs = error
             raise
-        yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row)]
+        yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row, connection.adapters)]
 
 
 def execute_many(connection: Connection, statement: Statement, rows: Any) -> Result:
@@ -193,7 +194,8 @@ _TIMESTAMP, _TIMESTAMPTZ, _VARCHAR = 1114, 1184, 1043
 
 _TABLE = Plan(
     "SELECT a.attname, a.atttypid::int8, a.atttypmod FROM pg_catalog.pg_class c JOIN pg_catalog.pg_attribute a ON a.attrelid ="
-    " c.oid WHERE c.oid = to_regclass($1::text) AND a.attname = ANY($2::text[]) AND a.attnum > 0 AND NOT a.attisdropped"
+    " c.oid WHERE c.oid = to_regclass($1::text) AND a.attname = ANY(ARRAY(SELECT json_array_elements_text($2::json)))"
+    " AND a.attnum > 0 AND NOT a.attisdropped"
     " AND a.attidentity <> 'a' AND a.attgenerated = '' AND c.relkind = 'r' AND NOT c.relhasrules AND NOT c.relrowsecurity"
     # INSERT among the events of the trigger (1 << 2)
     " AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 4 <> 0)"
@@ -211,7 +213,7 @@ def _columns_for_copy(connection: Connection, insert: Insert) -> list[frozenset[
         each[1:-1].replace('""', '"') if each.startswith('"') else each.lower()
         for each in re.findall(r'"(?:[^"]|"")*"|[\w$]+', insert.columns or "")
     ]
-    found = connection.run(_TABLE, (insert.table, names), timed=False)
+    found = connection.run(_TABLE, (insert.table, json.dumps(names)), timed=False)
     transformer = connection.transformer
     transformer.set_pgresult(found)
     types: dict[str, frozenset[type]] = {}
@@ -313,7 +315,7 @@ def _batch(connection: Connection, items: Any) -> int:
         try:
             plan.check_shapes()
             connection.admit(plan)
-            values = bind(plan, params)
+            values = bind(plan, params, connection.adapters)
             kinds = tuple(map(type, values))
             if values and kinds not in plan.coercions:
                 plan.coercions[kinds] = _conversion(connection, plan, values)

@@ -17,7 +17,9 @@ from psycopg import pq
 
 from database import errors
 from database.driver.request import Request
-from database.engine.records import records
+from database.engine.adapting import Adapters, taken
+from database.engine.records import of_statement, records
+from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.postgresql import analysis, bulk, together
 from database.postgresql.failures import (
@@ -74,10 +76,11 @@ class Connection(Sender):
         settings: PostgresqlSettings,
         progress: Callable[[], bool],
         local: bytes | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.failing: tuple[Statement, Any] | None = None
         """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
-        super().__init__(connect, settings, progress, local)
+        super().__init__(connect, settings, progress, local, adapters)
 
     def adopt(self, raw: RawConnection) -> None:
         """See `Wire`."""
@@ -218,12 +221,12 @@ class Connection(Sender):
     def load(self, result: pq.abc.PGresult, start: int, end: int, record_class: Any) -> list[Any]:
         """Rows of a result, as the caller wants them."""
         if start == end:
-            return []
+            return Rows() if record_class is None else []
         transformer = self.transformer
         transformer.set_pgresult(result)
         names = tuple([(result.fname(number) or b"").decode() for number in range(result.nfields)])
         if record_class is None:
-            return transformer.load_rows(start, end, row_class(names))
+            return Rows(transformer.load_rows(start, end, row_class(names)))
         return self.made(names, transformer.load_rows(start, end, tuple), record_class)
 
     def made(self, names: Sequence[str], rows: Iterable[Any], record_class: Any) -> list[Any]:
@@ -414,9 +417,10 @@ class Connection(Sender):
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Connection`."""
-        if error is self.theirs:
+        theirs = taken() or (error if error is self.theirs else None)
+        if theirs is not None:
             self.theirs = self.failing = None
-            return error
+            return of_statement(theirs, sql, parameters)
         if self.failing is not None:
             sql, parameters = self.failing
             self.failing = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.engine.contract import Backend, Engine, Migrations, Role
 from database.postgresql import analysis
 from database.postgresql.plan import Plan
@@ -33,12 +34,12 @@ _INIT_LOCK = 0x6A6F6275
 """The advisory lock under which `init_sql` runs, for many processes may start at once."""
 
 
-def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
+def _backend(settings: PostgresqlSettings, adapters: Adapters) -> Backend:
     good = False
 
     def connect(role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal good
-        session = open_connection(settings, role, progress, lambda: good)
+        session = open_connection(settings, role, progress, lambda: good, adapters=adapters)
         if not good:
             try:
                 _initialise(session, settings)
@@ -60,7 +61,7 @@ def _backend(settings: PostgresqlSettings, _adapters: Any) -> Backend:
     return _shared(describe(settings), connect)
 
 
-def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
+def _replica_backend(settings: PostgresqlSettings, adapters: Adapters) -> Backend | None:
     """The replicas' connections: those of read-only transactions."""
     if settings.replicas is None:
         return None
@@ -69,7 +70,7 @@ def _replica_backend(settings: PostgresqlSettings) -> Backend | None:
 
     def connect(_role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal good
-        session = open_connection(settings, "reader", progress, lambda: good, replicas)
+        session = open_connection(settings, "reader", progress, lambda: good, replicas, adapters)
         good = True
         return session
 
@@ -163,7 +164,6 @@ ENGINE = Engine(
     migrations=_migrations,
     backend=cast("Any", _backend),
     adapter=_adapter,
-    adapts=False,
     pins="VACUUM cannot remove the rows that were changed since (postgresql.org/docs/current/routine-vacuuming.html)",
     replica_backend=cast("Any", _replica_backend),
 )

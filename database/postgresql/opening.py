@@ -24,6 +24,7 @@ from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.engine.contract import Role
 from database.postgresql.connection import Connection
 from database.postgresql.raw import RawConnection
@@ -197,6 +198,7 @@ def open_connection(
     progress: Callable[[], bool],
     known_good: Callable[[], bool],
     replicas: Replicas | None = None,
+    adapters: Adapters | None = None,
 ) -> Connection:
     """Opens a connection; one that has been good before is tried for `reconnect_timeout`.
 
@@ -206,6 +208,7 @@ def open_connection(
         progress: Whether nobody waits for it any more.
         known_good: Whether it has been good before.
         replicas: What is known of the replicas.
+        adapters: How types of the user's are stored.
 
     Raises:
         ConnectionFailedError: It cannot be opened.
@@ -234,7 +237,7 @@ def open_connection(
                 time.sleep(min(left, 0.02))
             pause = min(pause * 2, 1.0)
 
-    return Connection(connect, settings, progress, local_settings(settings))
+    return Connection(connect, settings, progress, local_settings(settings), adapters)
 
 
 def _replica(settings: PostgresqlSettings, replicas: Replicas) -> RawConnection | None:

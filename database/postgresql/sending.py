@@ -14,6 +14,7 @@ gives makes this module forget what it knows of the statement, and send it once 
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from psycopg.adapt import Loader, PyFormat, Transformer
 from psycopg.types.json import JsonbDumper
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.postgresql.failures import MISTYPED, STALE, made_from, mark_alone
 from database.postgresql.levels import Levels
 from database.postgresql.plan import Plan, reshaped
@@ -47,8 +49,8 @@ _pack4 = struct.Struct("!i").pack
 _pack8 = struct.Struct("!q").pack
 
 _FOREIGN = (
-    "SELECT DISTINCT proname FROM pg_catalog.pg_proc WHERE proname = ANY($1::text[]) AND (prolang NOT IN"
-    " (SELECT oid FROM pg_catalog.pg_language WHERE lanname IN ('internal', 'c')))"
+    "SELECT DISTINCT proname FROM pg_catalog.pg_proc WHERE proname = ANY(ARRAY(SELECT json_array_elements_text($1::json)))"
+    " AND (prolang NOT IN (SELECT oid FROM pg_catalog.pg_language WHERE lanname IN ('internal', 'c')))"
 )
 """Which of the functions of these names are written in SQL or in a procedural language, so that nobody knows what they do."""
 
@@ -76,7 +78,7 @@ def _lenient(strict: Any) -> type[Loader]:
 class Sender(Levels):
     """One connection, as statements see it."""
 
-    __slots__ = ("dropped", "names", "prepared", "prepares", "theirs", "transformer")
+    __slots__ = ("adapters", "dropped", "names", "prepared", "prepares", "theirs", "transformer")
 
     def __init__(
         self,
@@ -84,7 +86,10 @@ class Sender(Levels):
         settings: PostgresqlSettings,
         progress: Callable[[], bool],
         local: bytes | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
+        self.adapters: Adapters = {} if adapters is None else adapters
+        """How types of the user's are stored; of these, more may come later."""
         self.prepares = settings.pooler == "none" or settings.pooler_prepares
         self.names = 0
         self.theirs: BaseException | None = None
@@ -134,7 +139,9 @@ class Sender(Levels):
         names = plan.calls
         plan.calls = ()  # first: this is a statement, too
         try:
-            found = self.run(_FOREIGN_PLAN, (list(names),))
+            found = self.run(
+                _FOREIGN_PLAN, (json.dumps(names),)
+            )  # no list: the user may have said how these are stored
         except BaseException:
             plan.calls = names
             raise
@@ -162,7 +169,7 @@ class Sender(Levels):
             sql: Another text than the plan's, with the same parameters.
             timed: Whether this tells how long the statement takes.
         """
-        values = bind(plan, params)
+        values = bind(plan, params, self.adapters)
         plan.check_shapes()
         if not self.began:
             self.revive()

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from database.settings.model import LoggingSettings
-from database.settings.rules import Section, Unfit, boolean, choice, duration, file, init_sql, migrations, text, whole
+from database.settings.rules import (
+    Section,
+    Unfit,
+    boolean,
+    choice,
+    duration,
+    file,
+    init_sql,
+    migrations,
+    monitor,
+    text,
+    whole,
+)
 
 if TYPE_CHECKING:
     from database.settings.document import Item
@@ -57,6 +69,7 @@ class PostgresqlSettings:
         init_sql: Path of the file that creates the schema; `""`: none; None: the packaged one.
         migrations: Folder of the numbered SQL files that bring the schema up to date; None: there are none.
         auto_migrate: Whether they are applied whenever a pool opens.
+        monitor: Folder in which this process offers its pools' statistics on a Unix socket; None: it does not.
         logging: What is logged.
     """
 
@@ -93,6 +106,7 @@ class PostgresqlSettings:
     init_sql: str | None = None
     migrations: str | None = None
     auto_migrate: bool = False
+    monitor: str | None = None
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
 
@@ -140,6 +154,7 @@ SECTION = Section(
         "replicas": text,
         "migrations": migrations,
         "auto_migrate": boolean,
+        "monitor": monitor,
         "pooler": choice("none", "transaction"),
         "pooler_prepares": boolean,
         "init_sql": init_sql,

@@ -61,7 +61,7 @@ def run_together(
     for request in requests:  # all values first: what raises within a pipeline costs the connection
         try:
             plan: Plan = request.subject.hint
-            values = bind(plan, request.params)
+            values = bind(plan, request.params, connection.adapters)
             plan.check_shapes()
             values = coerced(values, plan.coercions.get(tuple(map(type, values))))
             payload, types, formats = connection.dump(values, plan)

@@ -14,6 +14,8 @@ from uuid import UUID
 
 from psycopg.types.numeric import Int2
 
+from database.engine.adapting import NATIVE, NONE, Adapters, adapted
+from database.engine.rows import table
 from database.postgresql.plan import Plan
 
 __all__ = ["BindError", "Row", "bind", "coerced", "coercion", "row_class"]
@@ -46,6 +48,9 @@ class Row(tuple[Any, ...]):
 
     def __repr__(self) -> str:
         return f"Row({', '.join(f'{name}={value!r}' for name, value in zip(self.names, self, strict=True))})"
+
+    def _repr_html_(self) -> str:
+        return table(self.names, [self])
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Row):
@@ -97,10 +102,14 @@ _PLAIN = frozenset({int, float, str, bytes, type(None), bool, datetime})
 _is_plain = _PLAIN.issuperset
 
 
-def _adapt(value: Any) -> Any:
-    """What psycopg has no adapter for, or would adapt otherwise than on SQLite."""
+def _adapt(value: Any, adapters: Adapters = NONE) -> Any:
+    """What the user says how to store, what psycopg has no adapter for, or would adapt otherwise than on SQLite."""
+    if adapters and type(value) not in NATIVE:
+        made = adapted(value, adapters)
+        if made is not None:
+            return _adapt(made[0])  # as the package itself does it, so that no two functions call one another for ever
     if isinstance(value, Enum):
-        return _adapt(value.value)
+        return _adapt(value.value, adapters)
     if isinstance(value, PurePath):
         return str(value)
     if type(value).__name__ in ("NaTType", "NAType"):  # pandas has not been imported here, and need not be
@@ -108,7 +117,7 @@ def _adapt(value: Any) -> Any:
     return value
 
 
-def bind(plan: Plan, params: Any) -> Sequence[Any]:
+def bind(plan: Plan, params: Any, adapters: Adapters = NONE) -> Sequence[Any]:
     """The values of a plan's parameters, in order: from a sequence, a mapping, or an object with attributes.
 
     Raises:
@@ -142,9 +151,9 @@ def bind(plan: Plan, params: Any) -> Sequence[Any]:
             raise BindError("positional placeholders take a sequence of values, not an object")
         if len(values) != plan.count:
             raise BindError(f"the statement has {plan.count} placeholders, and {len(values)} values were given")
-    if _is_plain(map(type, values)):
+    if not adapters and _is_plain(map(type, values)):
         return values
-    return [_adapt(value) for value in values]
+    return [_adapt(value, adapters) for value in values]
 
 
 def _is_row(params: Any) -> bool:

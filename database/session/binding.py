@@ -129,15 +129,7 @@ class Binding:
             engine = before.engine
         declared.resolved = name
         resolved = self._resolved = _Resolved(engine, found, logs.LogObserver(self.name, found.logging, engine.pins))
-        if declared.adapters and not engine.adapts:
-            raise self.no_adapting()
         return resolved
-
-    def no_adapting(self) -> ConfigurationError:
-        """Why values of this database cannot be adapted."""
-        return ConfigurationError(
-            f"database {self.name!r}: adapt() is for SQLite; on PostgreSQL, psycopg's own adapters say how types are stored"
-        )
 
     # Where a task is
 
@@ -179,7 +171,7 @@ class Binding:
         pool = self._of(loop, self._replica_pools)
         if pool is not None:
             return pool
-        backend = make(self.settings)
+        backend = make(self.settings, self.declared.adapters)
         return primary if backend is None else self._make_pool(loop, backend, self._replica_pools, "-replica")
 
     @staticmethod

@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from database.driver.pool import DRAIN_SECONDS, Pool, PoolStats
 from database.driver.request import MANY, SCRIPT, UNIT
@@ -90,7 +90,8 @@ class Database:
             check_operation("execute", query)
         level = binding.current.get()
         if level is not None and level.connection is not None:
-            return cast("Result", level.execute_here(binding.connection.execute, statement, params, None))
+            done: Result = level.execute_here(binding.connection.execute, statement, params, None)
+            return done
         result: Result = await send(binding, level, binding.connection.execute, statement, params, None)
         return result
 
@@ -146,7 +147,8 @@ class Database:
             record_class = record_class or check_operation("fetch_all", query)
         level = binding.current.get()
         if level is not None and level.connection is not None:
-            return cast("list[Any]", level.execute_here(binding.connection.fetch_all, statement, params, record_class))
+            found: list[Any] = level.execute_here(binding.connection.fetch_all, statement, params, record_class)
+            return found
         rows: list[Any] = await send(binding, level, binding.connection.fetch_all, statement, params, record_class)
         return rows
 
@@ -349,7 +351,7 @@ class Database:
     def adapt(self, kind: type[T], function: Callable[[T], Any]) -> None:
         """Says how values of a type of yours are stored by this database; those of subclasses, too.
 
-        `sqlite3.register_adapter` would say so to everybody in the process. Example::
+        `sqlite3.register_adapter`, or psycopg's adapters, would say so to others in the process as well. Example::
 
             db.adapt(dict, json.dumps)
             db.adapt(Money, lambda money: money.cents)
@@ -359,7 +361,7 @@ class Database:
             function: Makes of a value what can be stored: a number, a text, bytes, None, or whatever the package knows.
 
         Raises:
-            ConfigurationError: SQLite stores the type as it is; or this database is of an engine that cannot do this.
+            ConfigurationError: The type is stored as it is.
         """
         if not isinstance(kind, type) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"database {self.name!r}: adapt() takes a class and a function")
@@ -368,8 +370,6 @@ class Database:
                 f"database {self.name!r}: {kind.__name__} is stored as it is; convert such values where they are given"
             )
         declared = self.binding.declared
-        if declared.resolved is not None and not self.binding.engine.adapts:
-            raise self.binding.no_adapting()
         declared.adapters[kind] = function
 
     def on_connect(self, function: C) -> C:

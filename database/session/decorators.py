@@ -15,11 +15,13 @@ from database.session.offload import Job, Offloaded, is_here, offload
 from database.session.origin import Origin
 from database.session.propagation import (
     PROPAGATIONS,
+    Entered,
     Isolation,
     Options,
     Propagation,
     enter,
     leave,
+    open_root,
     options_of,
     run_behind,
     stop,
@@ -172,12 +174,19 @@ def _wrap_plainly(
     options: Options | None,
 ) -> Any:
     """What most functions ask for: with a coroutine less for every call than `_wrap` has."""
+    begins = propagation in ("nested", "required")
 
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        entered, token = await enter(
-            database.binding, origin(), readonly=readonly, propagation=propagation, options=options
-        )
+        binding = database.binding
+        variable = binding.current
+        entered: Entered
+        if begins and variable.get() is None:
+            entered, token = open_root(
+                binding, origin(), variable, None, readonly=readonly, manual=False, options=options
+            )
+        else:
+            entered, token = await enter(binding, origin(), readonly=readonly, propagation=propagation, options=options)
         try:
             result = await function(*args, **kwargs)
         except BaseException as error:

@@ -35,7 +35,7 @@ from database.session.transaction import Transaction
 if TYPE_CHECKING:
     from database.driver.pool import Pool
     from database.driver.runner import Runner
-    from database.engine.contract import Connection, Operation
+    from database.engine.contract import Operation
     from database.engine.statement import Statement
     from database.session.timelimit import TimeLimit
 
@@ -68,21 +68,8 @@ class OffloadedTransaction(Transaction):
     joined = False
     """Of a root: whether it is part of its caller's transaction."""
 
-    def __init__(
-        self,
-        binding: Binding,
-        pool: Pool,
-        worker: Runner,
-        connection: Connection,
-        origin: Origin,
-        *,
-        readonly: bool,
-        parent: OffloadedTransaction | None = None,
-        manual: bool = False,
-    ) -> None:
-        super().__init__(binding, pool, origin, readonly=readonly, parent=parent, manual=manual)
-        self.worker = worker
-        self.connection = connection
+    worker: Runner
+    """Whose thread it runs on; set behind its making, as `connection` is."""
 
     @property
     def root(self) -> OffloadedTransaction:
@@ -93,10 +80,9 @@ class OffloadedTransaction(Transaction):
 
     def nested(self, origin: Origin, *, readonly: bool, manual: bool) -> OffloadedTransaction:
         """Opens a level within this one."""
-        assert self.connection is not None
-        return OffloadedTransaction(
-            self.binding, self.pool, self.worker, self.connection, origin, readonly=readonly, parent=self, manual=manual
-        )
+        level = OffloadedTransaction(self.binding, self.pool, origin, readonly=readonly, parent=self, manual=manual)
+        level.worker, level.connection = self.worker, self.connection
+        return level
 
     @property
     def is_elsewhere(self) -> bool:
@@ -288,6 +274,10 @@ class Job:
         """What is called."""
         return self.offloaded.function
 
+    def begin_again(self) -> None:
+        """What an earlier run has handed over has been undone with it."""
+        self.kept = None
+
     def failed(self, request: Request, error: BaseException) -> list[Callback]:
         """It has failed, or its caller has been cancelled; gives what is to run all the same. Loop thread."""
         self.running = request.cancelled and not request.answered
@@ -311,9 +301,10 @@ class Job:
         offloaded = job.offloaded
         binding = job.binding
         parent = job.parent
-        root = OffloadedTransaction(binding, pool, worker, connection, offloaded.origin, readonly=offloaded.readonly)
-        root.job = job
-        job.kept = None
+        root = OffloadedTransaction(binding, pool, offloaded.origin, readonly=offloaded.readonly)
+        root.worker, root.connection, root.job = worker, connection, job
+        if job.kept is not None:
+            job.begin_again()
         if job.isolation is not None:
             root.isolation = job.isolation
             worker.step(connection, "isolation", job.isolation)
@@ -355,8 +346,10 @@ class Job:
             raise root.refusal()
         if root.top is not root:
             raise TransactionError(f"the function returned with a nested level open, begun by {root.top.origin()}")
-        root.settle()
-        return result, [*(job.kept or ()), *root.callbacks]
+        if root.controls:
+            root.settle()
+        kept = job.kept
+        return result, root.callbacks if kept is None else [*kept, *root.callbacks]
 
 
 def is_here(binding: Binding) -> bool:

@@ -9,11 +9,12 @@ Loop thread, but inside an `offload=True` function, which enters and leaves on t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from sys import modules
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 import anyio
 
-from database.driver.wakeup import current_task
+from database.driver.wakeup import asyncio_loop, current_task
 from database.errors import ReadOnlyTransactionError, TransactionError, TransactionTimeoutError
 from database.session import retry
 from database.session.binding import Binding
@@ -39,6 +40,7 @@ __all__ = [
     "TransactionContext",
     "enter",
     "leave",
+    "open_root",
     "open_transaction",
     "options_of",
     "reading_pool",
@@ -148,7 +150,7 @@ async def enter(
         level.check()
     if propagation == "nested" or propagation == "required":
         if level is None:
-            return _open(binding, origin, variable, found, readonly=readonly, manual=manual, options=options)
+            return open_root(binding, origin, variable, found, readonly=readonly, manual=manual, options=options)
         if options is not None:
             refuse_isolation(level, options)
         refuse_writing_in_readonly(level, readonly)
@@ -192,7 +194,7 @@ async def _enter_rarely(
             raise TransactionError("propagation 'requires_new' is not possible inside an offload=True function")
         if not readonly:
             _refuse_write_within_write(found)
-        return _open(binding, origin, variable, found, readonly=readonly, manual=False, options=options)
+        return open_root(binding, origin, variable, found, readonly=readonly, manual=False, options=options)
     if propagation == "not_supported":
         if level is not None and level.connection is not None:
             raise TransactionError("propagation 'not_supported' is not possible inside an offload=True function")
@@ -201,7 +203,7 @@ async def _enter_rarely(
     return _Joined(None), None  # supports or never, with no transaction open
 
 
-def _open(
+def open_root(
     binding: Binding,
     origin: Origin,
     variable: Any,
@@ -211,6 +213,7 @@ def _open(
     manual: bool,
     options: Options | None,
 ) -> tuple[Transaction, Any]:
+    """Opens a transaction of its own, at once: `enter` where none is open, without its coroutine."""
     pool = reading_pool(binding, options) if readonly else binding.pool()
     if not readonly and found is not None:
         refuse_waiting_for_itself(found, pool)
@@ -304,7 +307,7 @@ async def leave(entered: Entered, token: Any, error: BaseException | None, limit
         if error is not None and entered.level is not None:
             entered.level.dooms_the_whole(error)
         return
-    if error is None and entered.is_elsewhere:
+    if error is None and (entered.pool.loop() is not asyncio_loop() or "trio" in modules) and entered.is_elsewhere:
         raise entered.refusal()
     try:
         if error is None:
@@ -370,10 +373,16 @@ class TransactionContext:
         if self._timeout is not None:
             limit = self._limit = TimeLimit(self._timeout, origin)
             limit.start()
+        variable = self._binding.current
         try:
-            self._entered, self._token = await enter(
-                self._binding, origin, readonly=readonly, propagation=propagation, options=options
-            )
+            if propagation == "nested" and variable.get() is None:
+                self._entered, self._token = open_root(
+                    self._binding, origin, variable, None, readonly=readonly, manual=False, options=options
+                )
+            else:
+                self._entered, self._token = await enter(
+                    self._binding, origin, readonly=readonly, propagation=propagation, options=options
+                )
         except BaseException as error:
             if limit is not None:
                 limit.stop(error)

@@ -19,7 +19,7 @@ from database.session.binding import Binding
 from database.session.level import Detached, Level, step_back
 from database.session.propagation import Options, reading_pool, refuse_waiting_for_itself
 from database.session.retry import attempts, note
-from database.session.statements import still
+from database.session.statements import CHANGING, still
 from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -32,7 +32,12 @@ def send(
     binding: Binding, level: Level | None, operation: Any, statement: Statement, params: Any, extra: Any
 ) -> Awaitable[Any]:
     """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
-    if params is not None:
+    if type(params) is tuple:
+        for value in params:  # pyright: ignore[reportUnknownVariableType]
+            if type(value) in CHANGING:  # pyright: ignore[reportUnknownArgumentType]
+                params = still(params)
+                break
+    elif params is not None:
         params = still(params)
     if level is not None:
         if level.ended:

@@ -93,6 +93,8 @@ class Transaction(Level):
     _top: Transaction | None = None
     lease: Lease | None = None
     watched: tuple[Any, ...] = ()
+    _turns: deque[tuple[Transaction, anyio.Event]] | None = None
+    """Who waits for a deeper level to end."""
     doom: str | None = None
     doomed_by: BaseException | None = None
     isolation: str | None = None
@@ -120,7 +122,6 @@ class Transaction(Level):
         if parent is None:
             self.number = next(_numbers)
             self.controls: list[Control] = []
-            self._turns: deque[tuple[Transaction, anyio.Event]] = deque()
         else:
             root = self._root = parent.root
             self.around = parent
@@ -273,13 +274,16 @@ class Transaction(Level):
                     f" end before the level around it, begun by {self.origin()}, can go on or be committed"
                 )
             turn = (self, anyio.Event())
-            root._turns.append(turn)
+            turns = root._turns
+            if turns is None:
+                turns = root._turns = deque()
+            turns.append(turn)
             try:
                 with anyio.move_on_after(timeout) as scope:
                     await turn[1].wait()
             finally:
-                if turn in root._turns:
-                    root._turns.remove(turn)
+                if turn in turns:
+                    turns.remove(turn)
                 elif root.top is self:
                     root._pass_turn()  # woken and cancelled at once: the next one must not be forgotten
             if scope.cancelled_caught:
@@ -293,9 +297,10 @@ class Transaction(Level):
     def _pass_turn(self) -> None:
         """Wakes those whose level is innermost now, or has ended."""
         root = self.root
-        for turn in tuple(root._turns):
+        turns = root._turns or deque()
+        for turn in tuple(turns):
             if turn[0] is root.top or turn[0].ended:
-                root._turns.remove(turn)
+                turns.remove(turn)
                 turn[1].set()
 
     def refuse_write(self, statement: Statement) -> None:
@@ -319,13 +324,21 @@ class Transaction(Level):
         if self.parent is not None:
             self._close_level(keep=True)
             return
+        lease: Lease | None = None
         try:
             if self.doom is None and self.top is not self:
                 await self.take_turn()
             if self.doom is not None:
                 raise self.refusal()
-            await self._commit_root()
+            lease = self.lease
+            if lease is None:
+                self._nothing_to_commit()
+            else:
+                await self._commit_of(lease)
+                self._committed()
         except BaseException:
+            if lease is not None and lease.committed:  # cancelled, but the commit had begun and went through
+                self._committed()
             if not self.whole:
                 self.callbacks.clear()
             await self.abandon()
@@ -357,10 +370,16 @@ class Transaction(Level):
             if self.savepoint:
                 self._renew_savepoint(keep=True)
             return
+        lease = self.lease
         try:
-            await self._commit_root()
+            if lease is None:
+                self._nothing_to_commit()
+            else:
+                await self._commit_of(lease)
+                self._committed()
         except BaseException:
-            if self.whole:  # cancelled, but the commit went through
+            if lease is not None and lease.committed:  # cancelled, but it went through
+                self._committed()
                 self.whole = False
                 with anyio.CancelScope(shield=True):
                     await self._run_between()
@@ -386,26 +405,19 @@ class Transaction(Level):
         elif self.savepoint:
             self._renew_savepoint(keep=False)
 
-    async def _commit_root(self) -> None:
-        """Commits what there is; `whole` says whether that went through, also where this raises."""
-        lease = self.lease
-        if lease is None:  # nothing was executed
-            self.controls.clear()
-            self.committed = self.whole = True
-            return
+    def _nothing_to_commit(self) -> None:
+        """Nothing was executed."""
+        self.controls.clear()
+        self.committed = self.whole = True
+
+    def _commit_of(self, lease: Lease) -> Request:
+        """Asks for the commit of a root; gives what its answer is to be awaited from, behind which `_committed` is called."""
         request = self.pool.request(COMMIT, None, label="COMMIT")
         if self.controls:
             request.controls, self.controls = self.controls, []
         lease.firm = self.firm
         lease.submit(request)
-        try:
-            await request
-        except BaseException:
-            if not lease.committed:
-                raise
-            self._committed()  # cancelled, but the commit had begun and went through
-            raise
-        self._committed()
+        return request
 
     def _committed(self) -> None:
         self.lease = None

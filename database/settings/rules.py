@@ -31,6 +31,7 @@ __all__ = [
     "file",
     "init_sql",
     "migrations",
+    "monitor",
     "path",
     "path_text",
     "text",
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+MONITOR_PATH_LIMIT = 70
+"""Bytes: the system allows a socket's path 103 (macOS) or 107 (Linux), of which its name takes up to 32."""
 
 
 class Unfit(Exception):
@@ -165,6 +169,32 @@ def migrations(item: Item) -> str | None:
     path = path_text(item, expected)
     if not os.path.isdir(path):
         raise Unfit(expected, "it is a file" if os.path.exists(path) else no_such_file(path))
+    return path
+
+
+def monitor(item: Item) -> str | None:
+    """The folder of the sockets by which processes show their pools."""
+    if item.value is None:
+        return None
+    expected = "the path of a folder for Unix sockets, or null"
+    path = path_text(item, expected)
+    if path == MEMORY:
+        raise Unfit(expected)
+    import socket  # noqa: PLC0415 - few need it
+
+    if not hasattr(socket, "AF_UNIX"):
+        raise Unfit("null, for this system's Python has no Unix sockets")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise Unfit(expected, "it is a file")
+    try:
+        length = len(os.fsencode(os.path.abspath(path)))
+    except OSError:  # The working directory has been removed.
+        length = len(os.fsencode(path))
+    if length > MONITOR_PATH_LIMIT:
+        raise Unfit(
+            f"{expected}; a path of at most {MONITOR_PATH_LIMIT} bytes, for a socket's path must be short",
+            f"in full it has {length}",
+        )
     return path
 
 

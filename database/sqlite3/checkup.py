@@ -10,24 +10,23 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from database import errors
-from database.engine.migrations import load, pending
+from database.engine.checkup import FAILED, NOTE, OK, WARNING, Finding, bytes_of, migrations
 from database.settings import MEMORY
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
+from database.sqlite3.connection import Connection
+from database.sqlite3.encryption import of_attached
 from database.sqlite3.engine import WAL_RESET_FIXED
 from database.sqlite3.library import classes
 from database.sqlite3.migrate import applied
-from database.sqlite3.opening import connect, look, open_connection
+from database.sqlite3.opening import connect, journal_mode, look, open_connection
 from database.sqlite3.settings import SqliteSettings
 
-__all__ = ["Finding", "checkup", "measure"]
-
-OK, NOTE, WARNING, FAILED = "ok", "note", "warning", "failed"
+__all__ = ["Finding", "checkup", "faults", "measure"]
 
 LARGE_WAL = 64 * 2**20
 """Bytes from which a WAL is remarked on: sixteen times what the automatic checkpoint lets it grow to."""
@@ -48,23 +47,6 @@ _BUGS: tuple[tuple[tuple[int, int, int], tuple[int, int, int], str, str], ...] =
         "sqlite.org/cves.html",
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: What.
-        level: `"ok"`, `"note"`, `"warning"` or `"failed"`.
-        text: How it is.
-        hint: What to do about it.
-    """
-
-    name: str
-    level: str
-    text: str
-    hint: str = ""
 
 
 def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool]) -> Iterator[Finding]:
@@ -88,30 +70,34 @@ def checkup(settings: SqliteSettings, *, quick: bool, stopped: Callable[[], bool
         return
     yield _file(path)
     yield from _place(path)
-    tidy = _Tidied(settings, path)
-    try:
-        connection = open_connection(settings, str(path), "reader", stopped)
-    except errors.ConnectionFailedError as error:
-        yield from _unopened(settings, path, error)
-        return
-    with tidy, closing(connection):
-        raw = connection.raw
+    with _Tidied(settings, path):
         try:
-            where = yield from _writer(raw, settings, path, stopped)
-            yield from _prepared(settings, where)
-            yield from _pages(raw, path)
-            yield from _wal(path, settings)
-            yield from _integrity(raw, quick=quick)
-            yield from _references(raw, settings)
-            yield from _migrations(connection, settings)
-        except classes.OperationalError as error:
-            if stopped():
-                return
-            yield Finding("read", FAILED, str(error))
-        except classes.DatabaseError as error:
-            yield Finding(
-                "integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell"
-            )
+            connection = open_connection(settings, str(path), "reader", stopped)
+        except errors.ConnectionFailedError as error:
+            yield from _unopened(settings, path, error)
+            return
+        with closing(connection):
+            yield from _opened(connection, settings, path, quick=quick, stopped=stopped)
+
+
+def _opened(
+    connection: Connection, settings: SqliteSettings, path: Path, *, quick: bool, stopped: Callable[[], bool]
+) -> Iterator[Finding]:
+    raw = connection.raw
+    try:
+        where = yield from _writer(raw, settings, path, stopped)
+        yield from _prepared(settings, where)
+        yield from _pages(raw, path)
+        yield from _wal(path, settings)
+        yield from _integrity(raw, quick=quick)
+        yield from _references(raw, settings)
+        yield from _migrations(connection, settings)
+    except classes.OperationalError as error:
+        if stopped():
+            return
+        yield Finding("read", FAILED, str(error))
+    except classes.DatabaseError as error:
+        yield Finding("integrity", FAILED, str(error), "restore a backup, or try the `.recover` of SQLite's own shell")
 
 
 class _Tidied:
@@ -122,18 +108,18 @@ class _Tidied:
     """
 
     def __init__(self, settings: SqliteSettings, path: Path) -> None:
-        self._settings = settings
-        self._files = [path.absolute(), *(Path(each).absolute() for each in settings.attach.values())]
-        self._files = [each for each in self._files if not _wal_of(each).exists()]
+        attached = of_attached(settings)
+        found = [(path.absolute(), settings), *((Path(each).absolute(), attached) for each in settings.attach.values())]
+        self._files = [(file, how) for file, how in found if not _wal_of(file).exists()]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_error: object) -> None:
-        for file in self._files:
+        for file, settings in self._files:
             with suppress(OSError, errors.ConnectionFailedError, *classes.Error):
                 if _wal_of(file).stat().st_size == 0:
-                    with closing(connect(self._settings, file, "rw")) as raw:
+                    with closing(connect(settings, file, "rw")) as raw:
                         raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
@@ -156,7 +142,7 @@ def _version(settings: SqliteSettings) -> Iterator[Finding]:
 
 def _file(path: Path) -> Finding:
     status = path.stat()
-    text = f"{path}, {_size(status.st_size)}"
+    text = f"{path}, {bytes_of(status.st_size)}"
     if not os.access(path, os.R_OK | os.W_OK):
         return Finding("file", FAILED, f"{text}: this user may not read and write it", "give it the rights")
     if not os.access(path.parent, os.W_OK):
@@ -169,7 +155,7 @@ def _file(path: Path) -> Finding:
 def _place(path: Path) -> Iterator[Finding]:
     usage = shutil.disk_usage(path.parent)
     size = path.stat().st_size
-    text = f"{_size(usage.free)} free of {_size(usage.total)}"
+    text = f"{bytes_of(usage.free)} free of {bytes_of(usage.total)}"
     if usage.free < max(size, 100 * 2**20):
         yield Finding(
             "disk", WARNING, text, "a backup, or VACUUM, needs as much room as the database has, and 100 MiB is little"
@@ -201,21 +187,24 @@ def _file_system(path: Path) -> str | None:
 def _unopened(settings: SqliteSettings, path: Path, error: errors.ConnectionFailedError) -> Iterator[Finding]:
     """Why a connection could not be opened as the settings want it."""
     unreadable: tuple[type[BaseException], ...] = (errors.ConnectionFailedError, *classes.Error)
-    try:
-        with closing(connect(settings, path.absolute(), "ro")) as raw:
-            mode = str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper()
-    except unreadable:
-        yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
-        return
-    if mode != settings.journal_mode:
-        yield Finding(
-            "PRAGMAs",
-            WARNING,
-            f"the file's journal_mode is {mode}, the configuration's {settings.journal_mode}",
-            "the next program that opens it with this configuration changes the file; then check again",
-        )
-    else:
-        yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
+    attached = of_attached(settings)
+    files = {"the file's journal_mode": (path, settings)} | {
+        f"the journal_mode of {name!r}": (Path(place), attached) for name, place in settings.attach.items()
+    }
+    for what, (file, how) in files.items():
+        try:
+            mode = journal_mode(how, file)
+        except unreadable:
+            continue  # of which the error speaks
+        if (mode == "WAL") != (settings.journal_mode == "WAL"):
+            yield Finding(
+                "PRAGMAs",
+                WARNING,
+                f"{what} is {mode}, the configuration's {settings.journal_mode}",
+                "the next program that opens it with this configuration changes the file; then check again",
+            )
+            return
+    yield Finding("open", FAILED, str(error.reason), _advice(settings, error))
 
 
 def _advice(settings: SqliteSettings, error: errors.ConnectionFailedError) -> str:
@@ -264,7 +253,7 @@ def _prepared(settings: SqliteSettings, where: str) -> Iterator[Finding]:
     if settings.extensions:
         yield Finding("extensions", OK, f"{', '.join(settings.extensions)}: loaded {where}")
     for name, place in settings.attach.items():
-        text = f"{name}: {place}, {_size(Path(place).stat().st_size)}, read-only on readers"
+        text = f"{name}: {place}, {bytes_of(Path(place).stat().st_size)}, read-only on readers"
         if settings.encrypted:
             text += ", with the same key"
         yield Finding("attached", OK, text)
@@ -296,7 +285,7 @@ def _pages(raw: Any, path: Path) -> Iterator[Finding]:
     count, unused, size = (_pragma(raw, name) for name in ("page_count", "freelist_count", "page_size"))
     text = f"{count:,} of {size:,} bytes, {unused:,} of them unused"
     if unused * size > 10 * 2**20 and unused * 4 > count:
-        yield Finding("pages", NOTE, text, f"VACUUM would give back {_size(unused * size)}")
+        yield Finding("pages", NOTE, text, f"VACUUM would give back {bytes_of(unused * size)}")
     else:
         yield Finding("pages", OK, text)
     if Path(f"{path}-journal").exists():
@@ -314,11 +303,11 @@ def _wal(path: Path, settings: SqliteSettings) -> Iterator[Finding]:
         yield Finding(
             "WAL",
             WARNING,
-            f"{_size(wal)}: checkpoints do not get through",
+            f"{bytes_of(wal)}: checkpoints do not get through",
             "look for a transaction or stream that stays open (`python -m database top`)",
         )
     else:
-        yield Finding("WAL", OK, _size(wal))
+        yield Finding("WAL", OK, bytes_of(wal))
 
 
 def _integrity(raw: Any, *, quick: bool) -> Iterator[Finding]:
@@ -329,6 +318,25 @@ def _integrity(raw: Any, *, quick: bool) -> Iterator[Finding]:
     else:
         for row in rows:
             yield Finding("integrity", FAILED, row, "restore a backup, or try the `.recover` of SQLite's own shell")
+
+
+def faults(settings: SqliteSettings, file: Path, *, stopped: Callable[[], bool]) -> list[str]:
+    """What `quick_check` finds wrong with a copy that nobody has open; nothing, if it is sound.
+
+    Args:
+        settings: Of the database that it is a copy of: it has the same key, functions and extensions.
+        file: The copy.
+        stopped: Whether to give up.
+    """
+    unreadable: tuple[type[BaseException], ...] = (errors.ConnectionFailedError, *classes.Error)
+    try:
+        # Immutable, so that no -wal is made beside it.
+        with closing(look(settings, file, "ro&immutable=1")) as raw:
+            raw.set_progress_handler(stopped, 10_000)
+            found = [str(row[0]) for row in raw.execute("PRAGMA quick_check(10)")]
+    except unreadable as error:
+        return [str(error)]
+    return [] if found == ["ok"] else found
 
 
 def _references(raw: Any, settings: SqliteSettings) -> Iterator[Finding]:
@@ -347,31 +355,12 @@ def _references(raw: Any, settings: SqliteSettings) -> Iterator[Finding]:
 
 
 def _migrations(connection: Any, settings: SqliteSettings) -> Iterator[Finding]:
-    if settings.migrations is None:
-        return
-    record = applied(connection)
-    try:
-        left = pending(load(settings.migrations), record, settings.migrations)
-    except errors.MigrationError as error:
-        yield Finding("migrations", FAILED, str(error))
-        return
-    text = f"{len(record)} applied, {len(left)} pending"
-    if left:
-        yield Finding("migrations", WARNING, f"{text}: {left[0].name}, …", "`python -m database migrate` applies them")
-    else:
-        yield Finding("migrations", OK, text)
+    if settings.migrations is not None:
+        yield from migrations(applied(connection), settings.migrations, "sqlite3")
 
 
 def _pragma(raw: Any, name: str) -> int:
     return int(raw.execute(f"PRAGMA {name}").fetchone()[0])
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
 
 
 # --- Figures ------------------------------------------------------------------------------------------------
@@ -384,55 +373,67 @@ def measure(settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool
         settings: Of the database.
         count: Whether rows are counted, which reads an index of each table from end to end.
         stopped: Whether to give up.
+
+    Raises:
+        ConnectionFailedError: It cannot be opened or read.
     """
     path = Path(settings.path)
-    with _Tidied(settings, path), closing(look(settings, path)) as raw:
-        raw.set_progress_handler(stopped, 10_000)
-        sizes = _sizes(raw)
-        objects = raw.execute(
-            "SELECT type, name, tbl_name FROM sqlite_schema WHERE type IN ('table', 'index') AND name NOT LIKE"
-            " 'sqlite^_%' ESCAPE '^' ORDER BY type DESC, name"
-        ).fetchall()
-        automatic = raw.execute(
-            "SELECT name, tbl_name FROM sqlite_schema WHERE name LIKE 'sqlite^_autoindex^_%' ESCAPE '^'"
+    try:
+        with _Tidied(settings, path), closing(look(settings, path)) as raw:
+            raw.set_progress_handler(stopped, 10_000)
+            return _measured(raw, path, settings, count=count, stopped=stopped)
+    except classes.Error as error:
+        raise errors.ConnectionFailedError(str(path), str(error)) from error
+
+
+def _measured(
+    raw: Any, path: Path, settings: SqliteSettings, *, count: bool, stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    sizes = _sizes(raw)
+    objects = raw.execute(
+        "SELECT type, name, tbl_name FROM sqlite_schema WHERE type IN ('table', 'index') AND name NOT LIKE"
+        " 'sqlite^_%' ESCAPE '^' ORDER BY type DESC, name"
+    ).fetchall()
+    automatic = raw.execute(
+        "SELECT name, tbl_name FROM sqlite_schema WHERE name LIKE 'sqlite^_autoindex^_%' ESCAPE '^'"
+    )
+    indexes: dict[str, list[str]] = {}
+    for name, table in [*automatic, *((name, table) for kind, name, table in objects if kind == "index")]:
+        indexes.setdefault(table, []).append(name)
+    tables: list[dict[str, Any]] = []
+    for kind, name, _ in objects:
+        if kind != "table":
+            continue
+        quoted = '"' + name.replace('"', '""') + '"'
+        try:
+            rows = raw.execute(f"SELECT count(*) FROM {quoted}").fetchone()[0] if count else None  # noqa: S608 - quoted
+        except classes.OperationalError:  # a virtual table whose module is missing here
+            if stopped():
+                raise
+            rows = None
+        own = indexes.get(name, [])
+        tables.append(
+            {
+                "name": name,
+                "rows": rows,
+                "bytes": None if sizes is None else sizes.get(name, 0),
+                "indexes": len(own),
+                "index_bytes": None if sizes is None else sum(sizes.get(each, 0) for each in own),
+            }
         )
-        indexes: dict[str, list[str]] = {}
-        for name, table in [*automatic, *((name, table) for kind, name, table in objects if kind == "index")]:
-            indexes.setdefault(table, []).append(name)
-        tables: list[dict[str, Any]] = []
-        for kind, name, _ in objects:
-            if kind != "table":
-                continue
-            quoted = '"' + name.replace('"', '""') + '"'
-            try:
-                rows = raw.execute(f"SELECT count(*) FROM {quoted}").fetchone()[0] if count else None  # noqa: S608 - quoted
-            except classes.OperationalError:  # a virtual table whose module is missing here
-                if stopped():
-                    raise
-                rows = None
-            own = indexes.get(name, [])
-            tables.append(
-                {
-                    "name": name,
-                    "rows": rows,
-                    "bytes": None if sizes is None else sizes.get(name, 0),
-                    "indexes": len(own),
-                    "index_bytes": None if sizes is None else sum(sizes.get(each, 0) for each in own),
-                }
-            )
-        return {
-            "path": str(path),
-            "bytes": path.stat().st_size,
-            "wal_bytes": Path(f"{path}-wal").stat().st_size if Path(f"{path}-wal").exists() else 0,
-            "page_size": _pragma(raw, "page_size"),
-            "pages": _pragma(raw, "page_count"),
-            "free_pages": _pragma(raw, "freelist_count"),
-            "journal_mode": str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper(),
-            "encoding": str(raw.execute("PRAGMA encoding").fetchone()[0]),
-            "user_version": _pragma(raw, "user_version"),
-            "sqlite": libraries.load(settings.module).version,
-            "tables": tables,
-        }
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "wal_bytes": Path(f"{path}-wal").stat().st_size if Path(f"{path}-wal").exists() else 0,
+        "page_size": _pragma(raw, "page_size"),
+        "pages": _pragma(raw, "page_count"),
+        "free_pages": _pragma(raw, "freelist_count"),
+        "journal_mode": str(raw.execute("PRAGMA journal_mode").fetchone()[0]).upper(),
+        "encoding": str(raw.execute("PRAGMA encoding").fetchone()[0]),
+        "user_version": _pragma(raw, "user_version"),
+        "sqlite": libraries.load(settings.module).version,
+        "tables": tables,
+    }
 
 
 def _sizes(raw: Any) -> dict[str, int] | None:

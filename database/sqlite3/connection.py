@@ -25,8 +25,10 @@ from threading import Lock
 from typing import Any
 
 from database import errors
+from database.engine.adapting import Adapters, taken
 from database.engine.contract import Alone, Interrupted
-from database.engine.records import records
+from database.engine.records import of_statement, records
+from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
 from database.sqlite3.analysis import HINT_INSERT, HINT_UPSERT, HINT_VACUUM
@@ -34,6 +36,7 @@ from database.sqlite3.failures import (
     Patience,
     control_error,
     explain,
+    is_broken,
     is_busy,
     is_undecodable,
     of_one_connection,
@@ -43,7 +46,7 @@ from database.sqlite3.lending import ENDED_BY_ITSELF
 from database.sqlite3.levels import Levels
 from database.sqlite3.library import classes
 from database.sqlite3.raw import Lent
-from database.sqlite3.values import Adapters, Chunk, Feed, Row, bind
+from database.sqlite3.values import Chunk, Feed, Row, bind
 
 __all__ = ["Connection"]
 
@@ -252,7 +255,7 @@ class Connection(Levels):
         cursor.execute(sql, bind(params, sql, self._adapters))
         try:
             if record_class is None:
-                return cursor.fetchall()
+                return Rows(cursor)  # reads as `fetchall` does, without another list
             cursor.row_factory = None
             try:
                 tuples = cursor.fetchall()
@@ -264,19 +267,7 @@ class Connection(Levels):
         return self._records(_names(cursor), tuples, record_class)
 
     def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
-        """The first row, or None."""
-        row = self._first(statement, params)
-        if row is None or record_class is None:
-            return row
-        return self._records(row.keys(), [row], record_class)[0]
-
-    def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
-        """The first column of the first row, or the default."""
-        row = self._first(statement, params)
-        return default if row is None else row[0]
-
-    def _first(self, statement: Statement, params: Any) -> Any:
-        """The first row; the statement is over when it is given back."""
+        """The first row, or None; the statement is over when it is given back."""
         cursor = self._cursor
         sql = statement.sql
         cursor.execute(sql, bind(params, sql, self._adapters))
@@ -289,7 +280,14 @@ class Connection(Levels):
             self._end(statement)
             if row is None or not is_undecodable(error):  # nobody asked for what is in the second row
                 raise
-        return row
+        if row is None or record_class is None:
+            return row
+        return self._records(row.keys(), [row], record_class)[0]
+
+    def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
+        """The first column of the first row, or the default."""
+        row = self.fetch_one(statement, params, None)
+        return default if row is None else row[0]
 
     # Streams: a cursor of their own, known by a number
 
@@ -410,9 +408,10 @@ class Connection(Levels):
 
     def translate(self, error: BaseException, sql: Any, parameters: Any) -> BaseException:
         """See `Connection`."""
-        if error is self._users:
-            self._users = None
-            return error
+        theirs = taken() or (error if error is self._users else None)
+        if theirs is not None:
+            self._users = self._failing = self.raw.failure = None
+            return of_statement(theirs, sql, parameters)
         which = ""
         failure, self.raw.failure = self.raw.failure, None
         if self._failing is not None:
@@ -426,6 +425,8 @@ class Connection(Levels):
             if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, *classes.Warning)):
                 return error
             return explain(error, text, parameters, which)
+        if self._unopened is not None and is_broken(error):
+            return self._unopened
         primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if primary == sqlite3.SQLITE_AUTH:
             refused, self._refused = self._refused, None

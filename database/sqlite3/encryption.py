@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from database.sqlite3.library import classes
 from database.sqlite3.pragmas import CIPHER, read_back, write
 from database.sqlite3.settings import SqliteSettings
 
-__all__ = ["attach", "reason", "unlock"]
+__all__ = ["attach", "of_attached", "reason", "unlock"]
 
 _PLAIN = b"SQLite format 3\0"
 """How a file begins that is not encrypted."""
@@ -60,6 +61,11 @@ def attach(raw: Any, settings: SqliteSettings, uri: str, name: str) -> None:
         raw.execute("ATTACH ? AS ? KEY ?", (uri, name, _key(settings, settings.path)))
     else:
         raw.execute("ATTACH ? AS ?", (uri, name))
+
+
+def of_attached(settings: SqliteSettings) -> SqliteSettings:
+    """The settings with which an attached file is opened by itself: see `attach`."""
+    return replace(settings, pragmas={name: value for name, value in settings.pragmas.items() if name not in CIPHER})
 
 
 def _key(settings: SqliteSettings, path: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.engine.contract import Backend, Engine, Log, Migrations, Role
 from database.logs import say
 from database.settings import MEMORY
@@ -20,7 +21,6 @@ from database.sqlite3.failures import BUSY_SLICE, control_error, is_broken, is_b
 from database.sqlite3.library import classes, load
 from database.sqlite3.opening import open_connection, resolved
 from database.sqlite3.settings import SqliteSettings
-from database.sqlite3.values import Adapters
 
 __all__ = ["ENGINE"]
 
@@ -51,7 +51,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
     dispose: Callable[[], None] = lambda: None  # noqa: E731  - replaced below
     shown, settings = settings.path, _absolute(settings)
     path = settings.path
-    opened: tuple[int, int] | None = None
+    opened: tuple[tuple[int, int], ...] = ()
     if path == MEMORY:
         from database.sqlite3 import memory  # noqa: PLC0415  - it needs modules that a file does not
 
@@ -59,15 +59,16 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
 
     def connect(role: Role, progress: Callable[[], bool]) -> Connection:
         nonlocal opened
-        if role == "reader" and opened is not None and os.path.exists(path) and files.identity(Path(path)) != opened:
+        for file, identity in zip((path, *settings.attach.values()), opened, strict=False):
+            if not os.path.exists(file) or files.identity(Path(file)) == identity:
+                continue
             raise errors.ConnectionFailedError(
-                shown,
+                shown if file == path else file,
                 "another file has been put in its place since this pool opened it: what is written goes to the old one, and is"
                 " lost with it. Close the pool before a database is replaced (`await db.close()`), or restart",
             )
-        connection = open_connection(settings, path, role, progress, adapters=adapters)
+        connection = open_connection(settings, path, role, progress, create=not opened, adapters=adapters)
         if role == "writer":
-            opened = connection.identities[0]
             try:
                 _initialise(connection, settings)
                 if settings.auto_migrate and settings.migrations is not None:
@@ -80,6 +81,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
                 if isinstance(error, classes.Error):
                     raise errors.ConnectionFailedError(shown, f"the schema cannot be made: {error}") from error
                 raise
+            opened = connection.identities
         return connection
 
     return Backend(

@@ -136,7 +136,11 @@ class Guard:
             return
         version = self._cursor.execute("PRAGMA schema_version").fetchall()[0][0]
         if version != self._schema:
-            self._deferred = _deferred(self.raw.plain_cursor())
+            factory, self.raw.text_factory = self.raw.text_factory, str  # `on_connect` may have set another
+            try:
+                self._deferred = _deferred(self.raw.plain_cursor())
+            finally:
+                self.raw.text_factory = factory
             self._schema = version
             self._deferring = True
         if self._deferring and self._deferred:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
+from database.errors import ConnectionFailedError
 from database.sqlite3 import files
 from database.sqlite3.failures import is_busy
 from database.sqlite3.guard import MARK, Guard
@@ -45,7 +46,17 @@ _RELEASE = f"RELEASE level_0 {MARK}"
 class Levels(Guard):
     """A connection with its open transaction and savepoints, and the cursors that end with it."""
 
-    __slots__ = ("_counts", "_lock", "_locked", "_progress", "_reopen", "_row_class", "_streams", "identities")
+    __slots__ = (
+        "_counts",
+        "_lock",
+        "_locked",
+        "_progress",
+        "_reopen",
+        "_row_class",
+        "_streams",
+        "_unopened",
+        "identities",
+    )
 
     def __init__(
         self,
@@ -60,6 +71,8 @@ class Levels(Guard):
     ) -> None:
         super().__init__(readonly=readonly)
         self.identities = identities
+        self._unopened: ConnectionFailedError | None = None
+        """Why there is no new connection in the place of the one that was given up."""
         """Of its files: the database and what is attached to it."""
         self._row_class = row_class
         """`Row`, on top of the library that this connection is of."""
@@ -93,9 +106,9 @@ class Levels(Guard):
                 old.close()  # nobody else could open the file
         try:
             self._take(self._reopen())
-        except Exception:
+        except ConnectionFailedError as error:
             # What was to be done is done. The next statement fails for a closed connection, and the pool opens another.
-            self._changed = False
+            self._unopened = error
         finally:
             old.close()
 

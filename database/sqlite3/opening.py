@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from database import errors
+from database.engine.adapting import Adapters
 from database.engine.contract import Role
 from database.settings.model import steps_of
 from database.settings.rules import unfit_function
@@ -31,7 +32,6 @@ from database.sqlite3.library import classes, load
 from database.sqlite3.pragmas import CIPHER, Value, read_back, write
 from database.sqlite3.raw import Lent, connection_class
 from database.sqlite3.settings import SqliteSettings
-from database.sqlite3.values import Adapters
 
 __all__ = ["connect", "journal_mode", "look", "open_connection", "open_prepared", "prepare", "resolved"]
 
@@ -74,6 +74,12 @@ def open_connection(
             raise errors.ConnectionFailedError(path if each is file else str(each), reason(each, error)) from error
         if identities[-1] in files.inherited:
             raise errors.ConnectionFailedError(path if each is file else str(each), _FORKED)
+    for number, each in enumerate(attached, 1):
+        if identities[number] in identities[:number]:
+            raise errors.ConnectionFailedError(
+                str(each),
+                "it is attached twice, or the database itself, by another name of the same file (a hard link)",
+            )
 
     def reopen() -> Lent:
         return open_prepared(settings, path, progress, readonly=readonly)
@@ -142,7 +148,7 @@ def connect(settings: SqliteSettings, file: Path, mode: str, *, timeout: float =
 
 
 def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
-    """A connection for looking only: with key, extensions and functions, whatever journal mode the file has.
+    """A connection for looking only: with key, attached files, extensions and functions, whatever journal mode a file has.
 
     Raises:
         ConnectionFailedError: There is no key, or it does not fit; an extension cannot be loaded, or `on_connect` failed.
@@ -153,6 +159,11 @@ def look(settings: SqliteSettings, path: str | Path, mode: str = "ro") -> Lent:
     try:
         raw = connect(settings, file, mode, timeout=settings.busy_timeout / 1000)
         raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        for name, place in settings.attach.items():
+            try:
+                encryption.attach(raw, settings, files.uri(Path(place), "ro"), name)
+            except classes.Error as error:
+                raise _not_attached(settings, name, place, error) from error
         extensions.load(raw, settings, str(path))
         _run_steps(raw, settings, str(path))
         return raw
@@ -189,7 +200,9 @@ def prepare(
     """
     _apply(raw, settings, path, progress, readonly=readonly)
     extensions.load(raw, settings, path)
-    _run_steps(raw, settings, path)
+    if settings.on_connect is not None:
+        _run_steps(raw, settings, path)
+        _look_again(raw, settings, path)
     raw.end_cursors()
 
 
@@ -249,9 +262,14 @@ def _attach(raw: Any, settings: SqliteSettings, name: str, place: str, attached:
     except classes.Error as error:
         if isinstance(error, classes.OperationalError) and file.exists() and is_busy(error):
             raise  # it is waited for
-        raise errors.ConnectionFailedError(
-            place, f"it cannot be attached as {name!r}: {_reason(file, settings, error)}"
-        ) from error
+        raise _not_attached(settings, name, place, error) from error
+
+
+def _not_attached(
+    settings: SqliteSettings, name: str, place: str, error: BaseException
+) -> errors.ConnectionFailedError:
+    why = _reason(Path(place).absolute(), settings, error)
+    return errors.ConnectionFailedError(place, f"it cannot be attached as {name!r}: {why}")
 
 
 def _reason(file: Path, settings: SqliteSettings, error: BaseException) -> str:
@@ -295,8 +313,6 @@ def _function(name: str) -> Callable[[Any], object]:
 
 
 def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
-    if settings.on_connect is None:
-        return
     for step in steps_of(resolved(settings).on_connect):
         function = cast("Callable[[Any], object]", step)
         name = getattr(function, "__qualname__", None) or type(function).__qualname__
@@ -311,9 +327,39 @@ def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
             raise errors.ConnectionFailedError(
                 path, f"on_connect: {name} is a coroutine function; make it a plain `def`"
             )
-        if raw.in_transaction:
+        try:
+            open_still = raw.in_transaction
+        except classes.ProgrammingError as error:
+            raise errors.ConnectionFailedError(path, f"on_connect: {name} closed the connection") from error
+        if open_still:
             raise errors.ConnectionFailedError(path, f"on_connect: {name} left a transaction open; commit or roll back")
         raw.isolation_level = None  # the package begins and ends transactions itself
+
+
+_AS_IT_WAS: list[tuple[str, Value]] = [("locking_mode", "normal"), ("query_only", False), ("read_uncommitted", False)]
+"""What the package depends on, and no configuration can set."""
+
+
+def _look_again(raw: Any, settings: SqliteSettings, path: str) -> None:
+    """Behind functions of the user's, whether the connection still is what the configuration says."""
+    cursor = raw.plain_cursor()
+    cursor.row_factory = None  # whatever they have set
+    factory, raw.text_factory = raw.text_factory, str
+    try:
+        for name, value in (*own_pragmas(settings), *more_pragmas(settings), *_AS_IT_WAS):
+            try:
+                read_back(cursor, path, name, value)
+            except errors.ConnectionFailedError as error:
+                raise errors.ConnectionFailedError(
+                    path,
+                    f"on_connect has changed a setting: {str(error.reason).replace('did not take: it is', 'is now')}",
+                ) from None
+        there = {row[0].lower() for row in cursor.execute("SELECT name FROM pragma_database_list")}
+    finally:
+        raw.text_factory = factory
+        cursor.close()
+    if missing := [name for name in settings.attach if name.lower() not in there]:
+        raise errors.ConnectionFailedError(path, f"on_connect has detached {missing[0]!r}")
 
 
 _FORKED = (

@@ -17,7 +17,7 @@ Value = bool | int | str
 _OWN = "it has a setting of its own"
 _FILE = "it belongs to the file, not to a connection: set it once, in init_sql or a migration"
 _ACTION = "it does something once, and is no setting: run it by db.execute()"
-_KEY = "a key does not belong into a configuration: key_env or key_file says where it is"
+_KEY = "a key does not belong in a configuration: key_env or key_file says where it is"
 _PACKAGE = "the package depends on it: "
 _DEPRECATED = "SQLite keeps it for old programs only"
 
@@ -148,8 +148,8 @@ def read_back(raw: Any, path: str, name: str, value: Value, schema: str | None =
 
 def _same(name: str, wanted: Value, found: object) -> bool:
     got = str(found).lower()
-    if name == "cache_spill" and wanted is True:
-        return got not in _FALSE  # it tells from how many pages on
+    if name == "cache_spill" and got not in _FALSE and (wanted is True or (isinstance(wanted, int) and wanted > 1)):
+        return int(got) >= wanted  # it tells from how many pages on: the cache's size at the least
     word = str(int(wanted)) if isinstance(wanted, (bool, int)) else wanted.strip().lower()
     if word == got:
         return True

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from database.sqlite3 import files
+from database.sqlite3.encryption import of_attached
 from database.sqlite3.opening import connect
 from database.sqlite3.settings import SqliteSettings
 
-__all__ = ["copy", "fresh"]
+__all__ = ["copy", "discard", "fresh"]
 
 
 def fresh(settings: SqliteSettings, folder: Path, name: str) -> SqliteSettings:
@@ -29,9 +30,13 @@ def copy(source: SqliteSettings, folder: Path, name: str, *, like: SqliteSetting
     attach = {each: str(folder / Path(place).name) for each, place in source.attach.items()}
     for each, place in attach.items():
         if not os.path.exists(place):  # else another database has it attached, too
-            _copy(source, Path(source.attach[each]), Path(place))
+            _copy(of_attached(source), Path(source.attach[each]), Path(place))
     synchronous = like.synchronous if durable else "OFF"
     return replace(source, path=str(path), attach=attach, init_sql="", synchronous=synchronous)
+
+
+def discard(settings: SqliteSettings) -> None:
+    """See `database.sandbox.Copier`: there are only files, which go with their folder."""
 
 
 def _attached(place: str) -> str:

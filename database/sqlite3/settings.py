@@ -21,6 +21,7 @@ from database.settings.rules import (
     file,
     init_sql,
     migrations,
+    monitor,
     path,
     path_text,
     unfit_function,
@@ -32,11 +33,7 @@ if TYPE_CHECKING:
     from database.settings.document import Item
     from database.sqlite3.pragmas import Value
 
-__all__ = ["MONITOR_PATH_LIMIT", "SECTION", "SqliteSettings"]
-
-MONITOR_PATH_LIMIT = 70
-"""Bytes: the system allows a socket's path 103 (macOS) or 107 (Linux), of which its name takes up to 32."""
-
+__all__ = ["SECTION", "SqliteSettings"]
 
 MAX_OPEN = 100
 """Databases of a pattern that are open at once on one event loop."""
@@ -111,31 +108,6 @@ class SqliteSettings:
     def encrypted(self) -> bool:
         """Whether the file is SQLCipher's."""
         return self.key_env is not None or self.key_file is not None
-
-
-def _monitor(item: Item) -> str | None:
-    if item.value is None:
-        return None
-    expected = "the path of a folder for Unix sockets, or null"
-    path = path_text(item, expected)
-    if path == MEMORY:
-        raise Unfit(expected)
-    import socket  # noqa: PLC0415 - few need it
-
-    if not hasattr(socket, "AF_UNIX"):
-        raise Unfit("null, for this system's Python has no Unix sockets")
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise Unfit(expected, "it is a file")
-    try:
-        length = len(os.fsencode(os.path.abspath(path)))
-    except OSError:  # The working directory has been removed.
-        length = len(os.fsencode(path))
-    if length > MONITOR_PATH_LIMIT:
-        raise Unfit(
-            f"{expected}; a path of at most {MONITOR_PATH_LIMIT} bytes, for a socket's path must be short",
-            f"in full it has {length}",
-        )
-    return path
 
 
 def _pragmas(item: Item) -> dict[str, Value]:
@@ -363,7 +335,7 @@ SECTION = Section(
         "init_sql": init_sql,
         "migrations": migrations,
         "auto_migrate": boolean,
-        "monitor": _monitor,
+        "monitor": monitor,
         "max_open": whole(1, 100_000),
     },
     own=("path",),

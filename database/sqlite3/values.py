@@ -16,9 +16,11 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
+from database.engine.adapting import NATIVE, NONE, Adapters, adapted
+from database.engine.rows import table
 from database.sqlite3.analysis import placeholders
 
-__all__ = ["Adapters", "Chunk", "Feed", "Row", "bind", "row_class"]
+__all__ = ["Chunk", "Feed", "Row", "bind", "row_class"]
 
 
 class _RowMethods:
@@ -34,6 +36,9 @@ class _RowMethods:
 
     def __repr__(self) -> str:
         return f"Row({', '.join(f'{name}={value!r}' for name, value in zip(self.keys(), self, strict=True))})"
+
+    def _repr_html_(self) -> str:
+        return table(self.keys(), [self])  # type: ignore[list-item]  # pyright: ignore
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of that column, or `default` if there is no such column."""
@@ -119,17 +124,10 @@ class Chunk:
         return map(self._as_row, self._tuples)
 
 
-_NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray})
-_is_native = _NATIVE.issuperset
+_is_native = NATIVE.issuperset
 
 
-Adapters = Mapping[type, Callable[[Any], Any]]
-"""How types of the user's are stored: what `db.adapt` was given."""
-
-_NONE: Adapters = {}
-
-
-def _adapt(value: Any, adapters: Adapters = _NONE) -> Any:
+def _adapt(value: Any, adapters: Adapters = NONE) -> Any:
     """A value as SQLite stores it; what is unknown is left to `sqlite3` and its registered adapters.
 
     Not by `sqlite3.register_adapter`, which would change every other user of `sqlite3` in the process; and its own
@@ -139,18 +137,15 @@ def _adapt(value: Any, adapters: Adapters = _NONE) -> Any:
         TypeError: `sqlite3` would store the bytes that it finds in the value's memory.
     """
     kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
-    if kind in _NATIVE:
+    if kind in NATIVE:
         return value
     if adapters:
-        for each in kind.__mro__:
-            if each in adapters:
-                made = adapters[each](value)
-                return (
-                    made if type(made) in _NATIVE else _adapt(made)
-                )  # by the package's own, so that none is in a circle
+        made = adapted(value, adapters)
+        if made is not None:
+            return _adapt(made[0])  # as the package itself does it, so that no two functions call one another for ever
     if kind.__module__.partition(".")[0] in ("numpy", "pandas") and (kind, sqlite3.PrepareProtocol) not in _adapters:
         value = _plain(value, kind)
-        if type(value) in _NATIVE:
+        if type(value) in NATIVE:
             return value
     if isinstance(value, Enum):
         return _adapt(value.value, adapters)
@@ -229,12 +224,13 @@ class _Attributes(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         try:
-            return _adapt(getattr(self._subject, name), self._adapters)
+            value = getattr(self._subject, name)
         except AttributeError:
             raise KeyError(name) from None
+        return _adapt(value, self._adapters)
 
 
-def bind(params: Any, sql: str, adapters: Adapters = _NONE) -> Any:
+def bind(params: Any, sql: str, adapters: Adapters = NONE) -> Any:
     """Parameters in a form that `sqlite3` binds: a sequence, a mapping, or an object with attributes.
 
     What is both (a NamedTuple, a `Row`) is taken as the placeholders of `sql` ask: by name, or by position.
@@ -246,12 +242,12 @@ def bind(params: Any, sql: str, adapters: Adapters = _NONE) -> Any:
     # Loops: for a handful of values they take less time than `_is_native` does to begin.
     if kind is dict:
         for value in params.values():
-            if type(value) not in _NATIVE:
+            if type(value) not in NATIVE:
                 return {name: _adapt(value, adapters) for name, value in params.items()}
         return params
     if kind is tuple or kind is list:
         for value in params:
-            if type(value) not in _NATIVE:
+            if type(value) not in NATIVE:
                 return [_adapt(value, adapters) for value in params]
         return params
     if params is None:
@@ -295,7 +291,7 @@ class Feed:
 
     __slots__ = ("_adapters", "_before", "_chunk", "_gone", "_last", "_rows", "_size", "_sql", "raised")
 
-    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool], adapters: Adapters = _NONE) -> None:
+    def __init__(self, rows: Any, sql: str, gone: Callable[[], bool], adapters: Adapters = NONE) -> None:
         self._rows = rows
         self._adapters = adapters
         self._sql = sql

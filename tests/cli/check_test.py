@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sqlite3
 from collections import namedtuple
@@ -195,3 +196,123 @@ def test_stats(cli: Cli, shop: Path) -> None:
     outcome = cli("stats")
     assert (outcome.status, outcome.out) == (2, "")
     assert "has not been created yet" in outcome.err
+
+
+def test_attached_files(cli: Cli, configure: Callable[..., Path], shop: Path, tmp_path: Path) -> None:
+    """An attached file is shown with its size; one that is missing, that is no database, or whose journal mode is another
+    is told, and nothing is created or changed.
+    """
+    configure(attach={"archive": "archive.db"})
+    before = files(shop)
+    outcome = cli("check", "--json")
+    assert outcome.status == 1
+    [(level, text)] = found(outcome, "open")
+    assert (level, "No such file" in text) == ("failed", True)
+    [finding] = [each for each in outcome.json["databases"][0]["findings"] if each["name"] == "open"]
+    assert finding["hint"] == "`python -m database init` creates attached files, too"
+    assert files(shop) == before
+    change(tmp_path / "archive.db", "CREATE TABLE old (x)")
+    outcome = cli("check", "--json")
+    text = "the journal_mode of 'archive' is DELETE, the configuration's WAL"
+    assert found(outcome, "PRAGMAs") == [("warning", text)]
+    assert rows(tmp_path / "archive.db", "PRAGMA journal_mode") == [("delete",)]
+    change(tmp_path / "archive.db", "PRAGMA journal_mode = WAL")
+    outcome = cli("check", "--json")
+    size = f"{(tmp_path / 'archive.db').stat().st_size / 1024:.1f} KiB"
+    assert found(outcome, "attached") == [("ok", f"archive: archive.db, {size}, read-only on readers")]
+    assert outcome.json["verdict"] == "ok"
+    assert files(shop) == before | {"archive.db"}
+    (tmp_path / "archive.db").write_bytes(b"no database" * 100)
+    outcome = cli("check", "--json")
+    assert "cannot be attached as 'archive'" in found(outcome, "open")[0][1]
+
+
+def not_on_the_writer(connection: Any) -> None:
+    """Fails on a connection that may write."""
+    if writes(connection):
+        raise ValueError("not on the writer")
+
+
+def writes(connection: Any) -> bool:
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE _probe (x)")
+    except sqlite3.Error:
+        return False
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    return True
+
+
+def fine(connection: Any) -> None:
+    connection.create_function("fine", 0, lambda: 1)
+
+
+def explodes(connection: Any) -> None:
+    raise ValueError("not today")
+
+
+def test_functions_and_pragmas(cli: Cli, configure: Callable[..., Path], shop: Path) -> None:
+    """`on_connect` and more PRAGMAs are verified on a reader and the writer; what fails on one of them is told."""
+    before = hashlib.sha256(shop.read_bytes()).digest(), files(shop) | {"config"}
+    configure(on_connect=f"{__name__}:fine", pragmas={"temp_store": "MEMORY", "recursive_triggers": True})
+    outcome = cli("check", "--json")
+    assert found(outcome, "on_connect") == [("ok", f"{__name__}:fine: called on a reader and the writer")]
+    [(level, text)] = found(outcome, "PRAGMAs")
+    assert (level, "temp_store MEMORY, recursive_triggers on: as configured, on a reader and the writer" in text) == (
+        "ok",
+        True,
+    )
+    configure(on_connect=f"{__name__}:explodes")
+    outcome = cli("check", "--json")
+    assert outcome.status == 1
+    assert found(outcome, "open") == [("failed", "on_connect: explodes raised ValueError: not today")]
+    configure(on_connect=f"{__name__}:not_on_the_writer")
+    outcome = cli("check", "--json")
+    assert found(outcome, "writer") == [
+        ("failed", "on_connect: not_on_the_writer raised ValueError: not on the writer")
+    ]
+    assert (hashlib.sha256(shop.read_bytes()).digest(), files(shop) | {"config"}) == before
+
+
+def test_an_extension(cli: Cli, configure: Callable[..., Path], shop: Path, tmp_path: Path) -> None:
+    """Extensions are named where they were loaded; one that cannot be loaded is a fault."""
+    pytest.importorskip("sqlite_vec")
+    module = "sqlite3" if hasattr(sqlite3.Connection, "enable_load_extension") else "pysqlite3"
+    if module != "sqlite3":
+        pytest.importorskip(module)
+    configure(module=module, extensions=["sqlite_vec"])
+    outcome = cli("check", "--json")
+    assert found(outcome, "extensions") == [("ok", "sqlite_vec: loaded on a reader and the writer")]
+    (tmp_path / "nothing.so").write_bytes(b"no library")
+    configure(module=module, extensions=["./nothing.so"])
+    outcome = cli("check", "--json")
+    assert outcome.status == 1
+    assert "nothing.so' cannot be loaded" in found(outcome, "open")[0][1]
+
+
+def test_rights(cli: Cli, shop: Path) -> None:
+    """A file that everybody may write to is warned about, with what to do."""
+    if os.name != "posix":
+        pytest.skip("POSIX rights")
+    shop.chmod(0o666)
+    outcome = cli("check", "--json")
+    assert found(outcome, "file")[0][0] == "warning"
+    assert outcome.json["databases"][0]["findings"][1]["hint"] == "chmod o-w x.db"
+    shop.chmod(0o600)
+    assert found(cli("check", "--json"), "file")[0][0] == "ok"
+
+
+def test_unused_pages_and_a_journal(cli: Cli, configure: Callable[..., Path], shop: Path) -> None:
+    """Much unused room and a journal that lies about are noted."""
+    change(shop, "CREATE TABLE big AS SELECT zeroblob(12 << 20) AS x; DROP TABLE big")
+    [(level, text)] = found(cli("check", "--json"), "pages")
+    assert level == "note", text
+    change(shop, "VACUUM")
+    assert found(cli("check", "--json"), "pages")[0][0] == "ok"
+    change(shop, "PRAGMA journal_mode = DELETE")
+    configure(journal_mode="DELETE")
+    assert found(cli("check", "--json"), "journal") == []
+    Path(f"{shop}-journal").touch()
+    assert found(cli("check", "--json"), "journal")[0][0] == "note"

@@ -27,6 +27,7 @@ import tomllib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -261,6 +262,11 @@ def test_translations_keep_pace(page: Path) -> None:
 
     assert shape(ours) == shape(theirs)
     assert headings(page) == headings(original)
+    if page.name != "README.ko.md":
+        heads = re.findall(r"^#+ .*", FENCE.sub("", page.read_text("utf-8")), re.M)
+        assert [head for head in heads if not re.search(r"\{ #\S+ \}$", head)] == [], (
+            "headings need the English anchors"
+        )
     for mine, other in zip(ours, theirs, strict=True):
         assert translations.skeleton(mine.language, mine.text) == translations.skeleton(other.language, other.text), (
             mine
@@ -269,6 +275,27 @@ def test_translations_keep_pace(page: Path) -> None:
         f"translate what has changed in {original.name}, then: python -m tests.docs.translations {page.relative_to(ROOT)}\n"
         + "\n".join(changed)
     )
+
+
+def test_labels_are_translated() -> None:
+    """Each label of the navigation has its Korean one, but for names."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    config = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader)
+    [languages] = [plugin["i18n"]["languages"] for plugin in config["plugins"] if "i18n" in plugin]
+    [translated] = [each["nav_translations"] for each in languages if each["locale"] == "ko"]
+
+    def labels(entries: list[Any]) -> set[str]:
+        found: set[str] = set()
+        for entry in entries:
+            for label, below in entry.items() if isinstance(entry, dict) else ():
+                found |= {label, *(labels(below) if isinstance(below, list) else ())}
+        return found
+
+    assert labels(config["nav"]) == set(translated) | {"PostgreSQL", "Database"}
 
 
 def test_a_changed_paragraph_is_noticed(tmp_path: Path) -> None:

@@ -166,13 +166,52 @@ def complaints(browser: Any) -> list[str]:
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
+LOOK = r"""
+const width = document.documentElement.clientWidth, faults = []
+const shown = (each) => each.getClientRects().length && getComputedStyle(each).visibility !== "hidden"
+for (const each of document.querySelectorAll("article *")) {
+  const box = each.getBoundingClientRect()
+  if (!box.width || box.right <= width + 1 || !shown(each) || each.closest("svg")) continue
+  let scrolls = false
+  for (let up = each.parentElement; up && !scrolls; up = up.parentElement)
+    scrolls = /auto|scroll/.test(getComputedStyle(up).overflowX) && up.scrollWidth > up.clientWidth
+  if (!scrolls) faults.push(`cut off: ${each.outerHTML.slice(0, 80)}`)
+}
+for (const each of document.querySelectorAll("img"))
+  if (!each.naturalWidth) faults.push(`no picture: ${each.src}`)
+
+// Contrast, as WCAG 2 reckons it: 4.5 is its level AA for running text.
+const numbers = (color) => color.match(/[\d.]+/g).map(Number)
+const over = ([r, g, b, a = 1], ground) => [r, g, b].map((part, n) => part * a + ground[n] * (1 - a))
+const light = (color) => color.map((part) => (part /= 255) <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, part, n) => sum + part * [0.2126, 0.7152, 0.0722][n], 0)
+const ground = (each) => !each ? [255, 255, 255]
+  : over(numbers(getComputedStyle(each).backgroundColor), ground(each.parentElement))
+const seen = new Set()
+for (const each of document.querySelectorAll("article *, .md-nav *, .md-footer *")) {
+  const words = [...each.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
+  if (!words || each.closest("svg, .headerlink") || !shown(each)) continue
+  const color = numbers(getComputedStyle(each).color), behind = ground(each)
+  const key = `${color} on ${behind.map(Math.round)}`
+  if (seen.has(key)) continue
+  seen.add(key)
+  const [a, b] = [light(over(color, behind)), light(behind)].sort((x, y) => y - x)
+  const contrast = (a + 0.05) / (b + 0.05)
+  if (contrast < 4.5) faults.push(`contrast of ${contrast.toFixed(2)}, ${key}: ${each.textContent.trim().slice(0, 40)}`)
+}
+return faults
+"""
+
+
 @pytest.mark.parametrize(
     ("size", "scheme"),
     [(PHONE, "light"), (DESKTOP, "dark"), *([(PHONE, "dark"), (DESKTOP, "light")] if SHOTS else [])],
     ids=lambda each: each if isinstance(each, str) else f"{each[0]} wide",
 )
 def test_each_page(site: Path, browser: Any, visit: Any, size: tuple[int, int], scheme: str) -> None:
-    """No page scrolls sideways or complains to the console, and each diagram is a drawing with something in it."""
+    """No page scrolls sideways or complains to the console, nothing in it is cut off (what is too wide scrolls in a box of its
+    own), no picture is missing, its text can be told from its ground, and each diagram is a drawing with something in it.
+    """
     faults, diagrams = [], 0
     for file in sorted(site.rglob("*.html")):
         page = str(file.relative_to(site))
@@ -187,6 +226,7 @@ def test_each_page(site: Path, browser: Any, visit: Any, size: tuple[int, int], 
         )
         if wide:
             faults.append(f"{page} scrolls sideways: {wide[:3]}")
+        faults += [f"{page}: {each}" for each in browser.execute_script(LOOK)]
         drawn = browser.execute_script(
             "return [...document.querySelectorAll('div.diagram')].map((each) => {"
             "  const box = each.querySelector('svg')?.getBoundingClientRect();"

@@ -168,6 +168,8 @@ async def test_a_value_that_does_not_fit(column: str, value: Any, db: Any, engin
         text = str(caught.value)
         assert f"column {column!r} of row 3" in text, text
         assert "One" in text, text
+        if read == db.fetch_all:
+            assert (caught.value.sql, caught.value.parameters) == (query, {"wrong": value})
         assert caught.value.__context__ is None or "secret" not in repr(caught.value.__context__)
         assert "secret" not in text.replace("<wrong>", "")
     assert await db.fetch_value("SELECT 1") == 1

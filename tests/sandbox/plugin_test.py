@@ -377,6 +377,70 @@ def test_other_databases_and_other_configurations(project: Project) -> None:
     assert project.leaves() == []
 
 
+def test_connections_that_need_preparing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of an encrypted database, of what is attached to it, and copies of those copies while they are in use, have
+    the same key, extensions and functions.
+    """
+    for needed in ("sqlcipher3", "sqlite_vec"):
+        pytest.importorskip(needed)
+    monkeypatch.setenv("TEST_KEY", "it's secret")
+    project.write(
+        "conftest.py",
+        """
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def anyio_backend():
+                return "asyncio"
+
+            def prepare(connection):
+                connection.create_function("shout", 1, str.upper)
+
+            @pytest.fixture(scope="session")
+            def database_config(tmp_path_factory):
+                folder = tmp_path_factory.mktemp("real")
+                return {"database": {"sqlite": {
+                    "path": str(folder / "x.db"), "pool_size": 1, "init_sql": "", "module": "sqlcipher3", "key_env": "TEST_KEY",
+                    "pragmas": {"kdf_iter": 1000, "cipher_page_size": 8192}, "extensions": ["sqlite_vec"],
+                    "attach": {"archive": str(folder / "archive.db")}, "on_connect": prepare,
+                }}}
+
+            @pytest.fixture(scope="session")
+            def database_setup():
+                async def make(db):
+                    await db.execute("CREATE TABLE job (id INTEGER PRIMARY KEY, name TEXT)")
+                    await db.execute("CREATE TABLE archive.job (id INTEGER PRIMARY KEY, name TEXT)")
+                    await db.execute("CREATE VIRTUAL TABLE place USING vec0(at float[2])")
+                return make
+        """,
+    )
+    project.write(
+        "test_app.py",
+        HEAD,
+        """
+            from pathlib import Path
+
+            async def archived(db):
+                return [row[0] for row in await db.fetch_all("SELECT shout(name) FROM archive.job ORDER BY id")]
+
+            @pytest.fixture(scope="module")
+            async def filled(anyio_backend, db_module):
+                await add("a")
+                await db_module.execute("INSERT INTO archive.job (name) VALUES ('a')")
+
+            @pytest.mark.parametrize("time", [1, 2])
+            async def test_a_copy_of_a_copy(filled, db, time):
+                await add("b")
+                await db.execute("INSERT INTO archive.job (name) VALUES ('b')")
+                await db.execute("INSERT INTO place (rowid, at) VALUES (1, '[1, 2]')")
+                assert (await names(), await archived(db)) == (["a", "b"], ["A", "B"])
+                for row in await db.fetch_all("SELECT file FROM pragma_database_list"):
+                    assert not Path(row[0]).read_bytes().startswith(b"SQLite format 3")
+        """,
+    )
+    project.passes(2)
+
+
 def test_the_file_variant(project: Project) -> None:
     """`db_file` is a file on the disk, as safe as configured, which others can open; `db_path` says where."""
     project.write("conftest.py", BACKENDS, SETUP)

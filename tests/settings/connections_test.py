@@ -33,7 +33,7 @@ def test_inherited(tmp_path: Any) -> None:
         ("pragmas: {locking_mode: EXCLUSIVE}", "pragmas.locking_mode: cannot be set: the package depends on it"),
         ("pragmas: {query_only: true}", "cannot be set: the package depends on it"),
         ("pragmas: {user_version: 3}", "it belongs to the file"),
-        ("pragmas: {key: hunter2}", "a key does not belong into a configuration"),
+        ("pragmas: {key: hunter2}", "a key does not belong in a configuration"),
         ("pragmas: {mmap_sise: 3}", "did you mean 'mmap_size'?"),
         ("pragmas: {temp_store: [1]}", "expected true, false, a whole number or a word"),
         ("pragma: {}", "unknown key; did you mean 'pragmas'?"),

@@ -500,51 +500,232 @@ def engine_settings(engine: Any, **more: Any) -> Any:
     return settings.read(engine.settings(**more)).engines["sqlite3"]["default"]
 
 
-class Money:
-    def __init__(self, cents: int) -> None:
-        self.cents = cents
-
-
-class Tip(Money):
-    pass
-
-
-async def test_adapt(make_db: Any, engine: Any) -> None:
-    """Types of the user's are stored as `db.adapt` says, by every way that parameters go, for this database only; dicts
-    and lists raise an error that says how, until it is said."""
-    db = await make_db(audit={})
-    audit = engine.public.get_db("audit")
+async def test_dicts_and_lists(make_db: Any) -> None:
+    """They raise an error that says how to store them, until it is said; then a list goes into `json_each` as it is."""
+    db = await make_db()
     for value in ({"a": 1}, [1, 2], (1, 2), {1}):
         with pytest.raises(errors.QueryExecutionError, match=r"db\.adapt\((dict|list|tuple|set), json\.dumps\)"):
             await db.execute("INSERT INTO item (value) VALUES (?)", (value,))
     try:
-        db.adapt(dict, json.dumps)
         db.adapt(list, json.dumps)
-        db.adapt(Money, lambda money: money.cents)
-        db.adapt(Path, lambda path: path.name.encode())  # in place of the package's own
-        ways = "INSERT INTO item (value) VALUES (?)", "INSERT INTO item (value) VALUES (:value)"
-        await db.execute(ways[0], ({"a": [1]},))
-        await db.execute(ways[1], {"value": [1, None]})
-        await db.execute(ways[1], Holder(Tip(5)))
-        await db.execute_many(ways[0], [(Money(6),), (Path("/a/b"),)])
-        await db.execute_many(ways[1], ({"value": Money(n)} for n in (7, 8)))
-        async with db.batch() as batch:
-            await batch.execute(ways[0], (Money(9),))
-        wanted = ['{"a": [1]}', "[1, null]", "5", "6", b"b", "7", "8", "9"]
-        assert [row[0] for row in await db.fetch_all("SELECT value FROM item ORDER BY id")] == wanted
+        await db.execute("INSERT INTO item (id) VALUES (1), (2), (3), (4)")
         found = "SELECT count(*) FROM item WHERE id IN (SELECT value FROM json_each(:ids))"
         assert await db.fetch_value(found, {"ids": [1, 2, 3]}) == 3
-        async with db.stream("SELECT :a AS a", {"a": Money(1)}) as rows:
-            assert [row["a"] async for row in rows] == [1]
-        with pytest.raises(errors.QueryExecutionError, match=r"Money"):
-            await audit.execute(ways[0], (Money(1),))
-        for kind, function in ((int, str), (str, str), (5, str), (Money, 5)):
-            with pytest.raises(errors.ConfigurationError, match="'default'"):
-                db.adapt(kind, function)
     finally:
         db.binding.declared.adapters.clear()
 
 
-class Holder:
-    def __init__(self, value: Any) -> None:
-        self.value = value
+async def test_on_connect_cannot_undo_the_configuration(make_db: Any, engine: Any) -> None:
+    """What the configuration says holds behind `on_connect`, too: what changes it there is an error that names it; and a
+    connection that it has closed is told.
+    """
+    for sql, message in (
+        ("PRAGMA foreign_keys = OFF", "on_connect has changed a setting: PRAGMA foreign_keys is now 0 instead of True"),
+        ("PRAGMA cache_size = 10", "PRAGMA cache_size is now 10"),
+        ("PRAGMA recursive_triggers = OFF", "PRAGMA recursive_triggers is now 0"),
+        ("PRAGMA locking_mode = EXCLUSIVE", "PRAGMA locking_mode is now 'exclusive'"),
+        ("PRAGMA query_only = ON", "PRAGMA query_only is now 1"),
+        ("DETACH archive", "on_connect has detached 'archive'"),
+    ):
+
+        def step(connection: Any, sql: str = sql) -> None:
+            connection.execute(sql)
+            connection.text_factory = bytes
+
+        with pytest.raises(errors.ConnectionFailedError, match=re.escape(message)):
+            await make_db(
+                on_connect=step,
+                pragmas={"recursive_triggers": True},
+                attach={"archive": str(engine.directory / "a.db")},
+            )
+    with pytest.raises(errors.ConnectionFailedError, match="on_connect: .*lambda.* closed the connection"):
+        await make_db(on_connect=lambda connection: connection.close())
+
+
+async def test_what_on_connect_leaves_behind(make_db: Any) -> None:
+    """Row factory, isolation level and cursors that it leaves do no harm; a text factory is kept, and foreign keys that are
+    checked with the commit still give each its own transaction.
+    """
+    left: list[Any] = []
+
+    def step(connection: Any) -> None:
+        connection.row_factory = lambda _cursor, row: {"mine": row}
+        connection.isolation_level = "DEFERRED"
+        connection.text_factory = bytes
+        left.append(connection.execute("SELECT 1 UNION SELECT 2"))
+        left[-1].fetchone()
+
+    db = await make_db(on_connect=step)
+    await db.execute("INSERT INTO item (value) VALUES ('a')")
+    assert [tuple(row) for row in await db.fetch_all("SELECT value FROM item")] == [(b"a",)]
+    with pytest.raises(errors.TransactionError):
+        left[0].fetchone()
+
+    async def orphan() -> None:
+        with pytest.raises(errors.IntegrityError):
+            await db.execute("INSERT INTO child (id, parent_id) VALUES (1, 7)")
+
+    await gather(
+        orphan, *(lambda n=n: db.execute("INSERT INTO item (id, value) VALUES (?, 'b')", (n,)) for n in range(10, 30))
+    )
+    assert await db.fetch_value("SELECT count(*) FROM item") == 21
+
+
+async def test_the_second_reader_fails(make_db: Any) -> None:
+    """A connection that cannot be prepared fails who needed it, and nobody else; the next try may succeed."""
+    threads: list[str] = []
+
+    def step(connection: Any) -> None:
+        threads.append(threading.current_thread().name)
+        if len([name for name in threads if "reader" in name]) == 2:
+            raise ValueError("the second")
+
+    db = await make_db(on_connect=step)
+    found: list[Any] = []
+    both = anyio.Event()
+
+    async def read() -> None:
+        try:
+            async with db.transaction(readonly=True):
+                found.append(await db.fetch_value("SELECT count(*) FROM item"))
+                await both.wait()
+        except errors.ConnectionFailedError as error:
+            found.append(type(error))
+            both.set()
+
+    with anyio.fail_after(30):
+        await gather(read, read)
+    assert sorted(found, key=str) == [0, errors.ConnectionFailedError]
+    assert await everywhere(db, "SELECT count(*) FROM item") == [0] * 3
+
+
+async def test_a_writer_that_was_spoilt(make_db: Any, engine: Any) -> None:
+    """After functions of the user's have changed the writer, it is again what the configuration says."""
+    db = await make_db(
+        on_connect=prepare, pragmas={"recursive_triggers": True}, attach={"archive": str(engine.directory / "a.db")}
+    )
+    await db.execute("CREATE TABLE archive.old (id INTEGER)")
+
+    def spoil(connection: Any) -> None:
+        connection.create_function("regexp", 2, lambda *_: 77)
+        connection.execute("PRAGMA recursive_triggers = OFF")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("CREATE TEMP TABLE old (id INTEGER)")
+
+    state = "SELECT ('abc' REGEXP 'b') || (SELECT recursive_triggers FROM pragma_recursive_triggers)"
+    state += " || (SELECT count(*) FROM archive.old) || (SELECT temp_store FROM pragma_temp_store)"
+    for _ in range(2):
+        await db.run(spoil)
+        assert await everywhere(db, state) == ["1100"] * 3
+
+
+async def test_a_connection_that_cannot_be_replaced(make_db: Any, engine: Any) -> None:
+    """What was committed is committed. The statement behind it says why there is no connection, no file is made anew in the
+    place of one that has gone, and when all is in order again, it goes on.
+    """
+    archive = engine.directory / "archive.db"
+    away = engine.directory / "away.db"
+    db = await make_db(attach={"archive": str(archive)})
+    await db.execute("CREATE TABLE archive.old (id INTEGER)")
+    await db.execute("PRAGMA archive.wal_checkpoint(TRUNCATE)")  # so that all of it is in the file that goes
+    archive.rename(away)
+    async with db.transaction():
+        await db.execute("INSERT INTO item (value) VALUES ('kept')")
+        await db.execute("CREATE TEMP TABLE mine (x)")
+    for _ in range(2):
+        with pytest.raises(errors.ConnectionFailedError) as caught:
+            await db.execute("INSERT INTO archive.old VALUES (1)")
+        assert caught.value.path == str(archive)
+    assert not archive.exists()
+    assert engine.outside("SELECT value FROM item") == [("kept",)]
+    outside = sqlite3.connect(archive)
+    outside.execute("CREATE TABLE old (id INTEGER)")
+    outside.close()
+    with pytest.raises(errors.ConnectionFailedError, match="another file has been put in its place"):
+        await db.execute("INSERT INTO archive.old VALUES (1)")
+    archive.unlink()
+    away.rename(archive)
+    await db.execute("INSERT INTO archive.old VALUES (1)")
+    assert await everywhere(db, "SELECT count(*) FROM archive.old") == [1] * 3
+
+
+async def test_another_key_meanwhile(make_db: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is read anew for a connection that is replaced; a wrong one is told as such, and not shown."""
+    drop_in("sqlcipher3")
+    monkeypatch.setenv("TEST_KEY", KEY)
+    db = await make_db(module="sqlcipher3", key_env="TEST_KEY", pragmas={"kdf_iter": 1000})
+    monkeypatch.setenv("TEST_KEY", "no fit")
+    async with db.transaction():
+        await db.execute("INSERT INTO item (value) VALUES ('kept')")
+        await db.execute("CREATE TEMP TABLE mine (x)")
+    with pytest.raises(errors.ConnectionFailedError, match="the key does not fit") as caught:
+        await db.execute("INSERT INTO item (value) VALUES ('lost')")
+    assert "no fit" not in str(caught.value)
+    monkeypatch.setenv("TEST_KEY", KEY)
+    await db.execute("INSERT INTO item (value) VALUES ('new')")
+    assert await everywhere(db, "SELECT group_concat(value) FROM item") == ["kept,new"] * 3
+
+
+async def test_an_extension_that_has_gone(make_db: Any, engine: Any) -> None:
+    """An extension that cannot be loaded when a connection is replaced is named; once it is there, all goes on."""
+    module = with_extensions()
+    source = Path(pytest.importorskip("sqlite_vec").loadable_path())
+    source = source if source.is_file() else next(source.parent.glob(f"{source.name}.*"))
+    file = engine.directory / source.name
+    file.write_bytes(source.read_bytes())
+    again: list[bool] = []
+
+    def gone(_connection: Any) -> None:
+        if again:
+            raise RuntimeError("gone")
+
+    db = await make_db(module=module, extensions=[str(file)], on_connect=gone)
+    file.rename(engine.directory / "away")
+    again.append(True)  # the system may have kept the library in memory, and find it without its file
+    async with db.transaction():
+        await db.execute("CREATE TEMP TABLE mine (x)")
+    with pytest.raises(errors.ConnectionFailedError, match="cannot be loaded|on_connect: .*gone"):
+        await db.execute("INSERT INTO item (value) VALUES (vec_version())")
+    (engine.directory / "away").rename(file)
+    again.clear()
+    await db.execute("INSERT INTO item (value) VALUES (vec_version())")
+    assert await everywhere(db, "SELECT value = vec_version() FROM item") == [1] * 3
+
+
+async def test_a_hard_link(make_db: Any, engine: Any) -> None:
+    """One file under two names cannot be attached to itself: SQLite would damage it (sqlite.org/howtocorrupt.html)."""
+    db = await make_db()
+    await db.close()
+    os.link(engine.path(), engine.directory / "link.db")
+    with pytest.raises(errors.ConnectionFailedError, match="hard link"):
+        await (await make_db(attach={"archive": str(engine.directory / "link.db")}, schema=False)).open()
+
+
+SPATIALITE = next(
+    (
+        str(path)
+        for folder in ("/usr/lib", "/usr/local/lib", "/opt/homebrew/lib")
+        for path in sorted(Path(folder).glob("**/mod_spatialite.*"))
+        if path.suffix in (".so", ".dylib")
+    ),
+    None,
+)
+
+
+async def test_spatialite(make_db: Any) -> None:
+    """SpatiaLite: a table with points and a spatial index, asked on every connection."""
+    if SPATIALITE is None:
+        pytest.skip("SpatiaLite is not installed (Debian: apt install libsqlite3-mod-spatialite)")
+    db = await make_db(module=with_extensions(), extensions=[SPATIALITE])
+    async with db.transaction():  # these SELECTs write, which a reader refuses
+        assert await db.fetch_value("SELECT InitSpatialMetaDataFull(0, 'NONE')") == 1
+        await db.execute("CREATE TABLE town (name TEXT)")
+        assert await db.fetch_value("SELECT AddGeometryColumn('town', 'at', 4326, 'POINT', 'XY')") == 1
+        assert await db.fetch_value("SELECT CreateSpatialIndex('town', 'at')") == 1
+    towns = [("Seoul", 126.98, 37.57), ("Busan", 129.08, 35.18), ("Berlin", 13.4, 52.52)]
+    await db.execute_many("INSERT INTO town VALUES (?, MakePoint(?, ?, 4326))", towns)
+    near = "SELECT name FROM town ORDER BY ST_Distance(at, MakePoint(13, 52, 4326)) LIMIT 1"
+    assert await everywhere(db, near) == ["Berlin"] * 3
+    found = "SELECT count(*) FROM town WHERE rowid IN (SELECT rowid FROM SpatialIndex WHERE f_table_name = 'town'"
+    found += " AND search_frame = BuildMbr(125, 34, 130, 39, 4326))"
+    assert await everywhere(db, found) == [2] * 3
