@@ -11,8 +11,10 @@ work, a stream, or a statement that is logged one by one: handlers may block.
 What bounds it. SQLite's progress handler stops a statement after `BUDGET` seconds; it is then run again on the worker, and
 its text stays there for the next runs, twice as many after each relapse. What the handler does not see (a page that comes
 from the disk) is learnt by the clock, as the worker's own runs are. Whatever fails is run again on the worker, which knows
-how to wait, to replace the connection, and to say what was wrong. And in one turn of the loop all inline reads together
-take `TURN` seconds: what comes after that waits for the next turn, so that others have theirs, or goes to the worker.
+how to wait, to replace the connection, and to say what was wrong. And in one turn of the loop all inline reads together,
+and the callers' Python between them, take `TURN` seconds: what comes after that waits for the next turn, so that others have
+theirs, or goes to the worker. The Python counts, for it is three quarters of a call; and a timer of asyncio's needs up to three
+turns to be heard (it is due, its future is done, its task goes on). So `TURN` times three is the lag.
 
 When much is going on, the lane is better: it answers a hundred tasks with one wake-up. So nothing runs inline outside of
 transactions while more than `CROWD` answers are being handed out. Transactions have no lane, and so know no crowd.
@@ -31,19 +33,20 @@ from typing import Any, Protocol, cast
 
 from database.driver.line import Line
 from database.driver.observer import aside
-from database.driver.read_lane import Execute, ReadLane
+from database.driver.read_lane import ReadLane
 from database.driver.request import STATEMENT, Request, taken_from
 from database.driver.wakeup import Waker
 from database.driver.worker import Worker
-from database.engine.statement import READ
+from database.engine.contract import Operation
+from database.engine.statement import READ, Statement
 
 __all__ = ["BUDGET", "TURN", "Inline", "Waiting"]
 
 BUDGET = 0.0001
 """Seconds after which an inline read is stopped."""
 
-TURN = 0.0002
-"""Seconds of inline reads in one turn of the loop."""
+TURN = 0.00005
+"""Seconds from the first inline read of a turn of the loop, after which there are no more in it."""
 
 CROWD = 12
 """Answers handed out together from which on those who got them ask the lane again."""
@@ -99,11 +102,12 @@ class Inline:
     __slots__ = (
         "_crowded",
         "_lane",
-        "_left",
+        "_last",
         "_line",
         "_next_turn",
         "_quiet",
         "_threshold",
+        "_until",
         "_waiting",
         "_waker",
         "queue",
@@ -115,12 +119,11 @@ class Inline:
         self._waker = waker
         self._lane = lane
         self._line = line
-        lane.timed = self.timed
         self.queue: deque[Request] = deque()
         """Requests that wait for the loop's next turn. Their homes are `Waiting`."""
         self._next_turn: Callable[[Callable[[], None]], None] = waker.next_turn
-        self._left = TURN
-        """Seconds left in this turn."""
+        self._until = self._last = 0.0
+        """When this turn's time is used up, or 0 where nothing has run in it yet; and when the last read was over."""
         self._waiting = False
         """Whether the next turn has been asked for."""
         self._quiet: bool | None = None
@@ -137,16 +140,19 @@ class Inline:
 
     def read(self, request: Request) -> bool:
         """Runs the request here, now or in the loop's next turn, if it is one for that; False: it is the lane's."""
-        known = self.texts.get(request.subject.sql)
         if self._waker.crowd > CROWD:
             self._crowded = PATIENCE
             return False
         if self._crowded:
             self._crowded -= 1
             return False
-        if known is None or known[0] > 0 or not self._free():
+        known = self.texts.get(request.subject.sql)
+        if known is None or known[0] > 0:
+            self.clock(request)
             return False
-        if self._left > 0:
+        if not self._free():
+            return False
+        if not self._until or self._last < self._until:
             return self._run(request)
         if len(self.queue) >= CROWD:
             return False
@@ -202,7 +208,7 @@ class Inline:
     @property
     def spent(self) -> bool:
         """Whether nothing is left of this turn."""
-        return self._left <= 0
+        return self._until != 0.0 and self._last >= self._until
 
     @property
     def full(self) -> bool:
@@ -237,6 +243,7 @@ class Inline:
         result: Any = None
         failure: BaseException | None = None
         began = perf_counter()
+        self._until = self._until or began + TURN
         worker.until = began + BUDGET
         try:
             result = request.context.run(
@@ -246,8 +253,8 @@ class Inline:
             failure = error
         finally:
             worker.until = 0.0
-            seconds = perf_counter() - began
-            self._left -= seconds
+            self._last = perf_counter()
+            seconds = self._last - began
         if not self._waiting:
             self._come_again()
         known = self.texts.get(request.subject.sql)
@@ -265,11 +272,6 @@ class Inline:
             aside(partial(worker.tell, request, worker.observer.statement, request, seconds, worker.name))
         return None
 
-    def spend(self, seconds: float) -> None:
-        """Something else than a statement has taken so long."""
-        self._left -= seconds
-        self._come_again()
-
     def _come_again(self) -> None:
         if not self._waiting:
             self._waiting = True
@@ -277,11 +279,11 @@ class Inline:
 
     def _turn(self) -> None:
         self._waiting = False
-        self._left = TURN
+        self._until = 0.0
         self._quiet = None
         queue = self.queue
         try:
-            while queue and self._left > 0:
+            while queue and not self.spent:
                 request = queue.popleft()
                 if cast("Waiting", request.home).resume(request):
                     self._waker.answer(request)
@@ -314,18 +316,7 @@ class Inline:
         if not of_lane or line.leases or line.lanes or not self._lane.take_back(worker):
             line.free(worker)
 
-    # Worker's thread, and the loop's: each entry is a list of its own, whose items are assigned, nothing more
-
-    @staticmethod
-    def _judge(known: list[int], seconds: float, *, stopped: bool) -> None:
-        """A read has run on the loop's thread. One that was late all the same may have been kept waiting by the machine."""
-        if seconds > BUDGET:
-            known[2] += STRIKE
-            if stopped or known[2] > STRIKES:
-                known[0], known[1], known[2] = known[1], min(2 * known[1], MOST), 0
-        else:
-            known[1] = max(known[1] - 1, RELAPSE)
-            known[2] = max(known[2] - 1, 0)
+    # What is quick
 
     def is_quick(self, request: Request) -> bool | None:
         """Whether the request is a read that is known to be quick; None: it is no read for this place at all."""
@@ -339,32 +330,42 @@ class Inline:
         known = self.texts.get(statement.sql)
         return known is not None and known[0] <= 0
 
-    def learn(self, request: Request, seconds: float) -> None:
-        """A read has run on the worker, for so long."""
-        text = getattr(request.subject, "sql", "")
-        if not text:  # no statement
-            return
+    def clock(self, request: Request) -> None:
+        """Has the worker look at the clock when it executes this read."""
+        assert request.operation is not None
+        request.operation = partial(self._timed, request.operation)
+
+    @staticmethod
+    def _judge(known: list[int], seconds: float, *, stopped: bool) -> None:
+        """A read has run on the loop's thread. One that was late all the same may have been kept waiting by the machine."""
+        if seconds > BUDGET:
+            known[2] += STRIKE
+            if stopped or known[2] > STRIKES:
+                known[0], known[1], known[2] = known[1], min(2 * known[1], MOST), 0
+        else:
+            known[1] = max(known[1] - 1, RELAPSE)
+            known[2] = max(known[2] - 1, 0)
+
+    # Worker's thread, and the loop's: each entry is a list of its own, whose items are assigned, nothing more
+
+    def _timed(self, operation: Operation, connection: Any, statement: Statement, params: Any, extra: Any) -> Any:
+        began = perf_counter()
+        quick = False
+        try:
+            result = operation(connection, statement, params, extra)
+            quick = perf_counter() - began < BUDGET
+        finally:
+            self._learn(statement.sql, quick=quick)
+        return result
+
+    def _learn(self, text: str, *, quick: bool) -> None:
+        """A read has run on the worker."""
         known = self.texts.get(text)
         if known is None:
             if len(self.texts) >= TEXTS:
                 self.texts.clear()
-            self.texts[text] = [NEW - 1 if seconds < BUDGET else RELAPSE, RELAPSE, 0]
-        elif seconds > BUDGET or request.error is not None:
+            self.texts[text] = [NEW - 1 if quick else RELAPSE, RELAPSE, 0]
+        elif not quick:
             known[0] = min(known[0] + AGAIN, MOST)
         elif known[0] > 0:
             known[0] -= 1
-
-    def timed(self, execute: Execute) -> Execute:
-        """The worker's `execute`, with a clock around it: what the lane is to use."""
-        texts = self.texts
-
-        def run(request: Request) -> None:
-            known = texts.get(getattr(request.subject, "sql", ""))
-            if known is not None and known[0] <= 0:  # quick as far as is known: inline, the clock would tell
-                execute(request)
-                return
-            began = perf_counter()
-            execute(request)
-            self.learn(request, perf_counter() - began)
-
-        return run

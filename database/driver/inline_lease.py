@@ -42,7 +42,18 @@ __all__ = ["InlineLease"]
 class InlineLease(Lease):
     """A lease whose reads may run on the loop's thread."""
 
-    __slots__ = ("_begun", "_failure", "_granted", "_inline", "_of_lane", "_sent", "_served", "_taken", "_waiting", "_woken")
+    __slots__ = (
+        "_begun",
+        "_failure",
+        "_granted",
+        "_inline",
+        "_of_lane",
+        "_sent",
+        "_served",
+        "_taken",
+        "_waiting",
+        "_woken",
+    )
 
     def __init__(
         self, pool: Owner[Lease], holder: Holder, inline: Inline, *, number: int | None, readonly: bool
@@ -110,7 +121,10 @@ class InlineLease(Lease):
         worker = self.worker
         if request.kind >= COMMIT:
             return worker is not None and worker.held is self and self._end_here(worker, request)
-        if not self._inline.is_quick(request):
+        quick = self._inline.is_quick(request)
+        if not quick:
+            if quick is False:
+                self._inline.clock(request)
             return False
         if worker is None:
             if not (self.readonly and (self.queued_at == 0.0 or self._granted is not None) and self._may_begin()):
@@ -168,7 +182,6 @@ class InlineLease(Lease):
         worker.acquired += 1
         worker.waited += now - self.queued_at
         pool.watch_reading()
-        self._inline.spend(perf_counter() - now)
         return self._run_here(worker, request)
 
     @staticmethod
@@ -200,10 +213,9 @@ class InlineLease(Lease):
 
     def _end_here(self, worker: Worker, request: Request) -> bool:
         """COMMIT or ROLLBACK of what was begun here; the worker has not been woken."""
-        began = perf_counter()
         lent = worker.lent
         assert lent is not None
-        if self.pool.observer.hears_of(began - self.granted_at) or not lent.acquire(blocking=False):
+        if self.pool.observer.hears_of(perf_counter() - self.granted_at) or not lent.acquire(blocking=False):
             return False
         try:
             connection = worker.connection
@@ -227,9 +239,7 @@ class InlineLease(Lease):
         self.pool.transactions.discard(self)
         request.answered = True
         request.context = None
-        inline = self._inline
-        inline.spend(perf_counter() - began)
-        inline.give_back(worker, of_lane=self._of_lane)
+        self._inline.give_back(worker, of_lane=self._of_lane)
         return True
 
     # While a request waits for the loop's next turn
@@ -288,19 +298,15 @@ class InlineLease(Lease):
         else:
             super().serve(worker)
 
+    def _rests(self, worker: Worker) -> None:
+        self._served = self._taken
+        super()._rests(worker)
+
     def _next(self, worker: Worker) -> Request:
         self._served = self._taken
         request = super()._next(worker)
         self._taken += 1
         return request
-
-    def _run(self, worker: Worker, connection: Connection, request: Request) -> None:
-        if request.controls is not None or self._inline.is_quick(request) is not False:
-            super()._run(worker, connection, request)
-            return
-        began = perf_counter()
-        super()._run(worker, connection, request)
-        self._inline.learn(request, perf_counter() - began)
 
     def _end(self, worker: Worker, connection: Connection | None, request: Request) -> None:
         failure, self._failure = self._failure, None
