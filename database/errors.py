@@ -104,7 +104,11 @@ class QueryExecutionError(DatabaseError):
             for messages go to logs, and parameters are where secrets are.
         code: The engine's error code (SQLite: the extended result code), if there is one.
         code_name: The code's name (`"SQLITE_CONSTRAINT_UNIQUE"`), if there is one.
+        outcome: Where the connection to a server was lost: `"undone"`, nothing of it is kept, so it may be run again;
+            `"unknown"`, it may have taken effect or not. Else None.
     """
+
+    outcome: str | None = None
 
     def __init__(
         self,

@@ -7,9 +7,11 @@ through the table once more from the start and puts in what is missing. Otherwis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +41,7 @@ class Table:
     key: list[str]
     """The primary key; empty if there is none."""
     needs: set[str] = field(default_factory=set[str])
-    """Tables that its foreign keys point to."""
+    """Tables that its foreign keys point to, itself among them, in lower case."""
     copied: int = 0
     """Rows copied by this run."""
     rows: int = 0
@@ -76,6 +78,12 @@ _NEEDS = {
     " JOIN pg_catalog.pg_class c ON c.oid = f.confrelid WHERE f.contype = 'f'"
     " AND f.conrelid = to_regclass(quote_ident(:name))",
 }
+_IMPATIENT = (
+    "SELECT f.conname AS name FROM pg_catalog.pg_constraint f JOIN pg_catalog.pg_class c ON c.oid = f.confrelid"
+    " WHERE f.contype = 'f' AND NOT f.condeferrable AND f.conparentid = 0"
+    " AND f.conrelid = to_regclass(quote_ident(:name)) AND lower(c.relname) = ANY(:others)"
+)
+"""Foreign keys that are looked at with each statement."""
 _SEQUENCES = (
     "SELECT a.attname AS name, s.seqrelid::regclass::text AS sequence, s.seqincrement AS step, s.seqmin AS least,"
     " s.seqmax AS most FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_sequence s"
@@ -117,7 +125,7 @@ async def _describe(db: Database, wanted: Sequence[str] | None) -> list[Table]:
         table = Table(name, [str(row["name"]) for row in rows], [column for _, column in key])
         table.described = [Column(str(row["name"]), _type(engine, row["type"]), engine) for row in rows]
         pointed = "table" if engine == "sqlite3" else "name"
-        table.needs = {str(row[pointed]) for row in await _ask(db, _NEEDS, name)} - {name}
+        table.needs = {str(row[pointed]).lower() for row in await _ask(db, _NEEDS, name)}
         tables.append(table)
     return tables
 
@@ -126,16 +134,29 @@ def _type(engine: str, declared: Any) -> str:
     return str(declared) if engine == "postgresql" else str(declared or "").upper()
 
 
-def _in_order(tables: list[Table]) -> list[Table]:
-    """Tables behind those that their foreign keys point to; those in a circle come last, for constraints that wait."""
-    ordered: list[Table] = []
+def _in_order(tables: list[Table]) -> list[list[Table]]:
+    """Groups of tables, each behind those that its foreign keys point to. A group of several is a circle."""
+    needs = {table.name.lower(): set(table.needs) for table in tables}
+    for between, behind in needs.items():  # what each needs in the end
+        for wanted in needs.values():
+            if between in wanted:
+                wanted.update(behind)
+    groups: list[list[Table]] = []
     left = list(tables)
     while left:
-        names = {table.name for table in left}
-        free = [table for table in left if not table.needs & names] or left
-        ordered += free
-        left = [table for table in left if table not in free]
-    return ordered
+        names = {table.name.lower() for table in left}
+        for table in left:
+            name = table.name.lower()
+            circle = [
+                each
+                for each in left
+                if each is table or (each.name.lower() in needs[name] and name in needs[each.name.lower()])
+            ]
+            if not needs[name] & names - {each.name.lower() for each in circle}:
+                groups.append(circle)
+                left = [each for each in left if each not in circle]
+                break
+    return groups
 
 
 def _paired(source: list[Table], target: list[Table]) -> list[tuple[Table, Table]]:
@@ -194,15 +215,19 @@ async def copy(
         f"CREATE TABLE IF NOT EXISTS {NOTES} (source TEXT NOT NULL, name TEXT NOT NULL, last TEXT, done INTEGER NOT NULL,"
         " PRIMARY KEY (source, name))"
     )
-    order = {table.name: number for number, table in enumerate(_in_order([table for _, table in pairs]))}
+    groups = _in_order([table for _, table in pairs])
+    order = {table.name: number for number, table in enumerate(itertools.chain.from_iterable(groups))}
     pairs.sort(key=lambda pair: order[pair[1].name])
     report = Report([], [])
+    coming = iter(pairs)
     async with source.transaction(readonly=True):
-        for table, other in pairs:
-            await _Copying(source, target, table, other, chunk_size, progress).run()
-            if target.engine.name == "postgresql":
-                await _advance_sequences(target, other)
-            report.tables.append(table)
+        for group in groups:
+            async with _waiting(target, group):
+                for table, other in itertools.islice(coming, len(group)):
+                    await _Copying(source, target, table, other, chunk_size, progress).run()
+                    if target.engine.name == "postgresql":
+                        await _advance_sequences(target, other)
+                    report.tables.append(table)
     if compare:  # with what is there now: what has been written since then is missing, and that is to be seen
         for table, other in pairs:
             columns = list(zip(table.described, other.described, strict=True))
@@ -215,6 +240,33 @@ async def copy(
             if left != right:
                 report.differing.append(table.name)
     return report
+
+
+@contextlib.asynccontextmanager
+async def _waiting(target: Database, group: list[Table]) -> AsyncGenerator[None]:
+    """Around the copying of tables that refer to each other, or to themselves: one transaction, so that keys may wait."""
+    names = {table.name.lower() for table in group}
+    if not any(table.needs & names for table in group):
+        yield
+        return
+    async with target.transaction():
+        if target.engine.name == "sqlite3":
+            await target.execute("PRAGMA defer_foreign_keys = ON")
+            yield
+            return
+        made: list[tuple[str, str]] = []
+        for table in group:
+            for row in await target.fetch_all(_IMPATIENT, {"name": table.name, "others": list(names)}):
+                alter = f"ALTER TABLE {quote(table.name)} ALTER CONSTRAINT {quote(row['name'])} DEFERRABLE"
+                with contextlib.suppress(errors.QueryExecutionError):  # somebody else's table: its rows may be in order
+                    async with target.transaction():
+                        await target.execute(alter)
+                    made.append((table.name, row["name"]))
+        await target.execute("SET CONSTRAINTS ALL DEFERRED")
+        yield
+        await target.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        for name, constraint in made:
+            await target.execute(f"ALTER TABLE {quote(name)} ALTER CONSTRAINT {quote(constraint)} NOT DEFERRABLE")
 
 
 class _Copying:

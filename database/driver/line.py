@@ -63,6 +63,10 @@ class Line(Generic[LeaseT]):
         self.lanes.append(lane)
         self.serve()
 
+    def idle(self) -> tuple[Worker, ...]:
+        """Connections that nobody has, the one that was freed first at the head."""
+        return tuple(self._idle)
+
     def add(self, worker: Worker) -> None:
         """One more connection, of which nobody knows yet."""
         self._idle.append(worker)

@@ -27,6 +27,7 @@ from threading import Lock, Thread, get_ident
 
 from database.driver import process
 from database.driver.courtesy import Courtesy
+from database.driver.idle import Idle
 from database.driver.inline import Inline
 from database.driver.inline_lease import InlineLease
 from database.driver.lease import Holder, Lease
@@ -99,6 +100,7 @@ class Pool:
 
         self.room = None if backend.log is None else Room(backend.log, self._rooms)
         self._line: Line[Lease] = Line(self)
+        self._idle = Idle(self, backend.max_idle, self._line.idle) if backend.max_idle else None
         self.reads: ReadLane | SharedLane
         self.writes: WriteLane | SharedLane
         self._writers: WriteLane | None = None
@@ -209,6 +211,8 @@ class Pool:
 
     def free(self, worker: Worker) -> None:
         """A connection that was given to somebody has nothing to do any more."""
+        if self._idle is not None:
+            self._idle.freed(worker)
         self._line.free(worker)
 
     def first_lease(self) -> Lease | None:
@@ -471,6 +475,8 @@ class Pool:
     def _forget_timers(self) -> None:
         self._courtesy.end()
         self._watch.end()
+        if self._idle is not None:
+            self._idle.end()
         if self._closing_timer is not None:
             self._closing_timer.cancel()
             self._closing_timer = None

@@ -156,6 +156,7 @@ class Backend:
         log: The write-ahead log, if the pool is to keep it short.
         excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a connection keeps a lock
             just now. None where they do not.
+        max_idle: Seconds after which a connection that nobody uses is closed, as long as there are others; 0: never.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
@@ -175,6 +176,7 @@ class Backend:
     log: Log | None = None
     excludes: Callable[[Any], bool] | None = None
     single_writer: bool = True
+    max_idle: float = 0.0
     may_join: Callable[[Any], bool] | None = None
     run_together: (
         Callable[[Any, list[Any], Callable[[Any], None], Callable[[Any, BaseException | None], None]], list[Any]] | None

@@ -74,6 +74,16 @@ _HARMLESS = frozenset(
     """.split()  # noqa: SIM905  - two hundred words
 )
 
+_TIED = frozenset(
+    {
+        *("age", "now", "transaction_timestamp", "txid_current", "current_setting"),
+        *("pg_advisory_xact_lock", "pg_try_advisory_xact_lock", "pg_cancel_backend", "pg_terminate_backend"),
+    }
+)
+"""Of these, what tells of the transaction, stays with it, or is not to be asked twice."""
+
+_MOMENTS = frozenset({"CURRENT_DATE", "CURRENT_TIME", "CURRENT_TIMESTAMP", "LOCALTIME", "LOCALTIMESTAMP"})
+
 _DOING = frozenset(
     [
         "nextval",
@@ -212,6 +222,8 @@ def analyse(sql: str) -> Statement:
     plan.shapes = verb in _SHAPING
     plan.alone = verb in _ALONE or "CONCURRENTLY" in words or words[1:2] in (["DATABASE"], ["TABLESPACE"], ["SYSTEM"])
     _look_for_state(plan, tokens, words, verb)
+    if kind == READ and verb in _READS and not (plan.calls or plan.acts or plan.stains):
+        plan.suspects = _suspects(tokens)
     if verb == "INSERT":
         plan.insert = _insert(sql, tokens, plan, returning=returns_rows)
     return Statement(sql, verb, kind, returns_rows=returns_rows, hint=plan)
@@ -272,10 +284,26 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
             )
         ):
             plan.stains, plan.refusal = True, _TEMPORARY
+        elif token.text == "PG_SETTINGS" or (token.kind == "quoted" and _unquoted(token.text) == "pg_settings"):
+            if any(each.text == "UPDATE" for each in tokens):  # a view that sets what is written to it
+                plan.stains, plan.refusal = True, _STAINING["set_config"].replace("set_config() ", "this ", 1)
         elif token.kind == "word" and token.text == "HOLD" and verb == "DECLARE":
             plan.stains, plan.refusal = True, _HELD
         before = token
     plan.calls = tuple(dict.fromkeys(unknown))
+
+
+def _suspects(tokens: list[Token]) -> tuple[str, ...]:
+    """The names in a statement that only reads, as far as its text tells; none if it tells of its transaction."""
+    names: set[str] = set()
+    for index, token in enumerate(tokens):
+        if _called(tokens, index) in _TIED or (token.kind == "word" and token.text in _MOMENTS):
+            return ()
+        if token.kind == "word":
+            names.add(token.text.lower())
+        elif token.kind == "quoted":
+            names.add(_unquoted(token.text))
+    return tuple(sorted(names))
 
 
 def _called(tokens: list[Token], index: int) -> str | None:
@@ -285,7 +313,17 @@ def _called(tokens: list[Token], index: int) -> str | None:
         return None
     if token.kind == "word":
         return token.text.lower()
-    return token.text.partition('"')[2][:-1].replace('""', '"')
+    return _unquoted(token.text)
+
+
+def _unquoted(text: str) -> str:
+    """The name that is written in double quotes."""
+    name = text.partition('"')[2][:-1].replace('""', '"')
+    if text[:1] in "uU":  # U&"d\0061ta"
+        name = re.sub(
+            r"\\(?:\+([0-9a-fA-F]{6})|([0-9a-fA-F]{4}))", lambda match: chr(int(match[1] or match[2], 16)), name
+        )
+    return name
 
 
 def _is_local(tokens: list[Token], opening: int) -> bool:

@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
@@ -31,7 +31,7 @@ from database.engine.statement import Result, Statement
 from database.postgresql.failures import MISTYPED, STALE, clean, made_from
 from database.postgresql.plan import Insert, Plan, reshaped
 from database.postgresql.sending import is_reshaped, widen
-from database.postgresql.values import bind, coerced, coercion
+from database.postgresql.values import bind, coerced, coercion, is_plain
 
 if TYPE_CHECKING:
     from database.postgresql.connection import Connection
@@ -52,9 +52,11 @@ _Sent = tuple[Any, tuple[int, ...], Any]
 # Rows
 
 
-def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[list[Any]]:
+def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[Sequence[Any]]:
     """The values of each row, for good. What the user's own iterator raises is marked as theirs."""
     source = iter(rows)
+    count = plan.count if plan.names is None else -1
+    adapters = connection.adapters
     while True:
         if connection.progress():
             raise psycopg.errors.QueryCanceled("the caller has gone")
@@ -65,7 +67,13 @@ def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[l
         except BaseException as error:
             connection.theirs = error
             raise
-        yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row, connection.adapters)]
+        kind: type[Any] = type(row)  # pyright: ignore[reportUnknownVariableType]
+        if (
+            not adapters and kind is tuple and len(row) == count and is_plain(map(type, row))
+        ):  # nothing of it can change
+            yield row
+        else:
+            yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row, adapters)]
 
 
 def execute_many(connection: Connection, statement: Statement, rows: Any) -> Result:
@@ -120,7 +128,7 @@ def _conversion(connection: Connection, plan: Plan, values: Sequence[Any]) -> An
 
 
 def _pipeline(
-    connection: Connection, plan: Plan, asked: dict[tuple[type, ...], Any], chunk: list[list[Any]], before: int
+    connection: Connection, plan: Plan, asked: dict[tuple[type, ...], Any], chunk: list[Sequence[Any]], before: int
 ) -> int:
     sent: list[_Sent] = []
     for values in chunk:
@@ -237,6 +245,28 @@ class _Zoneless:
     """Stands for a `datetime` without one."""
 
 
+def _fitting(columns: list[frozenset[type]]) -> Callable[[Sequence[Any]], bool]:
+    """`_fits`, which remembers mixtures of types that do."""
+    known: dict[tuple[type, ...], list[int]] = {}
+    find = known.get
+
+    def fits(values: Sequence[Any]) -> bool:
+        texts = find(tuple(map(type, values)))
+        if texts is not None:
+            for position in texts:  # noqa: SIM110  - a generator for each row would cost more than all of this
+                if "\0" in values[position]:
+                    return False
+            return True
+        if not _fits(values, columns):
+            return False
+        kinds = tuple(map(type, values))
+        if datetime.datetime not in kinds:  # of which not all do
+            known[kinds] = [position for position, kind in enumerate(kinds) if kind is str]
+        return True
+
+    return fits
+
+
 def _fits(values: Sequence[Any], columns: list[frozenset[type]]) -> bool:
     for value, kind, kinds in zip(values, map(type, values), columns, strict=True):
         if kind not in kinds:
@@ -252,28 +282,30 @@ def _copy(
     connection: Connection,
     insert: Insert,
     columns: list[frozenset[type]],
-    head: list[list[Any]],
-    source: Iterator[list[Any]],
-) -> tuple[int, Iterable[list[Any]]]:
+    head: list[Sequence[Any]],
+    source: Iterator[Sequence[Any]],
+) -> tuple[int, Iterable[Sequence[Any]]]:
     """Copies rows as long as they fit; gives how many, and those that are left."""
     rows = itertools.chain(head, source)
     first = next(rows)
     if not _fits(first, columns):
         return 0, itertools.chain([first], rows)
     connection.send_prefix()
-    left: Iterable[list[Any]] = ()
+    left: Iterable[Sequence[Any]] = ()
+    fits = _fitting(columns)
     raw = connection.raw
     raw.lent = raw.vouched = True
     try:
         # The names are the statement's own text, which the analysis has found to be names and nothing else.
         with psycopg.RawCursor(raw) as cursor:
             with cursor.copy(cast("Any", f"COPY {insert.table} ({insert.columns}) FROM STDIN")) as copy:
-                copy.write_row(first)
+                write = copy.write_row
+                write(first)
                 for values in rows:
-                    if not _fits(values, columns):
+                    if not fits(values):
                         left = itertools.chain([values], rows)
                         break
-                    copy.write_row(values)
+                    write(values)
             return max(cursor.rowcount, 0), left
     except psycopg.Error as error:
         clean(error, head)
@@ -348,9 +380,9 @@ def _batch(connection: Connection, items: Any) -> int:
                     failed = start + max(number, 0), answer
                 connection.result()  # the None between two
         late = connection.leave_pipeline()
-    except BaseException:
+    except BaseException as error:
         connection.abandon()
-        connection.settle(psycopg.OperationalError())
+        connection.settle(error)
         raise
     if late is not None and failed is None:
         failed = len(sent) - 1, late

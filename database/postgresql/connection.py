@@ -31,9 +31,10 @@ from database.postgresql.failures import (
     kind_of,
     mark_alone,
     mark_broken,
+    mark_outcome,
     message_of,
+    outcome_of,
     read_only,
-    was_committing,
 )
 from database.postgresql.plan import Plan
 from database.postgresql.raw import Cursor, RawConnection, ServerCursor, rows
@@ -317,6 +318,8 @@ class Connection(Sender):
                 ended = True
             except psycopg.Error:  # the connection is gone, too
                 pass
+        elif self.pg.status == _BAD:
+            mark_outcome(error, "undone")
         self.abandon()
         self.forget()
         if ended:
@@ -330,7 +333,9 @@ class Connection(Sender):
         status = pg.transaction_status
         if pg.status == _BAD:
             self.forget()
-            raise Lost("the connection was lost")
+            lost = Lost("the connection was lost")
+            mark_outcome(lost, "undone")
+            raise lost
         if status == _INERROR:
             raise errors.TransactionError(
                 "a statement of the function has failed, and it went on: PostgreSQL refuses everything after that, so"
@@ -437,24 +442,36 @@ class Connection(Sender):
         kind = errors.QueryExecutionError if state is None else kind_of(state)
         clean(error, parameters)
         message = hide(message_of(error), parameters)
-        if self.lost(error) or is_lost(error):
+        outcome = outcome_of(error)
+        if outcome is not None or self.lost(error) or is_lost(error):
             mark_broken(error)
-            if was_committing(error):
-                message = (
-                    f"the connection to the server was lost ({message}) while COMMIT was under way: whether the transaction is"
-                    " kept is unknown, it may have taken effect or not"
-                )
+            message = f"the connection to the server was lost ({message})"
+            if outcome == "undone":
+                message += "; COMMIT was not reached, so nothing of the transaction is kept"
+            elif outcome == "unknown":
+                message += " while COMMIT was under way: whether the transaction is kept is unknown, it may have taken"
+                message += " effect or not"
+            elif statement is not None and _only_reads(statement):
+                outcome = "undone"
+                message += "; the statement only reads"
             else:
-                message = (
-                    f"the connection to the server was lost ({message}); a statement that was under way may have taken effect"
-                    " or not"
-                )
+                outcome = "unknown"
+                message += "; a statement that was under way may have taken effect or not"
         elif state == "25006":
             if readonly:
                 return read_only(text)
             mark_broken(error)  # it has become a standby
+            outcome = "undone"
             message = f"the server takes no writes any more; the next statement looks for one that does ({message})"
-        return kind(message, sql=text, parameters=parameters, code=state, code_name=code_name(error))
+        translated = kind(message, sql=text, parameters=parameters, code=state, code_name=code_name(error))
+        if outcome is not None:
+            translated.outcome = outcome
+        return translated
+
+
+def _only_reads(statement: Statement) -> bool:
+    plan: Plan = statement.hint
+    return statement.kind == READ and not plan.acts and not plan.calls
 
 
 def may_join(request: Request) -> bool:

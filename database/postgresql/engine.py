@@ -58,7 +58,7 @@ def _backend(settings: PostgresqlSettings, adapters: Adapters) -> Backend:
             good = True
         return session
 
-    return _shared(describe(settings), connect)
+    return _shared(describe(settings), connect, settings)
 
 
 def _replica_backend(settings: PostgresqlSettings, adapters: Adapters) -> Backend | None:
@@ -74,10 +74,12 @@ def _replica_backend(settings: PostgresqlSettings, adapters: Adapters) -> Backen
         good = True
         return session
 
-    return _shared(f"{describe(settings)} (replicas)", connect)
+    return _shared(f"{describe(settings)} (replicas)", connect, settings)
 
 
-def _shared(description: str, connect: Callable[[Role, Callable[[], bool]], Connection]) -> Backend:
+def _shared(
+    description: str, connect: Callable[[Role, Callable[[], bool]], Connection], settings: PostgresqlSettings
+) -> Backend:
     """A backend whose connections are all alike."""
     return Backend(
         description=description,
@@ -86,6 +88,7 @@ def _shared(description: str, connect: Callable[[Role, Callable[[], bool]], Conn
         is_broken=is_broken,
         busy_timeout=PATIENCE,
         single_writer=False,
+        max_idle=settings.max_idle,
         may_join=may_join,
         run_together=Connection.run_together,
     )

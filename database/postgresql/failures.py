@@ -30,10 +30,10 @@ __all__ = [
     "made_from",
     "mark_alone",
     "mark_broken",
-    "mark_committing",
+    "mark_outcome",
     "message_of",
+    "outcome_of",
     "read_only",
-    "was_committing",
 ]
 
 MISTYPED = frozenset({"42804", "42883", "42725", "42P08", "42P18"})
@@ -118,14 +118,14 @@ def is_broken(error: BaseException) -> bool:
     return getattr(error, "broken", False)
 
 
-def mark_committing(error: BaseException) -> None:
-    """Notes that the connection was lost while COMMIT was under way."""
-    error.committing = True  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+def mark_outcome(error: BaseException, outcome: str) -> None:
+    """Notes, with the error that a lost connection gives, what has become of the transaction: `QueryExecutionError.outcome`."""
+    error.outcome = outcome  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def was_committing(error: BaseException) -> bool:
-    """Whether nobody can know what has become of the transaction."""
-    return getattr(error, "committing", False)
+def outcome_of(error: BaseException) -> str | None:
+    """What is known of it; None where no transaction was open."""
+    return getattr(error, "outcome", None)
 
 
 def control_error(verb: str) -> errors.TransactionError:

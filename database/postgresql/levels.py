@@ -23,7 +23,7 @@ import psycopg
 from psycopg import pq
 
 from database import errors
-from database.postgresql.failures import made_from, mark_committing
+from database.postgresql.failures import made_from, mark_outcome, outcome_of
 from database.postgresql.settings import PostgresqlSettings
 from database.postgresql.wire import Wire
 
@@ -39,6 +39,14 @@ _FATAL = pq.ExecStatus.FATAL_ERROR
 _IDLE = pq.TransactionStatus.IDLE
 _INERROR = pq.TransactionStatus.INERROR
 _BAD = pq.ConnStatus.BAD
+
+_INSTANCE = (
+    b"extract(epoch FROM pg_postmaster_start_time())::text || ' '"
+    b" || coalesce(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time())::text, '')"
+)
+"""Which life of which server this is. The statistics begin anew when it recovers from a crash."""
+
+_TICKET = b"SELECT pg_current_xact_id_if_assigned()::text, " + _INSTANCE
 
 _SAVE = b"SAVEPOINT statement"
 _RELEASE = b"RELEASE SAVEPOINT statement"
@@ -56,11 +64,13 @@ class Levels(Wire):
         "local",
         "prefix",
         "readonly",
+        "rereads",
         "restricted",
         "saved",
         "settings",
         "stained",
         "streams",
+        "ticket",
     )
 
     def __init__(
@@ -79,6 +89,8 @@ class Levels(Wire):
         """Whether transactions are read-only by default, for the time of one."""
         self.stained = False
         """Whether a statement may have left something on the connection that its next user must not find."""
+        self.ticket: tuple[Any, Any] | None = None
+        """The number of the transaction whose COMMIT is under way, and of which instance of the server's."""
         super().__init__(connect, progress)
 
     def adopt(self, raw: RawConnection) -> None:
@@ -151,7 +163,11 @@ class Levels(Wire):
         """No transaction is open."""
         self.began = False
         self.beginning: list[bytes] | None = None
-        """The BEGIN of a transaction in which nothing has succeeded yet: until then, beginning anew undoes a failure."""
+        """The BEGIN of a transaction in which nothing has succeeded yet but what only reads, at READ COMMITTED: until then,
+        beginning anew undoes a failure, and nobody can tell.
+        """
+        self.rereads = False
+        """Whether each statement has a snapshot of its own."""
         self.readonly = False
         self.restricted = 0
         self.saved = False
@@ -197,6 +213,7 @@ class Levels(Wire):
         opening = [beginning] if self.local is None else [beginning, self.local]
         self.prefix = [*opening, *self.prefix[len(opening) :]]
         self.beginning = opening if self.settings.statement_rollback else None
+        self.rereads = b"READ COMMITTED" in beginning
 
     def commit(self) -> None:
         """See `Connection`."""
@@ -204,11 +221,18 @@ class Levels(Wire):
         if prefix and prefix[0].startswith(b"BEGIN"):  # nothing has been executed
             self.forget()
             return
+        self.ticket = None
         try:
-            result = self.simple([*prefix, b"COMMIT"])
+            if self.settings.resolve_commits and not self.readonly:
+                result = self._commit_with_ticket(prefix)
+            else:
+                result = self.simple([*prefix, b"COMMIT"])
         except psycopg.Error as error:
             if self.lost(error):
-                mark_committing(error)
+                outcome = "undone" if self.readonly else self._look_up()
+                if outcome == "committed":
+                    return
+                mark_outcome(error, outcome)
             raise
         finally:
             if self.pg.transaction_status == _IDLE or self.pg.status == _BAD:
@@ -217,6 +241,69 @@ class Levels(Wire):
                     self.put_right()
         if result.command_status == b"ROLLBACK":
             raise errors.TransactionError("the server has rolled the transaction back; nothing of it is kept")
+
+    def _commit_with_ticket(self, parts: list[bytes]) -> pq.abc.PGresult:
+        """COMMIT, and before it, in the same round trip, who we are: the server answers that before it commits."""
+        pg = self.pg
+        self.prefix = []
+        self.begin_wait()
+        answers: list[pq.abc.PGresult] = []
+        try:
+            pg.enter_pipeline_mode()
+            for part in parts:
+                pg.send_query_params(part, None)
+            pg.send_query_params(_TICKET, None)
+            pg.send_flush_request()
+            pg.send_query_params(b"COMMIT", None)
+            pg.pipeline_sync()
+            self.flush()
+            while len(answers) < len(parts) + 2:
+                answer = self.answer()
+                if len(answers) == len(parts) and answer.ntuples and answer.get_value(0, 0) is not None:
+                    self.ticket = answer.get_value(0, 0), answer.get_value(0, 1)
+                answers.append(answer)
+                self.result()  # the None between two
+            late = self.leave_pipeline()
+        except BaseException:
+            self.abandon()
+            raise
+        failed = next((answer for answer in answers if answer.status == _FATAL), late)
+        if failed is not None:
+            raise made_from(failed)
+        return answers[-1]
+
+    def _look_up(self) -> str:
+        """What has become of the transaction whose COMMIT got no answer: asked of the server, on another connection.
+
+        Only the instance that ran it may tell: after a crash or a failover the number may be another transaction's.
+        """
+        if self.ticket is None:
+            return "unknown"
+        number, instance = self.ticket
+        self.ticket = None
+        question = b"SELECT CASE WHEN %s = '%s' THEN pg_xact_status('%s'::xid8) END" % (_INSTANCE, instance, number)
+        deadline = time.monotonic() + self.settings.reconnect_timeout
+        pause = 0.005
+        self.abandon()
+        while True:
+            try:
+                if self.pg.status == _BAD:
+                    self.reopen()
+                answer = self.simple([question]).get_value(0, 0)
+            except errors.ConnectionFailedError:
+                return "unknown"
+            except psycopg.Error as error:
+                if not self.lost(error):
+                    return "unknown"
+            else:
+                if answer == b"committed":
+                    return "committed"
+                if answer != b"in progress":  # None: another instance, or too long ago
+                    return "undone" if answer == b"aborted" else "unknown"
+            if time.monotonic() + pause > deadline:
+                return "unknown"
+            time.sleep(pause)
+            pause = min(pause * 2, 0.5)
 
     def rollback(self) -> None:
         """See `Connection`."""
@@ -275,7 +362,7 @@ class Levels(Wire):
         """Before a statement of a transaction: whatever comes of it, the transaction goes on."""
         if not self.settings.statement_rollback or self.fresh:
             return
-        if self.beginning is not None and self.prefix and self.prefix[-len(self.beginning) :] == self.beginning:
+        if self.beginning is not None and (not self.prefix or self.prefix[-len(self.beginning) :] == self.beginning):
             return
         self.beginning = None
         if self.saved:
@@ -293,6 +380,8 @@ class Levels(Wire):
         if not self.began:
             return
         if self.pg.status == _BAD:
+            if outcome_of(error) is None:
+                mark_outcome(error, "undone")  # COMMIT was not sent
             self.forget()
             return
         status = self.pg.transaction_status
@@ -329,13 +418,16 @@ class Levels(Wire):
 
     def send_prefix(self) -> None:
         """Sends what waits, before psycopg's own functions are used."""
+        if self.struck and not self.prefix:
+            self.outlast_cancel()
         if self.prefix:
             parts = self.prefix
             try:
                 self.simple(parts)
-            except BaseException:
+            except BaseException as error:
                 if self.pg.status != _BAD:
                     self.rollback()
+                self.settle(error)
                 raise
 
 

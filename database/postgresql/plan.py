@@ -54,6 +54,11 @@ class Plan:
         stains: Whether the connection may be another one after it; it is then put right when the transaction ends.
         refusal: Why it is refused outside a transaction.
         alone: Whether it may not run within a transaction.
+        nameless: Whether it is not prepared under a name any more.
+        suspects: Names in it of which only the server knows whether something hides behind them that does more than to read;
+            empty if it is certain that it does, or its answer depends on when the transaction has begun.
+        innocent_until: Until when (`time.perf_counter()`) it is known that it reads and leaves no trace, not even in its
+            transaction.
         shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong.
         learnt_at: How many such statements there had been when something was learnt of this one.
     """
@@ -64,9 +69,11 @@ class Plan:
         "calls",
         "coercions",
         "count",
+        "innocent_until",
         "insert",
         "learnt_at",
         "look_again",
+        "nameless",
         "names",
         "refusal",
         "returning",
@@ -74,6 +81,7 @@ class Plan:
         "shapes",
         "sql",
         "stains",
+        "suspects",
         "uses",
         "wide",
     )
@@ -90,7 +98,9 @@ class Plan:
         self.uses = 0
         self.wide: frozenset[int] = frozenset()
         self.calls: tuple[str, ...] = ()
-        self.acts = self.alone = self.stains = self.shapes = False
+        self.suspects: tuple[str, ...] = ()
+        self.innocent_until = 0.0
+        self.acts = self.alone = self.stains = self.shapes = self.nameless = False
         self.learnt_at = 0
         self.refusal: str | None = None
 

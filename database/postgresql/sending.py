@@ -54,6 +54,23 @@ _FOREIGN = (
 )
 """Which of the functions of these names are written in SQL or in a procedural language, so that nobody knows what they do."""
 
+_HIDDEN = """
+WITH written AS (
+    SELECT oid, proname FROM pg_catalog.pg_proc WHERE pronamespace <> 'pg_catalog'::regnamespace
+    AND prolang NOT IN (SELECT oid FROM pg_catalog.pg_language WHERE lanname IN ('internal', 'c'))
+)
+SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relname = ANY($1::text[]) AND (relkind IN ('v', 'f') OR relrowsecurity))
+    OR EXISTS (SELECT FROM written WHERE proname = ANY($1::text[]))
+    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_operator ON oprcode = written.oid)
+    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_cast ON castfunc = written.oid)
+"""
+"""Whether any of these names may be a view, a foreign table, a table with policies, or a function written as `row.name`; or
+operators or casts call such functions.
+"""
+
+INNOCENT_SECONDS = 60.0
+"""How long it is believed that a table has not become a view."""
+
 _TIMES = (1082, 1083, 1114, 1184, 1186, 1266)
 """date, time, timestamp, timestamptz, interval, timetz."""
 
@@ -148,6 +165,16 @@ class Sender(Levels):
         if found.ntuples:
             plan.acts = plan.stains = True
 
+    def look_at_names(self, plan: Plan) -> None:
+        """Asks the server, now and then, whether what a statement reads are tables, so that it does nothing but to read."""
+        now = time.perf_counter()
+        names = plan.suspects
+        if names and now > plan.innocent_until - INNOCENT_SECONDS / 2:
+            if self.run(_HIDDEN_PLAN, (list(names),)).get_value(0, 0) == b"f":
+                plan.innocent_until = now + INNOCENT_SECONDS
+            else:
+                plan.suspects, plan.innocent_until = (), 0.0
+
     def admit(self, plan: Plan) -> None:
         """Before a statement that may leave something on the connection."""
         if plan.calls:
@@ -176,6 +203,8 @@ class Sender(Levels):
         if plan.calls or plan.stains:
             self.admit(plan)
         if self.began:
+            if plan.suspects and self.rereads and self.beginning is not None and sql is None:
+                self.look_at_names(plan)
             self.save()
         started = time.perf_counter()
         try:
@@ -191,7 +220,8 @@ class Sender(Levels):
             reshaped()
         if timed:
             plan.took(time.perf_counter() - started)
-        self.succeeded()
+        if self.beginning is None or not self.rereads or sql is not None or started > plan.innocent_until:
+            self.succeeded()
         if self.stained and not self.began:
             self.put_right()
         return result
@@ -213,6 +243,10 @@ class Sender(Levels):
                     forgot = True
                     plan.coercions.pop(kinds, None)
                     self.unprepare(text)
+                    if self.settings.pooler != "none" and is_reshaped(error):
+                        plan.nameless = (
+                            True  # the pooler would give another name of ours to the same plan on the server
+                        )
                 elif not learnt and state in MISTYPED and kinds and known is None:
                     learnt = True
                 else:
@@ -310,7 +344,7 @@ class Sender(Levels):
         """The name under which a statement is prepared, and whether it still has to be."""
         threshold = self.settings.prepare_threshold
         plan.uses += 1
-        if not threshold or plan.uses < threshold or not self.prepares:
+        if not threshold or plan.uses < threshold or not self.prepares or plan.nameless:
             return None, False
         name = self.prepared.get(key)
         if name is not None:
@@ -418,3 +452,4 @@ def is_reshaped(error: psycopg.Error) -> bool:
 
 
 _FOREIGN_PLAN = Plan(_FOREIGN, None, 1)
+_HIDDEN_PLAN = Plan(_HIDDEN, None, 1)

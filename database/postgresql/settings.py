@@ -61,6 +61,7 @@ class PostgresqlSettings:
         prepare_threshold: Executions from which a statement is prepared on the server; 0: never.
         statement_rollback: Whether a failed statement undoes only itself and its transaction goes on, as on SQLite.
         lastrowid: Whether an INSERT tells the generated key, as on SQLite.
+        resolve_commits: Whether the server is asked what has become of a COMMIT whose answer was lost.
         replicas: What of the connection string is different on the replicas; read-only transactions run there.
         pooler: What stands between: `"transaction"` for a pooler that gives each transaction another server connection
             (PgBouncer and its like); `"none"`.
@@ -100,6 +101,7 @@ class PostgresqlSettings:
     prepare_threshold: int = 5
     statement_rollback: bool = True
     lastrowid: bool = True
+    resolve_commits: bool = False
     replicas: str | None = field(default=None, repr=False)
     pooler: str = "none"
     pooler_prepares: bool = False
@@ -151,6 +153,7 @@ SECTION = Section(
         "prepare_threshold": whole(0, 1_000_000),
         "statement_rollback": boolean,
         "lastrowid": boolean,
+        "resolve_commits": boolean,
         "replicas": text,
         "migrations": migrations,
         "auto_migrate": boolean,

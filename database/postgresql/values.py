@@ -18,7 +18,7 @@ from database.engine.adapting import NATIVE, NONE, Adapters, adapted
 from database.engine.rows import table
 from database.postgresql.plan import Plan
 
-__all__ = ["BindError", "Row", "bind", "coerced", "coercion", "row_class"]
+__all__ = ["BindError", "Row", "bind", "coerced", "coercion", "is_plain", "row_class"]
 
 
 class BindError(TypeError):
@@ -99,7 +99,8 @@ def row_class(names: tuple[str, ...]) -> type[Row]:
 
 
 _PLAIN = frozenset({int, float, str, bytes, type(None), bool, datetime})
-_is_plain = _PLAIN.issuperset
+is_plain = _PLAIN.issuperset
+"""Whether all of these types are such that psycopg knows them, and their values never change."""
 
 
 def _adapt(value: Any, adapters: Adapters = NONE) -> Any:
@@ -151,7 +152,7 @@ def bind(plan: Plan, params: Any, adapters: Adapters = NONE) -> Sequence[Any]:
             raise BindError("positional placeholders take a sequence of values, not an object")
         if len(values) != plan.count:
             raise BindError(f"the statement has {plan.count} placeholders, and {len(values)} values were given")
-    if not adapters and _is_plain(map(type, values)):
+    if not adapters and is_plain(map(type, values)):
         return values
     return [_adapt(value, adapters) for value in values]
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psycopg
 from psycopg import pq
 
-from database.postgresql.failures import Lost
+from database.postgresql.failures import Lost, made_from
 
 if TYPE_CHECKING:
     from database.postgresql.raw import RawConnection
@@ -50,7 +50,8 @@ CANCEL_SECONDS = 5.0
 
 _FATAL = pq.ExecStatus.FATAL_ERROR
 _SYNC = pq.ExecStatus.PIPELINE_SYNC
-_COPY = frozenset({pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
+_ODD = frozenset({_FATAL, pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
+_SEVERITY = pq.DiagnosticField.SEVERITY_NONLOCALIZED
 _BAD = pq.ConnStatus.BAD
 
 
@@ -61,6 +62,7 @@ class Wire:
         "_waker",
         "_woken",
         "cancelled",
+        "farewell",
         "impatient",
         "open",
         "pg",
@@ -77,6 +79,8 @@ class Wire:
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
+        self.farewell: pq.abc.PGresult | None = None
+        """What the server has said before it closed the connection."""
         self.ticks = 0
         self.cancelled = 0.0
         """When a cancellation was sent last; 0 if none was."""
@@ -95,6 +99,7 @@ class Wire:
         """Makes a connection, new or made again, the one that is used."""
         raw.session = cast("Any", self)
         self.struck = False
+        self.farewell = None
         self.raw = raw
         self.pg = raw.pgconn
         self.poll = Poll(self.pg.socket, self._woken.fileno())
@@ -133,7 +138,7 @@ class Wire:
         self.ticks = 0
         self.cancelled = 0.0
         if self.struck:
-            self._outlast_cancel()
+            self.outlast_cancel()
 
     def next_wait(self) -> None:
         """Within a pipeline: what is waited for now is another statement."""
@@ -150,20 +155,28 @@ class Wire:
     def result(self) -> pq.abc.PGresult | None:
         """Waits for the next result; None at the end of a statement's."""
         pg = self.pg
-        while pg.is_busy():
-            self.wait()
-            pg.consume_input()
+        try:
+            while pg.is_busy():
+                self.wait()
+                pg.consume_input()
+        except psycopg.OperationalError:
+            if self.farewell is not None:
+                raise made_from(self.farewell) from None
+            raise
         result = pg.get_result()
-        if result is not None and result.status in _COPY:  # libpq would give the same one for ever
-            self.abandon()
-            raise Lost("the server began a COPY that nobody here can serve, so its connection was closed")
+        if result is not None and result.status in _ODD:
+            if result.status != _FATAL:  # COPY: libpq would give the same one for ever
+                self.abandon()
+                raise Lost("the server began a COPY that nobody here can serve, so its connection was closed")
+            if result.error_field(_SEVERITY) == b"FATAL":
+                self.farewell = result
         return result
 
     def abandon(self) -> None:
         """Ends a connection of which nobody knows what it would answer next; it is made again before its next use."""
         self.pg.finish()
 
-    def _outlast_cancel(self) -> None:
+    def outlast_cancel(self) -> None:
         """After a cancellation: makes sure that it does not hit what comes next.
 
         The server is told by a signal, which may arrive when the statement that it was meant for is over. A statement that
@@ -224,6 +237,10 @@ class Wire:
                     self.pg.consume_input()
                 if self.pg.status != _BAD:
                     return
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Another connection in place of one that is of no use any more."""
         with contextlib.suppress(Exception):
             self.raw.session = None
             self.raw.close()
@@ -252,7 +269,7 @@ class Wire:
             if answer is not None:
                 return answer
         self.abandon()
-        raise Lost("the connection was lost")
+        raise Lost("the connection was lost") if self.farewell is None else made_from(self.farewell)
 
     def interrupt(self) -> None:
         """See `Connection`. Only wakes the thread: it knows what is running, and sends the cancellation."""

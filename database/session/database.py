@@ -291,7 +291,9 @@ class Database:
             replica: Whether a read-only transaction may run on a replica, if there are any.
         """
         options = options_of(isolation, replica)
-        return TransactionContext(self.binding, _origin("db.transaction()", 1), readonly, timeout, propagation, options)
+        return TransactionContext(
+            self.binding, _origin_in_generators("db.transaction()", 1), readonly, timeout, propagation, options
+        )
 
     async def begin(self, readonly: bool = False) -> Transaction:
         """Begins a transaction that `commit()` or `rollback()` ends; within one, a nested level of it.
@@ -299,8 +301,7 @@ class Database:
         It belongs to this task and to tasks started from now on. If the task ends first, it is rolled back with a
         warning.
         """
-        origin = _origin("db.begin()", 1)
-        origin.generators = generators.around(sys._getframe(1), outlives=True)  # pyright: ignore[reportPrivateUsage]
+        origin = _origin_in_generators("db.begin()", 1, outlives=True)
         return await manual.begin(self.binding, origin, readonly=readonly)
 
     async def commit(self) -> None:
@@ -513,7 +514,13 @@ class Database:
 
 def _origin(what: str, depth: int) -> Origin:
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
+    return Origin(what, frame.f_code, frame.f_lineno)
+
+
+def _origin_in_generators(what: str, depth: int, *, outlives: bool = False) -> Origin:
+    """The same for what ends with the generators that it is begun in: who takes it has them watched, and forgets them."""
+    frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]
     code = frame.f_code
-    if code.co_flags & generators.ASYNC_GENERATOR or code.co_filename == generators.CONTEXTLIB:
-        return Origin(what, code, frame.f_lineno, generators.around(frame))
+    if outlives or code.co_flags & generators.ASYNC_GENERATOR or code.co_filename == generators.CONTEXTLIB:
+        return Origin(what, code, frame.f_lineno, generators.around(frame, outlives=outlives))
     return Origin(what, code, frame.f_lineno)

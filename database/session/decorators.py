@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar, overload
 
 import anyio
 
+from database.driver.wakeup import current_loop
 from database.errors import DatabaseError, TransactionError
 from database.session.database import Database
 from database.session.offload import Job, Offloaded, is_here, offload
@@ -26,7 +28,7 @@ from database.session.propagation import (
     run_behind,
     stop,
 )
-from database.session.retry import Attempt, is_busy
+from database.session.retry import Attempt, is_passing
 from database.session.timelimit import TimeLimit
 from database.session.transaction import Transaction
 
@@ -86,7 +88,8 @@ def make_decorator(get_db: Callable[[str], Database], *, readonly: bool) -> Deco
             timeout: Seconds for all of it, waiting and `retries` included; then `TransactionTimeoutError`. What is handed to
                 `on_commit` runs outside of it.
             retries: How often to run it again after `DatabaseBusyError` (somebody's lock, a deadlock, a serialization
-                failure), as long as it has certainly left nothing behind, on this database or another.
+                failure), or where the connection to the server was lost before COMMIT; as long as it has certainly left
+                nothing behind, on this database or another.
             propagation: What to do when a transaction is open already; see `db.transaction()`.
             offload: Runs the whole function on the database's own thread: one hop however many statements. It may await
                 nothing but this database's calls.
@@ -240,8 +243,10 @@ async def _run_again(run: Runner, retries: int, args: Any, kwargs: Any, limit: T
             try:
                 return await run(args, kwargs, attempt, limit)
             except DatabaseError as error:
-                if not left or not is_busy(error) or not attempt.may_be_repeated():
+                if not left or not is_passing(error) or not attempt.may_be_repeated():
                     raise
+        if current_loop() is not None:  # those that this one was in the way of go first, or they meet again
+            await anyio.sleep(random.uniform(0, 0.001 * 2 ** min(retries - left, 6)))  # noqa: S311  - not a secret
     raise AssertionError
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from database.driver.request import ALONE, SCRIPT, STATEMENT, Request
 from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, QueryExecutionError, TransactionError
 
-__all__ = ["Attempt", "attempts", "is_busy", "leave_behind", "note"]
+__all__ = ["Attempt", "attempts", "is_passing", "is_unknown", "leave_behind", "note"]
 
 
 class Begun(Protocol):
@@ -119,15 +119,25 @@ def _may_have_left(request: Request) -> bool:
     error: Any = request.error
     if error is None or request.kind == SCRIPT or getattr(request.label, "committed", False):
         return True
+    if is_unknown(error):
+        return True
     if request.kind == STATEMENT or request.kind == ALONE:
         # Of others nobody knows: interrupted while it was committed; or done, and only its rows could not be converted.
         return not isinstance(error, (QueryExecutionError, ConnectionPoolExhaustedError))
     return False
 
 
-def is_busy(error: BaseException) -> bool:
-    """Whether somebody else's lock is the reason, also where it made the whole transaction impossible."""
+def is_passing(error: BaseException) -> bool:
+    """Whether the reason may be gone the next time, also where it made the whole transaction impossible.
+
+    It is somebody else's lock, or the connection was lost before anything could be committed.
+    """
     cause: BaseException | None = error
     while isinstance(cause, TransactionError):
         cause = cause.__cause__
-    return isinstance(cause, DatabaseBusyError)
+    return isinstance(cause, DatabaseBusyError) or getattr(cause, "outcome", None) == "undone"
+
+
+def is_unknown(error: BaseException) -> bool:
+    """Whether the connection was lost at a moment in which something may have been committed."""
+    return getattr(error, "outcome", None) == "unknown"

@@ -336,9 +336,11 @@ class Transaction(Level):
             else:
                 await self._commit_of(lease)
                 self._committed()
-        except BaseException:
+        except BaseException as error:
             if lease is not None and lease.committed:  # cancelled, but the commit had begun and went through
                 self._committed()
+            elif retry.attempts and not self.readonly and retry.is_unknown(error):
+                retry.leave_behind()
             if not self.whole:
                 self.callbacks.clear()
             await self.abandon()
@@ -377,9 +379,11 @@ class Transaction(Level):
             else:
                 await self._commit_of(lease)
                 self._committed()
-        except BaseException:
+        except BaseException as error:
             if lease is not None and lease.committed:  # cancelled, but it went through
                 self._committed()
+            elif retry.attempts and not self.readonly and retry.is_unknown(error):
+                retry.leave_behind()
                 self.whole = False
                 with anyio.CancelScope(shield=True):
                     await self._run_between()

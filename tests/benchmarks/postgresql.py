@@ -1,6 +1,6 @@
-"""This package on PostgreSQL beside psycopg's AsyncConnectionPool and asyncpg, under asyncio.
+"""This package on PostgreSQL beside psycopg's AsyncConnectionPool and asyncpg, under asyncio or uvloop.
 
-    python -m tests.benchmarks.postgresql [--quick] [--json FILE]
+    python -m tests.benchmarks.postgresql [--quick] [--uvloop] [--json FILE]
 
 One server on loopback, started for the run, on the same machine (so it competes for the same cores), with fsync off: what is
 compared is the client side, and no disk. Ten connections each, prepared statements as each library does it by default.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import platform
 import sys
@@ -173,7 +174,7 @@ def _workloads(quick: bool) -> Iterator[tuple[str, Callable[[Any], Awaitable[flo
             yield f"{kind}, {tasks} task{'s' if tasks > 1 else ''}", measure
 
     async def insert(contender: Any) -> float:
-        rows = [(number, "x") for number in range(2000 * scale)]
+        rows = [(number, "x") for number in range(10_000 * scale)]
         start = time.perf_counter()
         await contender.insert(rows)
         return len(rows) / (time.perf_counter() - start)
@@ -182,9 +183,18 @@ def _workloads(quick: bool) -> Iterator[tuple[str, Callable[[Any], Awaitable[flo
 
     async def stream(contender: Any) -> float:
         start = time.perf_counter()
-        return await contender.stream() / (time.perf_counter() - start)
+        rows = sum([await contender.stream() for _ in range(2 * scale)])
+        return rows / (time.perf_counter() - start)
 
     yield "stream, rows", stream
+
+
+def prepare(connection: Any, rows: int) -> None:
+    """Makes the tables."""
+    connection.execute("CREATE TABLE bench (id INT PRIMARY KEY, value TEXT)")
+    connection.execute("CREATE TABLE bulk (id INT, value TEXT)")
+    connection.execute(f"INSERT INTO bench SELECT g, 'value ' || g FROM generate_series(1, {rows}) g")
+    connection.execute("VACUUM ANALYZE bench")
 
 
 async def run(*, quick: bool) -> dict[str, dict[str, float]]:
@@ -194,10 +204,7 @@ async def run(*, quick: bool) -> dict[str, dict[str, float]]:
     server = shared()
     conninfo = server.conninfo(tcp=True)
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        connection.execute("CREATE TABLE bench (id INT PRIMARY KEY, value TEXT)")
-        connection.execute("CREATE TABLE bulk (id INT, value TEXT)")
-        connection.execute(f"INSERT INTO bench SELECT g, 'value ' || g FROM generate_series(1, {ROWS}) g")
-        connection.execute("VACUUM ANALYZE bench")
+        prepare(connection, ROWS)
     results: dict[str, dict[str, float]] = {}
     contenders: list[Any] = [Ours(), OursOffloaded(), Psycopg(), Asyncpg()]
     for name, measure in _workloads(quick):
@@ -219,11 +226,15 @@ def main() -> int:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--uvloop", action="store_true", help="all of them on uvloop")
     parser.add_argument("--json", metavar="FILE", help="writes the numbers")
     options = parser.parse_args()
-    results = asyncio.run(run(quick=options.quick))
+    factory = importlib.import_module("uvloop").new_event_loop if options.uvloop else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        results = runner.run(run(quick=options.quick))
     names = ["database", "database, offload", "psycopg_pool", "asyncpg"]
-    print(f"operations a second; Python {platform.python_version()}, {platform.machine()}, {CONNECTIONS} connections\n")
+    loop = "uvloop" if options.uvloop else "asyncio"
+    print(f"operations a second; {loop}, Python {platform.python_version()}, {CONNECTIONS} connections\n")
     print("| workload | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names))
     for workload, found in results.items():
         print(f"| {workload} | " + " | ".join(f"{found[name]:,.0f}" if name in found else "" for name in names) + " |")

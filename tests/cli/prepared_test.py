@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from database.session.database import Database
 from tests.cli.conftest import files
 
 Cli = Callable[..., Any]
@@ -105,17 +106,15 @@ def test_each_command(cli: Cli, vault: Path, tmp_path: Path) -> None:
 
 def test_a_backup_that_is_damaged(cli: Cli, vault: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifying a copy reads it, with the key: what is damaged in it is found."""
-    from database.cli import backup
+    made = Database.backup
 
-    made = backup.copy
-
-    async def damaging(db: Any, file: Path, *, force: bool) -> None:
-        await made(db, file, force=force)
-        data = bytearray(file.read_bytes())
+    async def damaging(db: Database, file: Any, **options: Any) -> None:
+        await made(db, file, **options)
+        data = bytearray(Path(file).read_bytes())
         data[3 * 4096 : 4 * 4096] = bytes(4096)  # a page whose signature is now wrong
-        file.write_bytes(data)
+        Path(file).write_bytes(data)
 
-    monkeypatch.setattr(backup, "copy", damaging)
+    monkeypatch.setattr(Database, "backup", damaging)
     outcome = cli("backup", "copy.db", "--verify")
     assert outcome.status == 1
     assert "copy.db is damaged" in outcome.err

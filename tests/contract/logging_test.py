@@ -108,11 +108,15 @@ async def test_slow_statements_are_warnings(make_db: Any, caplog: pytest.LogCapt
             await db.fetch_value(slow)
     else:
         await db.fetch_value(slow)
-    await db.fetch_value("SELECT 'quick'")
     (record,) = of(caplog, "RECURSIVE")
     assert record.levelno == logging.WARNING
-    (record,) = of(caplog, "quick")
-    assert record.levelno < logging.WARNING
+    for number in range(1000):  # on a busy machine, one of them is quick
+        await db.fetch_value(f"SELECT 'quick {number}'")
+        (record,) = of(caplog, f"quick {number}'")
+        if record.levelno < logging.WARNING:
+            break
+    else:
+        raise AssertionError("none of a thousand statements was quick")
 
 
 @pytest.mark.anyio

@@ -103,7 +103,7 @@ async def test_exhaustion(make_db: Any, readonly: bool) -> None:
 @pytest.mark.parametrize("kind", ["read", "write", "run", "stream", "batch", "offload"])
 async def test_exhaustion_of_single_calls(make_db: Any, engine: Engine, kind: str) -> None:
     """Calls outside a transaction wait no longer than pool_timeout either; they are not executed later."""
-    db = await make_db(pool_timeout=0.1)
+    db = await make_db(pool_timeout=0.5)
 
     async def stream() -> None:
         async with db.stream("SELECT * FROM jobs") as rows:
@@ -132,9 +132,9 @@ async def test_exhaustion_of_single_calls(make_db: Any, engine: Engine, kind: st
 @pytest.mark.anyio
 async def test_a_slow_statement_is_no_lack_of_connections(make_db: Any) -> None:
     """A statement that runs for longer than pool_timeout is not timed out itself; it has its connection."""
-    db = await make_db(pool_timeout=0.05)
-    count = SLOW_SELECT.replace("100000000", "600000")
-    assert await db.fetch_value(count) == 600000
+    db = await make_db(pool_timeout=0.25)
+    count = SLOW_SELECT.replace("100000000", "4000000")
+    assert await db.fetch_value(count) == 4000000
     await db.execute(f"INSERT INTO item (value) {count}")
 
 

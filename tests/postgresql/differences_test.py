@@ -16,7 +16,7 @@ import pytest
 from database import errors, get_db, transactional, transactional_readonly
 from tests.contract.support import HANGING, add, eventually, gather, held, in_turn, names, usable
 from tests.postgresql.differences import DIFFERENCES
-from tests.postgresql.engine import PostgresqlEngine
+from tests.postgresql.engine import PostgresqlEngine, oracle
 
 pytestmark = pytest.mark.anyio
 
@@ -578,3 +578,51 @@ async def test_lastrowid(make_db: Any) -> None:
     assert (await db.execute(insert, {"name": "d"})).lastrowid == 1
     db = await make_db(schema=False, lastrowid=False)
     assert (await db.execute("INSERT INTO odd (name) VALUES ('e')")).lastrowid is None
+
+
+async def test_a_failure_behind_nothing_but_reads(make_db: Any, engine: PostgresqlEngine) -> None:
+    """Behind statements that only read, one that fails undoes only itself, and needs no savepoint for that; behind one that
+    does more than its text tells (a view, a policy, an operator), nothing of it is lost.
+    """
+    db = await make_db(pool_size=1)
+    await db.execute_script(
+        "CREATE FUNCTION act() RETURNS int LANGUAGE sql AS $$ INSERT INTO item (value) VALUES ('kept') RETURNING 1 $$;"
+        "CREATE VIEW acting AS SELECT act() AS a; CREATE TABLE plain (a int); INSERT INTO plain VALUES (1)"
+    )
+    await add(db, "there")
+    number = "SELECT CAST(pg_current_xact_id() AS text)"
+    cases = {
+        "SELECT a FROM acting": 1,
+        "SELECT a FROM plain": 0,
+        'TABLE "acting"': 1,
+        "SELECT a, CAST(now() AS text) FROM plain": 0,
+        number: 0,
+    }
+    for _ in range(4):  # known, prepared
+        for sql, kept in cases.items():
+            async with db.transaction():
+                first = tuple(await db.fetch_one(sql))
+                with pytest.raises(errors.IntegrityError):
+                    await add(db, "there")
+                if sql in (number, "SELECT a, CAST(now() AS text) FROM plain"):
+                    assert tuple(await db.fetch_one(sql)) == first, sql
+                await add(db, "after")
+            assert engine.outside("SELECT count(*) FROM item") == [(kept,)], sql
+            assert engine.committed() == ["after", "there"], sql
+            await db.execute("DELETE FROM item")
+            await db.execute("DELETE FROM jobs WHERE name = 'after'")
+    await db.execute_script(
+        "CREATE FUNCTION same(a int, b int) RETURNS bool LANGUAGE sql AS 'SELECT act() = 1';"
+        "CREATE OPERATOR === (LEFTARG = int, RIGHTARG = int, FUNCTION = same)"
+    )
+    async with db.transaction():
+        assert await db.fetch_value("SELECT a === 1 FROM plain") is True
+        with pytest.raises(errors.IntegrityError):
+            await add(db, "there")
+    assert engine.outside("SELECT count(*) FROM item") == [(1,)]
+    async with db.transaction(isolation="repeatable read"):  # and there the snapshot is kept
+        assert await db.fetch_value("SELECT count(*) FROM plain") == 1
+        oracle().execute(f"INSERT INTO {engine.schemas['default']}.plain VALUES (2)")
+        with pytest.raises(errors.IntegrityError):
+            await add(db, "there")
+        assert await db.fetch_value("SELECT count(*) FROM plain") == 1

@@ -98,6 +98,8 @@ class PostgresqlEngine(Engine):
     refusing_trigger: str = REFUSING_TRIGGER
     pooler: bool = "DATABASE_TEST_POOLER" in os.environ
     """Whether PgBouncer stands between."""
+    pooler_prepares: bool = False
+    """Whether it is told of prepared statements."""
     writers: frozenset[str] = frozenset({"database-default-1", "database-default-2"})
     driver_error: type[Exception] = psycopg.errors.IntegrityError
 
@@ -128,6 +130,7 @@ class PostgresqlEngine(Engine):
             return {
                 "conninfo": pooler(),
                 "pooler": "transaction",
+                "pooler_prepares": self.pooler_prepares,
                 "options": f"-c search_path={self.make(database)}",
             }
         return {

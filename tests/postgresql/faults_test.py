@@ -490,6 +490,9 @@ async def test_nothing_of_a_run_outlives_it(db: Any, engine: PostgresqlEngine) -
         connection.cursor_factory = psycopg.Cursor
         connection.server_cursor_factory = psycopg.ServerCursor
         connection.prepare_threshold = 0
+        for name, value in (("autocommit", False), ("isolation_level", 4), ("read_only", True), ("deferrable", True)):
+            with pytest.raises(psycopg.ProgrammingError):
+                setattr(connection, name, value)
         connection.cursor().execute("SELECT 1")
         connection.add_notify_handler(lambda notify: None)
         return map(str, kept[0])
@@ -522,7 +525,8 @@ async def test_nothing_of_a_run_outlives_it(db: Any, engine: PostgresqlEngine) -
 # --- connections that stay changed ---------------------------------------------------------------------------------
 
 STATE = """
-SELECT current_setting('search_path'), current_setting('work_mem'), current_user,
+SELECT current_setting('search_path'), current_setting('work_mem'), current_user, session_user,
+    (SELECT count(*) FROM pg_prepared_statements WHERE name NOT LIKE '\\_db\\_%'),
     (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),
     (SELECT count(*) FROM pg_listening_channels()), to_regclass('pg_temp.left_behind'),
     (SELECT count(*) FROM pg_cursors WHERE is_holdable), current_setting('default_transaction_read_only')
@@ -535,6 +539,11 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
     await db.execute_script(
         "CREATE FUNCTION poison() RETURNS int LANGUAGE plpgsql AS $$ BEGIN"
         " PERFORM set_config('search_path', 'elsewhere', false); LISTEN news; PERFORM pg_advisory_lock(7); RETURN 1; END $$;"
+        "CREATE FUNCTION become() RETURNS int LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'SET ROLE pg_monitor'; RETURN 1; END $$;"
+        "CREATE FUNCTION turn() RETURNS int LANGUAGE plpgsql AS"
+        " $$ BEGIN EXECUTE 'SET SESSION AUTHORIZATION pg_monitor'; RETURN 1; END $$;"
+        "CREATE FUNCTION keep() RETURNS int LANGUAGE plpgsql AS"
+        " $$ BEGIN EXECUTE 'PREPARE kept AS SELECT 1'; RETURN 1; END $$;"
         "CREATE PROCEDURE spoil() LANGUAGE plpgsql AS $$ BEGIN SET work_mem = '1MB'; END $$"
     )
     wanted = tuple(await db.fetch_one(STATE))
@@ -548,6 +557,8 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
         "SELECT pg_advisory_lock(7)",
         "SELECT pg_try_advisory_lock_shared(7) FROM jobs",
         "DECLARE held CURSOR WITH HOLD FOR SELECT 1",
+        "UPDATE pg_settings SET setting = '1234' WHERE name = 'work_mem'",
+        "SELECT U&\"set\\005fconfig\"('work_mem', '1MB', false)",
     ]
     allowed = [
         "DO $$ BEGIN SET work_mem = '1MB'; END $$",
@@ -555,6 +566,9 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
         "CALL spoil()",
         "SELECT poison()",
         "SELECT * FROM poison()",
+        "SELECT become()",
+        "SELECT turn()",
+        "SELECT keep()",
     ]
     params = {"local": None}
     for sql in [*refused, *allowed]:

@@ -1,10 +1,15 @@
-"""PgBouncer in transaction mode before the shared server, if the system has it (Debian: `apt install pgbouncer`)."""
+"""PgBouncer in transaction mode before the shared server, if the system has it (Debian: `apt install pgbouncer`).
+
+`PGBOUNCER` names another program than the system's: Debian 12 has version 1.18, and statements are prepared from 1.21 on.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import functools
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -18,12 +23,27 @@ from tests.postgresql.server import _as_user, _dies_with_us, _home, _root, free_
 STARTUP_SECONDS = 20.0
 
 
+def _program() -> str:
+    program = os.environ.get("PGBOUNCER")
+    program = program or shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin:/usr/local/sbin")
+    if program is None:
+        pytest.skip("pgbouncer is not installed: apt install pgbouncer")
+    return program
+
+
+@functools.cache
+def prepares() -> bool:
+    """Whether it keeps track of prepared statements."""
+    shown = subprocess.run([_program(), "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"(\d+)\.(\d+)", shown)
+    assert version is not None, shown
+    return (int(version[1]), int(version[2])) >= (1, 21)
+
+
 @functools.cache
 def pooler() -> str:
     """Starts it once, and gives its connection string; skips where there is none."""
-    program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin:/usr/local/sbin")
-    if program is None:
-        pytest.skip("pgbouncer is not installed: apt install pgbouncer")
+    program = _program()
     server = shared()
     port = free_port()
     home = _home() / "pooler"
@@ -33,6 +53,7 @@ def pooler() -> str:
         f"[databases]\n* = host={server.sockets} port={server.port} user=postgres\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         f"auth_file = {home / 'users'}\npool_mode = transaction\ndefault_pool_size = 4\nmax_client_conn = 200\n"
+        + ("max_prepared_statements = 50\n" if prepares() else "")
     )
     if _root():
         shutil.chown(home, "nobody")

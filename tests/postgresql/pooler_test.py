@@ -11,19 +11,21 @@ import pytest
 from database import errors, transactional
 from tests.contract.support import SLOW_SELECT, add, gather, usable
 from tests.postgresql.engine import PostgresqlEngine
-from tests.postgresql.pooler import pooler
+from tests.postgresql.pooler import pooler, prepares
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
+@pytest.fixture(params=[False, True], ids=["", "prepares"])
+def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     """PostgreSQL behind the pooler."""
     from tests.conftest import handles_of
 
     pooler()
+    if request.param and not prepares():
+        pytest.skip("this PgBouncer keeps no track of prepared statements: 1.21 does, and PGBOUNCER may name it")
     engine = PostgresqlEngine("postgresql", tmp_path)
-    engine.pooler = True
+    engine.pooler, engine.pooler_prepares = True, request.param
     with handles_of(engine):
         yield engine
     engine.dispose()
@@ -102,4 +104,30 @@ async def test_cancellation(make_db: Any) -> None:
             for _ in range(3):
                 with anyio.move_on_after(0.05):
                     await db.fetch_value(SLOW_SELECT)
+    await usable(db)
+
+
+async def test_prepared_through_the_pooler(make_db: Any, engine: PostgresqlEngine) -> None:
+    """With `pooler_prepares` statements are prepared on whichever server connection they meet: more of them than the pooler
+    keeps, and after their table has changed. Without it none is.
+    """
+    db = await make_db(pool_size=6)
+    mark = engine.schemas["default"]
+    known = f"SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'PGBOUNCER%' AND statement LIKE '%/* {mark}%'"
+    for n in range(60):
+        select = f"SELECT value, {n} FROM item /* {mark} */ WHERE id = :id"
+        for _ in range(6):
+            await gather(*[lambda select=select: db.fetch_one(select, {"id": 1})] * 3)
+    assert (await db.fetch_value(known) > 0) is engine.pooler_prepares
+    every = "SELECT * FROM item WHERE id = :id"
+    for inside in (False, True):
+        await db.execute("INSERT INTO item (id, value) VALUES (:id, 'x')", {"id": 100 + inside})
+        for _ in range(10):
+            assert await db.fetch_one(every, {"id": 100 + inside}) is not None
+        await db.execute(f"ALTER TABLE item ADD COLUMN more_{inside} int DEFAULT 7")
+        if inside:
+            async with db.transaction():
+                assert (await db.fetch_one(every, {"id": 101}))["more_true"] == 7
+        results = await gather(*[lambda: db.fetch_one(every, {"id": 100})] * 20)
+        assert {row[f"more_{inside}"] for row in results} == {7}
     await usable(db)

@@ -635,9 +635,8 @@ async def neighbour(world: World, tokens: list[str]) -> str:
             plain.executemany(INSERT, [(token, 5) for token in tokens])
             time.sleep(hold)  # how long others wait, not for what this test waits
             plain.execute("COMMIT" if keep else "ROLLBACK")
-        except (
-            sqlite3.OperationalError
-        ) as error:  # without a WAL, SQLite lets readers in before it: on a busy machine for long
+        except sqlite3.OperationalError as error:
+            # Without a WAL, SQLite lets readers in before it: on a busy machine for long.
             if "locked" not in str(error):
                 raise
             return ABSENT

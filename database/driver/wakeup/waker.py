@@ -44,9 +44,10 @@ __all__ = [
     "Notice",
     "Timer",
     "Waker",
-    "create_waker",
+    "asyncio_loop",
     "current_loop",
     "current_task",
+    "in_trio",
     "task_name",
 ]
 
@@ -215,7 +216,7 @@ _lowlevel: Any = None
 """`trio.lowlevel`, once trio has been imported as a whole."""
 
 
-def _in_trio() -> bool:
+def in_trio() -> bool:
     """Whether the caller runs in trio, which may be asyncio's guest, so it is asked first.
 
     A trio that another thread is importing just now stands in `sys.modules` half made. Nobody can be running in it yet.
@@ -234,26 +235,15 @@ def _in_trio() -> bool:
 
 def current_loop() -> object | None:
     """The identity of the event loop that runs the caller: an asyncio loop, a trio token, or None."""
-    if (_lowlevel is not None or "trio" in _modules) and _in_trio():
+    if (_lowlevel is not None or "trio" in _modules) and in_trio():
         token: object = _lowlevel.current_trio_token()  # pyright: ignore[reportOptionalMemberAccess]
         return token
     return _running_loop()
 
 
-def create_waker() -> Waker:
-    """The waker of the running event loop."""
-    if _in_trio():
-        from database.driver.wakeup.on_trio import TrioWaker  # noqa: PLC0415  - only those who run trio have it
-
-        return TrioWaker()
-    from database.driver.wakeup.on_asyncio import AsyncioWaker  # noqa: PLC0415  - it rests on this module
-
-    return AsyncioWaker()
-
-
 def current_task() -> object | None:
     """The running task; None outside any. For comparing and for `task_name`; hold it no longer than it runs."""
-    if _in_trio():
+    if in_trio():
         task: object = _lowlevel.current_task() if _lowlevel.in_trio_task() else None
         return task
     return None if _running_loop() is None else asyncio.current_task()
