@@ -32,7 +32,7 @@ from time import perf_counter
 from typing import Any, Protocol, cast
 
 from database.driver.line import Line
-from database.driver.observer import aside
+from database.driver.observer import Observer, aside
 from database.driver.read_lane import ReadLane
 from database.driver.request import STATEMENT, Request, taken_from
 from database.driver.wakeup import Waker
@@ -174,7 +174,7 @@ class Inline:
         assert worker is not None
         lent = worker.lent
         assert lent is not None
-        if not self.quiet(worker) or not lent.acquire(blocking=False):
+        if not self.quiet(worker.observer) or not lent.acquire(blocking=False):
             return False
         try:
             return worker.resting and worker.connection is not None and self.execute(worker, request) is None
@@ -226,11 +226,11 @@ class Inline:
         while self.queue:
             cast("Waiting", self.queue[0].home).hand_on()
 
-    def quiet(self, worker: Worker) -> bool:
+    def quiet(self, observer: Observer) -> bool:
         """Whether statements may run here, because nobody wants to hear of each of them."""
         quiet = self._quiet
         if quiet is None:
-            threshold = self._threshold = worker.observer.threshold()
+            threshold = self._threshold = observer.threshold()
             quiet = self._quiet = threshold is None or threshold >= LOGGED
             self._come_again()
         return quiet

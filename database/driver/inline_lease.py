@@ -141,7 +141,8 @@ class InlineLease(Lease):
 
     def _may_begin(self) -> bool:
         pool = self.pool
-        return pool.opened and not pool.closing and not pool.observer.hears_of(0.0)
+        observer = pool.observer
+        return pool.opened and not pool.closing and self._inline.quiet(observer) and not observer.hears_of(0.0)
 
     def _begin_here(self, request: Request) -> bool:
         """Begins the transaction on a reader that sleeps, and runs its first read."""
@@ -196,7 +197,7 @@ class InlineLease(Lease):
         inline = self._inline
         lent = worker.lent
         assert lent is not None
-        if not inline.quiet(worker) or not lent.acquire(blocking=False):
+        if not inline.quiet(worker.observer) or not lent.acquire(blocking=False):
             return False
         try:
             connection = worker.connection
@@ -248,7 +249,7 @@ class InlineLease(Lease):
         """See `Waiting`."""
         self._waiting = None
         if self._runs(request):
-            return True
+            return request.answered
         self._send(request)
         return False
 
