@@ -16,11 +16,10 @@ from typing import Any
 import anyio
 import pytest
 
-from database.driver import inline
 from database.session import registry
 from database.session.database import Database
 from tests import watchdog
-from tests.contract.support import HANGING, INLINE_READS, Engine, collected, is_idle, worker_threads
+from tests.contract.support import HANGING, INLINE_READS, Engine, collected, is_idle, try_every_text, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
 from tests.selection import repetitions
 
@@ -43,24 +42,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-class EveryText(dict[str, list[int]]):
-    """In the place of what is known of texts: each of them is quick until it turns out not to be."""
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.setdefault(key, [0, inline.RELAPSE, 0])
-
-
 @pytest.fixture(autouse=INLINE_READS)
 def all_inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `INLINE_READS=1` as much as can be runs on the loop's thread; what is quick is told by its steps."""
-    make = inline.Inline.__init__
-
-    def eager(self: Any, *arguments: Any) -> None:
-        make(self, *arguments)
-        self.texts = EveryText()
-
-    monkeypatch.setattr(inline.Inline, "__init__", eager)
-    monkeypatch.setattr(inline, "BUDGET", 0.02)
+    try_every_text(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
