@@ -121,8 +121,12 @@ OF_A_MODULE = """
 @pytest.fixture
 def server() -> Iterator[Server]:
     """The shared server, on which nothing is left."""
+    from database.postgresql import sandbox
+
     server = shared()
     yield server
+    while sandbox._servers:  # they last as long as this process, which has other tests to run
+        sandbox._servers.popitem()[1].close()
     with psycopg.connect(server.conninfo()) as connection:
         names = [name for (name,) in connection.execute("SELECT datname FROM pg_database")]
     assert not [name for name in names if name.startswith("jobu_test")]
