@@ -19,7 +19,7 @@ import pytest
 from database.session import registry
 from database.session.database import Database
 from tests import watchdog
-from tests.contract.support import HANGING, Engine, collected, is_idle, worker_threads
+from tests.contract.support import HANGING, INLINE_READS, Engine, collected, is_idle, try_every_text, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
 from tests.selection import repetitions
 
@@ -40,6 +40,12 @@ MakeDb = Callable[..., Awaitable[Any]]
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Each asynchronous test runs on every event loop there is."""
     return request.param
+
+
+@pytest.fixture(autouse=INLINE_READS)
+def all_inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `INLINE_READS=1` as much as can be runs on the loop's thread; what is quick is told by its steps."""
+    try_every_text(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

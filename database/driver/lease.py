@@ -222,13 +222,21 @@ class Lease:
         worker.acquired += 1
         worker.waited += self.granted_at - self.queued_at
         worker.attend()
-        connection: Connection | None = None if self.transaction else worker.connection
+        self._attend(worker, None if self.transaction else worker.connection)
+
+    def _attend(self, worker: Worker, connection: Connection | None) -> None:
+        """Runs what the mailbox brings; a transaction begins with the first request, unless there is a connection."""
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
+        lends = worker.lent is not None
+        if lends:
+            get = partial(self._next, worker)
         request: Request | None = None
         try:
             while not self.ended:
                 if worker.answers and empty():
+                    if lends:
+                        self._rests(worker)  # first: who is woken by the answers finds the connection free
                     worker.flush()
                 request = get()
                 if request.kind >= COMMIT:
@@ -255,6 +263,14 @@ class Lease:
                 worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.free(worker))
+
+    def _rests(self, worker: Worker) -> None:
+        """All that the worker has taken is done."""
+        worker.resting = True
+
+    def _next(self, worker: Worker) -> Request:
+        """The next request, where the connection may be lent while there is none."""
+        return worker.wait_at(self.mailbox)
 
     def _answer_the_rest(self) -> list[Request]:
         """Refuses what came too late, for nobody reads this mailbox any more; gives it, to be woken.

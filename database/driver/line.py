@@ -78,6 +78,15 @@ class Line(Generic[LeaseT]):
         if self.leases or self.lanes:
             self.serve()
 
+    def lend(self) -> Worker | None:
+        """Gives away a connection that is open and has nothing to do, without waking its worker."""
+        for worker in reversed(self._idle):
+            if worker.resting and worker.connection is not None:
+                self._idle.remove(worker)
+                self.limiter.acquire_on_behalf_of_nowait(worker)
+                return worker
+        return None
+
     def serve(self) -> None:
         """Gives connections to those first in line, while there are any of both."""
         pool = self._pool

@@ -29,7 +29,8 @@ from database.driver import process
 from database.driver.courtesy import Courtesy
 from database.driver.idle import Idle
 from database.driver.inline import Inline
-from database.driver.lease import Lease
+from database.driver.inline_lease import InlineLease
+from database.driver.lease import Holder, Lease
 from database.driver.line import Line
 from database.driver.observer import Observer, aside
 from database.driver.read_lane import ReadLane
@@ -104,14 +105,16 @@ class Pool:
         self.writes: WriteLane | SharedLane
         self._writers: WriteLane | None = None
         """Where leases that write stand, if not in the line."""
+        # Where readers may have to wait for the writer's lock, the loop would have to, too.
+        self._lends = inline_reads and self.single_writer and backend.excludes is None
         self.inline: Inline | None = None
         """Runs small reads on the loop's thread; None where nobody asked for that."""
         if self.single_writer:
             self.writer = self._make_worker("writer", "writer")
             self.reads = ReadLane(self)
             self.writes = self._writers = WriteLane(self, self.writer)
-            if inline_reads:
-                self.inline = Inline(waker, self.reads)
+            if self._lends:
+                self.inline = Inline(waker, self.reads, self._line)
         else:  # `writer` is only the first among equals here
             self.writer = self._make_worker("1", "shared")
             self.reads = SharedLane(self, readonly=True)
@@ -134,7 +137,7 @@ class Pool:
             deadline=self._deadline_of,
             room=self.room if role == "reader" else None,
         )
-        if self.inline is not None:
+        if self._lends:
             worker.lent = Lock()
         return worker
 
@@ -168,6 +171,13 @@ class Pool:
         self.waker.dispose()
 
     # Who gets a connection. See `Owner`
+
+    def lease(self, holder: Holder, *, number: int | None, readonly: bool) -> Lease:
+        """Makes a lease for a transaction. It stands in no line yet."""
+        inline = self.inline
+        if inline is None:
+            return Lease(self, holder, number=number, readonly=readonly)
+        return InlineLease(self, holder, inline, number=number, readonly=readonly)
 
     def claim(self, lease: Lease) -> None:
         """Puts a lease in line for a connection."""
@@ -263,7 +273,7 @@ class Pool:
     def _refuse_all(self, error: Callable[[], BaseException], *, all_of_them: bool = True) -> None:
         """Refuses what waits; or only what no worker will come to any more: a served lane is emptied first."""
         self._line.lanes.clear()
-        for queue in self._watch.queues():
+        for queue in (*self._watch.queues(), *(() if self.inline is None else (self.inline.queue,))):
             served = any(queue is lane.queue and lane.served for lane in (self.reads, self.writes))
             for item in tuple(queue):
                 if served and not all_of_them and not isinstance(item, Lease):
@@ -306,6 +316,8 @@ class Pool:
     def at_rest(self) -> bool:
         """Whether nobody uses it or waits for it. Loop thread."""
         if self.transactions or self._line or self.reads.queue or self.writes.queue or not self.opened:
+            return False
+        if self.inline is not None and self.inline.queue:
             return False
         return self._line.given == self.reads.resting and not self.writes.active
 

@@ -12,10 +12,8 @@ Threads. As in `lane.py`: `serve` runs on the worker's thread, everything else o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from time import perf_counter
-from typing import Any
 
 from database.driver.lane import BATCH_SECONDS, BATCH_SIZE, Lane
 from database.driver.lease import Lease
@@ -23,16 +21,13 @@ from database.driver.request import UNIT, Request
 from database.driver.roles import Owner
 from database.driver.worker import WAKE, Servable, Worker
 
-__all__ = ["Execute", "ReadLane"]
-
-Execute = Callable[[Any], None]
-"""A worker's `execute`."""
+__all__ = ["ReadLane"]
 
 
 class ReadLane(Lane):
     """Autocommit reads."""
 
-    __slots__ = ("queued_at", "resident", "serving", "timed")
+    __slots__ = ("queued_at", "resident", "serving")
 
     def __init__(self, pool: Owner[Lease]) -> None:
         super().__init__(pool)
@@ -42,8 +37,6 @@ class ReadLane(Lane):
         """The one of `serving` that is not held up by a slow statement."""
         self.queued_at = 0.0
         """Since when it stands in the pool's line, if it does."""
-        self.timed: Callable[[Execute], Execute] | None = None
-        """Puts a clock around a worker's `execute`, for those who want to know which statements are quick (`Inline`)."""
 
     # Loop thread
 
@@ -114,6 +107,23 @@ class ReadLane(Lane):
             self.pool.line_up(self)
         return worker
 
+    def lend(self) -> Worker | None:
+        """Gives the reader away without waking it, if nobody else wants it."""
+        worker = self.resident
+        if worker is None or not worker.sleeping or worker.yielding or self.queue or worker.connection is None:
+            return None
+        self.resident = None
+        self.serving.discard(worker)
+        return worker
+
+    def take_back(self, worker: Worker) -> bool:
+        """The reader that was lent is the lane's again, if that has no other by now. It has not been woken."""
+        if self.resident is not None or self.queue:
+            return False
+        self.serving.add(worker)
+        self.resident = worker
+        return True
+
     def look(self) -> None:
         """Called every few milliseconds while a worker is at work: sees to those that wait behind one long request.
 
@@ -172,7 +182,7 @@ class ReadLane(Lane):
         worker.attend(on_slow)
         queue = self.queue
         popleft = queue.popleft
-        execute = worker.execute if self.timed is None else self.timed(worker.execute)
+        execute = worker.execute
         since = perf_counter()
         request: Request | None = None
         try:

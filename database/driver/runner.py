@@ -184,11 +184,14 @@ class Runner:
 
     # The runner's thread
 
-    def attend(self, on_slow: Callable[[], None] | None = None) -> None:
-        """Called when a lane or a lease begins to be served: settles what is looked up once a batch."""
+    def attend(self, on_slow: Callable[[], None] | None = None, *, snapshot: bool = True) -> None:
+        """Called when a lane or a lease begins to be served: settles what is looked up once a batch.
+
+        Without `snapshot` there is one already.
+        """
         self._on_slow = on_slow
         room = self.room
-        if room is not None and room.held:
+        if room is not None and room.held and snapshot:
             room.wait()
         try:
             self.threshold = self.observer.threshold()

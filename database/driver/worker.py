@@ -8,6 +8,14 @@ and looks at `sleeping` second, and who finds it set clears it and puts WAKE int
 seen by one of the two. When both see it, a WAKE too many lies in the inbox, and wakes the worker once for nothing.
 `sleeping` is set before the last answers are posted: whoever is woken by them finds the worker free.
 
+Lending. With `inline_reads` the loop's thread uses the connection of a worker whose thread waits, at its inbox or at the
+mailbox of the lease that it attends to (`database.driver.inline`). What wakes the thread is mostly put there by the loop's
+thread, which cannot do two things at once; but not always (an exit, a fork). So there is a lock, `lent`. The worker sets
+`resting` before it waits, and when it has been woken it takes the lock, clears `resting`, and goes on; the loop's thread uses
+the connection only with the lock in its hands and `resting` set. So one of them waits for the other, for one short read at
+the most. What the loop's thread leaves open behind itself, a read-only transaction, stands in `held`: whatever wakes the
+worker has it attend to that first, and keep what it was woken for until that has ended.
+
 Threads. Everything here runs on the worker's own thread but for what stands under "Any thread", and `__init__`.
 
 After the end of an orderly process nothing of a worker remains: threads are daemons, so that a forgotten pool never
@@ -72,7 +80,19 @@ STOP: Servable = _Word("STOP")
 class Worker(Runner):
     """A runner on its own thread."""
 
-    __slots__ = ("__weakref__", "_before", "_thread", "dwells", "inbox", "lent", "sleeping", "yielding")
+    __slots__ = (
+        "__weakref__",
+        "_before",
+        "_kept",
+        "_thread",
+        "dwells",
+        "held",
+        "inbox",
+        "lent",
+        "resting",
+        "sleeping",
+        "yielding",
+    )
 
     def __init__(
         self,
@@ -96,7 +116,13 @@ class Worker(Runner):
         self.dwells = False
         """Whether it still was at the next one."""
         self.lent: Lock | None = None
-        """Held by the loop's thread while it uses the connection: see `database.driver.inline`. None where it never does."""
+        """Held by the loop's thread while it uses the connection. None where it never does."""
+        self.resting = False
+        """Whether the thread waits, and touches nothing before it has taken `lent`. Only where there is that lock."""
+        self.held: Servable | None = None
+        """The lease that has the connection while the thread waits; behind the lock."""
+        self._kept: Servable | None = None
+        """What the thread was woken for when it had to attend to that."""
         self._thread: Thread | None = None
 
     # Any thread
@@ -147,8 +173,8 @@ class Worker(Runner):
         if opened is not None:
             self.waker.post([], lambda: opened(error))
         if error is None:
-            get = self.inbox.get
-            item = get()
+            receive = self.receive
+            item = receive()
             while item is not STOP:
                 try:
                     left = item.serve(self)
@@ -157,7 +183,7 @@ class Worker(Runner):
                     self.fail(defect, ())
                     self.flush()
                 del item  # so that an idle worker keeps nothing alive
-                item = left or get()
+                item = left or receive()
             self._close()
         self.waker.post([], closed)
 
@@ -168,14 +194,49 @@ class Worker(Runner):
             WAKE to look at the lane again, None to leave it, or what is to be served in its place.
         """
         self.sleeping = True
+        self.resting = self.lent is not None
         self.flush()
         if self.yielding:
-            return None
-        if queue and self.sleeping:
+            return None  # touches nothing on its way to the inbox, and so goes on resting
+        if queue and self.sleeping and self._take_back():
             self.sleeping = False
             return WAKE
-        word = self.inbox.get()
-        if self.lent is not None:
-            with self.lent:  # waits for the loop's thread to be done
-                pass
-        return word
+        return self.receive()
+
+    def receive(self) -> Servable:
+        """Waits for what the inbox brings."""
+        lent = self.lent
+        if lent is None:
+            return self.inbox.get()
+        item, self._kept = self._kept, None
+        if item is not None:
+            return item
+        self.resting = True
+        item = self.inbox.get()
+        with lent:  # waits for the loop's thread to be done
+            self.resting = False
+            held, self.held = self.held, None
+        if held is None:
+            return item
+        if item is not WAKE:
+            self._kept = item
+        return held
+
+    def wait_at(self, mailbox: SimpleQueue[Request]) -> Request:
+        """Waits for the next request of the lease that it attends to, where the connection is lent meanwhile."""
+        assert self.lent is not None
+        self.resting = True
+        request = mailbox.get()
+        with self.lent:
+            self.resting = False
+        return request
+
+    def _take_back(self) -> bool:
+        """Whether the connection is this thread's again, without its having been woken."""
+        lent = self.lent
+        if lent is not None:
+            with lent:
+                if self.held is not None:
+                    return False
+                self.resting = False
+        return True

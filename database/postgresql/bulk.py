@@ -22,7 +22,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import psycopg
 from psycopg import pq
@@ -30,11 +30,8 @@ from psycopg import pq
 from database.engine.statement import Result, Statement
 from database.postgresql.failures import MISTYPED, STALE, clean, made_from
 from database.postgresql.plan import Insert, Plan, reshaped
-from database.postgresql.sending import is_reshaped, widen
+from database.postgresql.sending import Sender, is_reshaped, widen
 from database.postgresql.values import bind, coerced, coercion, is_plain
-
-if TYPE_CHECKING:
-    from database.postgresql.connection import Connection
 
 __all__ = ["execute_batch", "execute_many"]
 
@@ -52,7 +49,7 @@ _Sent = tuple[Any, tuple[int, ...], Any]
 # Rows
 
 
-def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[Sequence[Any]]:
+def _rows(connection: Sender, plan: Plan, rows: Iterable[Any]) -> Iterator[Sequence[Any]]:
     """The values of each row, for good. What the user's own iterator raises is marked as theirs."""
     source = iter(rows)
     count = plan.count if plan.names is None else -1
@@ -76,7 +73,7 @@ def _rows(connection: Connection, plan: Plan, rows: Iterable[Any]) -> Iterator[S
             yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row, adapters)]
 
 
-def execute_many(connection: Connection, statement: Statement, rows: Any) -> Result:
+def execute_many(connection: Sender, statement: Statement, rows: Any) -> Result:
     """Runs a statement once for every row of parameters, within a transaction."""
     plan: Plan = statement.hint
     source = _rows(connection, plan, rows)
@@ -107,7 +104,7 @@ def execute_many(connection: Connection, statement: Statement, rows: Any) -> Res
     return Result(total, None)
 
 
-def _conversion(connection: Connection, plan: Plan, values: Sequence[Any]) -> Any:
+def _conversion(connection: Sender, plan: Plan, values: Sequence[Any]) -> Any:
     """How values of these Python types become what the server takes.
 
     Raises:
@@ -128,7 +125,7 @@ def _conversion(connection: Connection, plan: Plan, values: Sequence[Any]) -> An
 
 
 def _pipeline(
-    connection: Connection, plan: Plan, asked: dict[tuple[type, ...], Any], chunk: list[Sequence[Any]], before: int
+    connection: Sender, plan: Plan, asked: dict[tuple[type, ...], Any], chunk: list[Sequence[Any]], before: int
 ) -> int:
     sent: list[_Sent] = []
     for values in chunk:
@@ -215,7 +212,7 @@ _TABLE = Plan(
 """The columns of a plain table: their types, and nothing at all where anybody could tell COPY from INSERT."""
 
 
-def _columns_for_copy(connection: Connection, insert: Insert) -> list[frozenset[type]] | None:
+def _columns_for_copy(connection: Sender, insert: Insert) -> list[frozenset[type]] | None:
     """Which Python types each column takes by COPY; None where COPY is out of the question."""
     names = [
         each[1:-1].replace('""', '"') if each.startswith('"') else each.lower()
@@ -279,7 +276,7 @@ def _fits(values: Sequence[Any], columns: list[frozenset[type]]) -> bool:
 
 
 def _copy(
-    connection: Connection,
+    connection: Sender,
     insert: Insert,
     columns: list[frozenset[type]],
     head: list[Sequence[Any]],
@@ -317,7 +314,7 @@ def _copy(
 # A batch: various statements
 
 
-def execute_batch(connection: Connection, items: Any) -> int:
+def execute_batch(connection: Sender, items: Any) -> int:
     """Runs (statement, parameters) pairs, within a transaction; gives how many."""
     try:
         return _batch(connection, items)
@@ -338,7 +335,7 @@ def execute_batch(connection: Connection, items: Any) -> int:
     return _batch(connection, items)
 
 
-def _batch(connection: Connection, items: Any) -> int:
+def _batch(connection: Sender, items: Any) -> int:
     sent: list[tuple[Statement, Any, _Sent, Sequence[Any]]] = []
     if connection.began:
         connection.save()

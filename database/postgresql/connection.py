@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import psycopg
@@ -17,11 +17,11 @@ from psycopg import pq
 
 from database import errors
 from database.driver.request import Request
-from database.engine.adapting import Adapters, taken
+from database.engine.adapting import taken
 from database.engine.records import of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
-from database.postgresql import analysis, bulk, together
+from database.postgresql import analysis, bulk
 from database.postgresql.failures import (
     Lost,
     clean,
@@ -41,7 +41,6 @@ from database.postgresql.raw import Cursor, RawConnection, ServerCursor, rows
 from database.postgresql.redaction import hide
 from database.postgresql.returning import AGAIN_AFTER, UNFIT_FOR_RETURNING, done, with_returning
 from database.postgresql.sending import Sender
-from database.postgresql.settings import PostgresqlSettings
 from database.postgresql.values import BindError, row_class
 
 __all__ = ["Connection", "may_join"]
@@ -69,19 +68,7 @@ _BAD = pq.ConnStatus.BAD
 class Connection(Sender):
     """See `database.engine.contract.Connection`."""
 
-    __slots__ = ("failing",)
-
-    def __init__(
-        self,
-        connect: Callable[[], RawConnection],
-        settings: PostgresqlSettings,
-        progress: Callable[[], bool],
-        local: bytes | None = None,
-        adapters: Adapters | None = None,
-    ) -> None:
-        self.failing: tuple[Statement, Any] | None = None
-        """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
-        super().__init__(connect, settings, progress, local, adapters)
+    __slots__ = ()
 
     def adopt(self, raw: RawConnection) -> None:
         """See `Wire`."""
@@ -119,15 +106,6 @@ class Connection(Sender):
     def execute_batch(self, items: Any, _params: Any = None, _extra: Any = None) -> int:
         """Runs (statement, parameters) pairs; gives how many."""
         return bulk.execute_batch(self, items)
-
-    def run_together(
-        self,
-        requests: list[Request],
-        begin: Callable[[Request], None],
-        end: Callable[[Request, BaseException | None], None],
-    ) -> list[Request]:
-        """See `Backend.run_together`."""
-        return together.run_together(self, requests, begin, end)
 
     def execute_script(self, sql: Any, _params: Any = None, _extra: Any = None) -> None:
         """Runs the statements of a script one after the other, without touching the open transaction."""

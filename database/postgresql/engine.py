@@ -13,6 +13,7 @@ from database.engine.contract import Backend, Engine, Migrations, Role
 from database.postgresql import analysis
 from database.postgresql.plan import Plan
 from database.postgresql.settings import PostgresqlSettings
+from database.postgresql.together import run_together
 
 try:
     import psycopg
@@ -90,7 +91,7 @@ def _shared(
         single_writer=False,
         max_idle=settings.max_idle,
         may_join=may_join,
-        run_together=Connection.run_together,
+        run_together=run_together,
     )
 
 

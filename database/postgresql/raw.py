@@ -18,7 +18,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakSet
 
 import psycopg
@@ -35,7 +35,6 @@ from database.postgresql.values import bind, row_class
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from database.postgresql.sending import Sender
 
 __all__ = ["Cursor", "RawConnection", "ServerCursor", "rows"]
 
@@ -162,10 +161,23 @@ class ServerCursor(psycopg.RawServerCursor[Any]):
             raise
 
 
+class Owner(Protocol):
+    """What a raw connection asks of the `Sender` that owns it."""
+
+    stained: bool
+
+    def drive(self, gen: Any) -> Any:
+        """Runs one of psycopg's generators to its end, as statements of its own are."""
+
+    def simple(self, parts: list[bytes]) -> Any:
+        """Sends SQL of the package's own, and waits for it."""
+
+
 class RawConnection(psycopg.Connection[Any]):
     """psycopg's connection, whose waits the worker can leave, and which is the function's while that runs."""
 
-    session: Sender | None = None
+    session: Owner | None = None
+    """What sends statements on it; None while a function of the user's own has it, or it is given up."""
     expires = math.inf
     """When it is to be made again, by `time.monotonic()`."""
     used_at = math.inf

@@ -17,7 +17,7 @@ from database.postgresql import analysis
 from database.postgresql.plan import Plan
 
 if TYPE_CHECKING:
-    from database.postgresql.connection import Connection
+    from database.postgresql.sending import Sender
 
 __all__ = ["UNFIT_FOR_RETURNING", "done", "with_returning"]
 
@@ -43,7 +43,7 @@ _KEY = Plan(
 """The column that is a table's primary key by itself, a whole number, and may be read by whoever may insert."""
 
 
-def with_returning(connection: Connection, plan: Plan, statement: Statement) -> str:
+def with_returning(connection: Sender, plan: Plan, statement: Statement) -> str:
     """The statement's text with a RETURNING clause for its table's generated key; `""` if there is none."""
     known = plan.returning
     if known is None or (not known and time.monotonic() > plan.look_again):

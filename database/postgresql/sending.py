@@ -27,6 +27,7 @@ from psycopg.types.json import JsonbDumper
 
 from database import errors
 from database.engine.adapting import Adapters
+from database.engine.statement import Statement
 from database.postgresql.failures import MISTYPED, STALE, made_from, mark_alone
 from database.postgresql.levels import Levels
 from database.postgresql.plan import Plan, reshaped
@@ -95,7 +96,7 @@ def _lenient(strict: Any) -> type[Loader]:
 class Sender(Levels):
     """One connection, as statements see it."""
 
-    __slots__ = ("adapters", "dropped", "names", "prepared", "prepares", "theirs", "transformer")
+    __slots__ = ("adapters", "dropped", "failing", "names", "prepared", "prepares", "theirs", "transformer")
 
     def __init__(
         self,
@@ -109,6 +110,8 @@ class Sender(Levels):
         """How types of the user's are stored; of these, more may come later."""
         self.prepares = settings.pooler == "none" or settings.pooler_prepares
         self.names = 0
+        self.failing: tuple[Statement, Any] | None = None
+        """What has just failed, where the request does not say it: a write of a batch, a query called in aiosql's way."""
         self.theirs: BaseException | None = None
         """What code of the user's has raised, which goes to the caller as it is."""
         super().__init__(connect, settings, progress, local)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from psycopg import pq
 
 from database.driver.request import Request
 from database.engine.statement import READ
+from database.postgresql.connection import Connection
 from database.postgresql.failures import AGAIN, MISTYPED, STALE, Lost, made_from
 from database.postgresql.plan import Plan
 from database.postgresql.returning import UNFIT_FOR_RETURNING, done
 from database.postgresql.sending import is_reshaped, widen
 from database.postgresql.values import bind, coerced
-
-if TYPE_CHECKING:
-    from database.postgresql.connection import Connection
 
 __all__ = ["run_together"]
 

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from database.driver.lease import Lease
 from database.driver.observer import aside
 from database.driver.request import COMMIT, ROLLBACK, Control, Request
 from database.driver.wakeup import Timer, asyncio_loop, current_loop, current_task
@@ -52,6 +51,7 @@ from database.session.level import Detached, Level
 from database.session.origin import Origin
 
 if TYPE_CHECKING:
+    from database.driver.lease import Lease
     from database.driver.pool import Pool
     from database.engine.statement import Statement
 
@@ -234,7 +234,7 @@ class Transaction(Level):
             pool = self.pool = self.binding.pool()
         if pool.closing:
             raise PoolClosedError(f"the pool of database {self.binding.name!r} was closed while this was open")
-        return Lease(pool, self.origin, number=self.number, readonly=self.readonly)
+        return pool.lease(self.origin, number=self.number, readonly=self.readonly)
 
     def refusal(self) -> TransactionError:
         """Why this level takes no statement any more, or not from here."""

@@ -1,12 +1,16 @@
 """Two checkouts of this package against one another: has a change made anything slower?
 
     python -m tests.benchmarks.compare <before> <after> [--rounds 5] [--seconds 0.5] [--only WORKLOAD …] [--backend asyncio]
+        [--inline] [--lag]
 
 In each round each checkout has an interpreter of its own, on a fresh copy of one database file. Both are there at the same
 time and take turns in slices of a tenth of a second, so that what else the machine does meets both alike. Compared are
 neighbouring slices: the table gives medians of both sides, and the median of the changes with how sure that is (the standard
 error). Calls per second say what a user sees; the CPU's time per call, of the whole process with its threads, is what to go by
 on a machine that others use, too. With `--rounds 10` the uncertainty is that of five divided by 1.4.
+
+With `--inline` the second one has `inline_reads: true`: twice the same checkout says what that setting does. With `--lag` a
+ticker of 1 ms runs beside, and what is compared in the last columns is how late its worst 1 % was, in ms.
 
 Statements answered wrongly, or writes that are not in the database afterwards, end the run.
 """
@@ -37,12 +41,18 @@ WORKLOADS: dict[str, tuple[str, int]] = {
     f"{operation}-{tasks}": (operation, tasks)
     for operation, tasks in (
         ("select", 1),
+        ("select", 10),
         ("select", 100),
         ("insert", 1),
         ("insert", 50),
         ("offloaded", 1),
         ("offloaded", 50),
         ("interactive", 50),
+        ("readonly", 1),
+        ("readonly", 10),
+        ("readonly", 100),
+        ("reading", 1),
+        ("reading", 10),
     )
 }
 """What one task does, and how many tasks do it."""
@@ -59,6 +69,8 @@ class Slice:
     """Calls per second."""
     cpu: float
     """Microseconds of the CPU's time per call."""
+    lags: tuple[float, ...] = ()
+    """By how many milliseconds the ticker was late, each time."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,20 @@ class Comparison:
     def line(self) -> str:
         """A row of the table; changes are those of the second checkout against the first, in per cent."""
         text = f"{self.workload:16}"
+        pairs = [pair for pair in self.pairs if pair[0].rate and pair[1].rate]  # a slice may be too short for a call
+        if not pairs:
+            return f"{text} no call was answered within a slice: see --seconds"
         for name in ("rate", "cpu"):
-            before = [getattr(pair[0], name) for pair in self.pairs]
-            after = [getattr(pair[1], name) for pair in self.pairs]
+            before = [getattr(pair[0], name) for pair in pairs]
+            after = [getattr(pair[1], name) for pair in pairs]
             changes = [100 * (new / old - 1) for old, new in zip(before, after, strict=True)]
             text += (
                 f"{median(before):11,.1f}{median(after):11,.1f}{median(changes):+8.1f} ±{_uncertainty(changes):4.1f}"
             )
+        for side in (0, 1):
+            lags = sorted(lag for pair in pairs for lag in pair[side].lags)
+            if lags:
+                text += f"{lags[len(lags) * 99 // 100]:9.2f}"
         return text
 
 
@@ -95,7 +114,16 @@ def _uncertainty(values: Sequence[float]) -> float:
 class Checkout:
     """One checkout at one workload, in an interpreter of its own; the database is looked at when that has ended."""
 
-    def __init__(self, checkout: Path, workload: str, path: Path, backend: str) -> None:
+    def __init__(
+        self,
+        checkout: Path,
+        workload: str,
+        path: Path,
+        backend: str,
+        settings: dict[str, object] | None = None,
+        *,
+        lag: bool = False,
+    ) -> None:
         self.operation, tasks = WORKLOADS[workload]
         self.path = path
         self.title = f"{checkout} at {workload}"
@@ -105,6 +133,8 @@ class Checkout:
             "operation": self.operation,
             "tasks": tasks,
             "backend": backend,
+            "settings": settings or {},
+            "lag": lag,
             "statements": STATEMENTS,
             "names": [store.name_of(key) for key in range(KEYS + 1)],
         }
@@ -136,8 +166,8 @@ class Checkout:
             self.process.stdin.flush()
         except BrokenPipeError:  # it has ended, and `_answer` says why
             pass
-        calls, passed, computed = self._answer()
-        return Slice(calls / passed, 1e6 * computed / calls)
+        calls, passed, computed, lags = self._answer()
+        return Slice(calls / passed, 1e6 * computed / max(calls, 1), tuple(1000 * lag for lag in lags))
 
     def finish(self) -> None:
         """Has it close its pool, and looks whether all is there that was acknowledged."""
@@ -147,7 +177,7 @@ class Checkout:
         self.process.wait()
         store.verify(
             self.path,
-            transactions=answered if self.operation in {"offloaded", "interactive"} else 0,
+            transactions=answered if self.operation in {"offloaded", "interactive", "reading"} else 0,
             inserts=answered if self.operation == "insert" else 0,
             bulk=0,
         )
@@ -164,7 +194,16 @@ class Checkout:
 
 
 def compare(
-    before: Path, after: Path, workload: str, folder: Path, *, rounds: int, seconds: float, backend: str = "asyncio"
+    before: Path,
+    after: Path,
+    workload: str,
+    folder: Path,
+    *,
+    rounds: int,
+    seconds: float,
+    backend: str = "asyncio",
+    inline: bool = False,
+    lag: bool = False,
 ) -> Comparison:
     """One workload on both checkouts, which take turns."""
     template = folder / "template.db"
@@ -178,7 +217,8 @@ def compare(
             for checkout in (before, after):
                 path = folder / f"{len(sides)}.db"
                 store.copy(template, path)
-                sides.append(Checkout(checkout, workload, path, backend))
+                settings: dict[str, object] = {"inline_reads": True} if inline and sides else {}
+                sides.append(Checkout(checkout, workload, path, backend, settings, lag=lag))
                 stack.callback(sides[-1].end)
             for side in sides:  # not counted: the pool opens, caches fill
                 side.measure(min(seconds, SLICE))
@@ -205,6 +245,8 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD", help=", ".join(WORKLOADS)
     )
     found.add_argument("--backend", choices=BACKENDS, default="asyncio", help="the event loop; default: asyncio")
+    found.add_argument("--inline", action="store_true", help="the second one has inline_reads: true")
+    found.add_argument("--lag", action="store_true", help="how late a ticker of 1 ms is beside (worst 1 %%, in ms)")
     found.add_argument("--dir", type=Path, default=None, help="where the database files go; default: a real disk")
     return found
 
@@ -217,7 +259,7 @@ def main(command: Sequence[str] | None = None) -> int:
             parser().error(f"{checkout} is no checkout of this package")
     folder = store.working_folder(arguments.dir)
     try:
-        print(HEAD, flush=True)
+        print(HEAD + ("  lag p99    after" if arguments.lag else ""), flush=True)
         for workload in arguments.only:
             done = compare(
                 arguments.before,
@@ -227,6 +269,8 @@ def main(command: Sequence[str] | None = None) -> int:
                 rounds=arguments.rounds,
                 seconds=arguments.seconds,
                 backend=arguments.backend,
+                inline=arguments.inline,
+                lag=arguments.lag,
             )
             print(done.line(), flush=True)
     finally:

@@ -44,3 +44,11 @@ def test_each_side_imports_its_own_checkout(tmp_path: Path) -> None:
     ]
     with pytest.raises(RuntimeError, match="this is the changed one"):
         compare.main(command)
+
+
+def test_a_slice_without_a_call_counts_for_nothing() -> None:
+    """Neither side is divided by zero; where no slice had a call on both sides, the row says so."""
+    nothing, something = compare.Slice(0.0, 100.0), compare.Slice(10.0, 5.0)
+    line = compare.Comparison("select-1", [(nothing, something), (something, something)]).line()
+    assert "+0.0" in line
+    assert "no call" in compare.Comparison("select-1", [(nothing, something)]).line()

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 import database
-from database.sqlite3 import close_all, configure, get_db, transactional
+from database.sqlite3 import close_all, configure, get_db, transactional, transactional_readonly
 
 
 def operations(point: str, insert: str, update: str, note: str) -> dict[str, Callable[[int], Awaitable[Any]]]:
@@ -44,7 +44,29 @@ def operations(point: str, insert: str, update: str, note: str) -> dict[str, Cal
             await db.execute(insert, (key, note))
         return row and row["name"]
 
-    return {"select": select, "insert": add, "offloaded": offloaded, "interactive": interactive}
+    @transactional_readonly
+    async def readonly(key: int) -> Any:
+        await db.fetch_one(point, (1,))
+        await db.fetch_one(point, (2,))
+        row = await db.fetch_one(point, (key,))
+        return row and row["name"]
+
+    async def reading(key: int) -> Any:
+        async with db.transaction():
+            await db.execute(update, (key,))
+            await db.fetch_one(point, (1,))
+            row = await db.fetch_one(point, (key,))
+            await db.execute(insert, (key, note))
+        return row and row["name"]
+
+    return {
+        "select": select,
+        "insert": add,
+        "offloaded": offloaded,
+        "interactive": interactive,
+        "readonly": readonly,
+        "reading": reading,
+    }
 
 
 async def measure(order: dict[str, Any]) -> None:
@@ -64,16 +86,24 @@ async def measure(order: dict[str, Any]) -> None:
                 raise RuntimeError(f"key {key}: {name}")
             answered += 1
 
+    async def tick(lags: list[float]) -> None:
+        while (start := perf_counter()) < end:
+            await anyio.sleep(0.001)
+            lags.append(max(0.0, perf_counter() - start - 0.001))
+
     try:
         for line in iter(sys.stdin.readline, ""):
             before = answered
             computed, start = process_time(), perf_counter()
             end = start + float(line)
+            lags: list[float] = []
             async with anyio.create_task_group() as group:
                 for task in range(order["tasks"]):
                     group.start_soon(work, task * 97)
+                if order["lag"]:
+                    group.start_soon(tick, lags)
             seconds, computed = perf_counter() - start, process_time() - computed
-            print(json.dumps([answered - before, seconds, computed]), flush=True)
+            print(json.dumps([answered - before, seconds, computed, lags]), flush=True)
     finally:
         await close_all()
     print(json.dumps(answered))
@@ -85,7 +115,7 @@ def main() -> None:
     found = Path(str(database.__file__)).resolve()
     if not found.is_relative_to(Path(order["checkout"]).resolve()):
         raise SystemExit(f"imported {found}, not what is in {order['checkout']}")
-    configure({"database": {"sqlite": {"path": order["path"], "init_sql": ""}}})
+    configure({"database": {"sqlite": {"path": order["path"], "init_sql": "", **order["settings"]}}})
     backend = order["backend"]
     options = {"use_uvloop": True} if backend == "uvloop" else {}
     anyio.run(measure, order, backend="trio" if backend == "trio" else "asyncio", backend_options=options)

@@ -26,9 +26,13 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from database import errors
+from database.driver import inline
 
 HANGING = 60.0
 """Seconds after which what should have happened long ago never will; nothing takes as long, on however slow a machine."""
+
+INLINE_READS = bool(os.environ.get("INLINE_READS"))
+"""Whether all tests are to run with `inline_reads: true`, and every text is tried on the loop's thread at once."""
 
 # 15 seconds of work where nothing stops it: long enough that "came back early" can only mean "was stopped".
 _STEPS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000000)"
@@ -117,6 +121,8 @@ class Engine:
             "init_sql": "",
             "synchronous": "OFF",  # no test pulls the plug, and thousands of files are closed
         }
+        if INLINE_READS:
+            section["inline_reads"] = True
         section |= more
         if audit is not None:
             section["databases"] = {"audit": {"path": str(self.path("audit")), **audit}}
@@ -191,6 +197,25 @@ class Engine:
             if target.startswith(str(self.directory)):
                 found.append(target)
         return found
+
+
+class _EveryText(dict[str, list[int]]):
+    """In the place of what is known of texts: each of them is quick until it turns out not to be."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.setdefault(key, [0, inline.RELAPSE, 0])
+
+
+def try_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `inline_reads`, each text is tried on the loop's thread at once; what is quick is told by its steps."""
+    make = inline.Inline.__init__
+
+    def eager(self: Any, *arguments: Any) -> None:
+        make(self, *arguments)
+        self.texts = _EveryText()
+
+    monkeypatch.setattr(inline.Inline, "__init__", eager)
+    monkeypatch.setattr(inline, "BUDGET", 0.02)
 
 
 def worker_threads() -> set[threading.Thread]:
