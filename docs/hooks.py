@@ -51,9 +51,17 @@ def on_page_content(content: str, *, config: Any, **_: Any) -> str:
     content = content.replace(
         '<span class="filename">Output</span>', f'<span class="filename">{OUTPUT[language(config)]}</span>'
     )
+    content = re.sub(r'<div class="(language-text [^"]*)">(.*?)</div>', aligned, content, flags=re.S)
     for name, value in DEFAULTS.items():
         content = re.sub(rf'<span class="n">{name}</span>', f'<span class="mf">{value}</span>', content)
+        content = re.sub(rf'<code><span title="[^"]*">{name}</span></code>', f"<code>{value}</code>", content)
     return content.replace('<pre class="diagram">', '<pre class="diagram" data-search-exclude>')
+
+
+def aligned(block: re.Match[str]) -> str:
+    """Marks a block whose lines make columns or a tree: a phone shows them unbroken, and scrolls."""
+    columns = len(re.findall(r"^(?:<[^>]*>)*\s*[^\s<].*?\S {2,}\S|[├└]", block[2], re.M)) > 3
+    return f'<div class="{block[1]}{" aligned" if columns else ""}">{block[2]}</div>'
 
 
 def breakable(code: re.Match[str]) -> str:

@@ -106,7 +106,7 @@ async def _attempt(
 
 
 def _kept(rows: int) -> str:
-    return f"the first {rows:,} rows are stored, for they were committed before" if rows else "nothing was stored"
+    return f"the first {rows:,} rows are stored: they were committed before" if rows else "nothing was stored"
 
 
 async def _begin(

@@ -415,7 +415,7 @@ class Runner:
 
     def _failed(self, request: Request, error: BaseException, started: float) -> None:
         if isinstance(error, Interrupted):  # the operation has looked by itself, in the middle of its work
-            error = QueryExecutionError("interrupted, for its caller no longer waits", sql=text_of(request))
+            error = QueryExecutionError("interrupted: its caller no longer waits", sql=text_of(request))
         # Only a single statement may be run again: it is atomic, so the failed try has left nothing behind.
         again = request.kind == STATEMENT or request.kind == ALONE
         if again and self.backend.is_busy(error) and not request.cancelled:

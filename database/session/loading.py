@@ -27,9 +27,9 @@ def loader() -> Any:
                 if place in text:
                     raise
                 if text.startswith("duplicate parameter name"):
-                    text = "a parameter cannot be named :self, for each is passed on as a keyword argument"
+                    text = "a parameter cannot be named :self: each is passed on as a keyword argument"
                 elif "is not a valid parameter name" in text:
-                    text = f"{text}, for each is passed on as a keyword argument"
+                    text = f"{text}: each is passed on as a keyword argument"
                 lines = query.strip().splitlines()
                 name = lines[0].strip() if lines else ""
                 raise SQLParseException(f"{place}: query {name!r}: {text}") from error

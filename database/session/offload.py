@@ -400,7 +400,7 @@ def _foreign(job: Job) -> TransactionError:
     return TransactionError(
         f"{name}() runs with offload=True, on the database's own thread, where only calls of database"
         f" {job.binding.name!r} may be awaited; it awaited something else, so it has been rolled back."
-        " Await that outside, or leave offload=True away."
+        " Await that outside, or do without offload=True."
     )
 
 

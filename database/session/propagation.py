@@ -261,7 +261,7 @@ def _refuse_write_within_write(found: Level | None) -> None:
         if outer.pool.single_writer:
             raise TransactionError(
                 "propagation 'requires_new': a write transaction within a write transaction on the same database could"
-                f" only wait for itself, for there is one writer at a time; the outer one was begun by {outer.origin()}"
+                f" only wait for itself: there is one writer at a time; the outer one was begun by {outer.origin()}"
             )
 
 

@@ -163,7 +163,7 @@ class Item:
     def shown(self) -> str:
         """The value for a message, unless it may be a secret."""
         if any(map(names_secret, self.keys[-1:])) or holds_secret(self.text or self.value):
-            return "something else (not shown here, for it may be a secret)"
+            return "something else (not shown here: it may be a secret)"
         return show(self.value, self.text)
 
     def entries(self) -> dict[str, Item]:

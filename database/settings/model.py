@@ -144,7 +144,7 @@ class Configuration:
                 if name.startswith(head) and name.endswith(tail):
                     raise ConfigurationError(
                         f"{self.source}: the name {name!r} does not fit {pattern!r}: for the * stand letters, digits, `-`,"
-                        f" `_` and `.`, {MOST_OF_A_NAME} at the most and no `.` first, for it becomes a part of a file's name"
+                        f" `_` and `.`, {MOST_OF_A_NAME} at the most and no `.` first: it becomes a part of a file's name"
                     )
         return None
 

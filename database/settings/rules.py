@@ -183,7 +183,7 @@ def monitor(item: Item) -> str | None:
     import socket  # noqa: PLC0415 - few need it
 
     if not hasattr(socket, "AF_UNIX"):
-        raise Unfit("null, for this system's Python has no Unix sockets")
+        raise Unfit("null, because this system's Python has no Unix sockets")
     if os.path.exists(path) and not os.path.isdir(path):
         raise Unfit(expected, "it is a file")
     try:
@@ -192,7 +192,7 @@ def monitor(item: Item) -> str | None:
         length = len(os.fsencode(path))
     if length > MONITOR_PATH_LIMIT:
         raise Unfit(
-            f"{expected}; a path of at most {MONITOR_PATH_LIMIT} bytes, for a socket's path must be short",
+            f"{expected}; a path of at most {MONITOR_PATH_LIMIT} bytes, because a socket's path must be short",
             f"in full it has {length}",
         )
     return path

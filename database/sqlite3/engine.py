@@ -36,7 +36,7 @@ def _warn_of_known_bugs(version: str, numbers: tuple[int, ...]) -> None:
             _logger,
             logging.WARNING,
             "SQLite %s has the WAL-reset bug (sqlite.org/wal.html#walresetbug): connections that checkpoint at the same"
-            " moment can damage a database. Within one process this package keeps clear of it, for only one connection"
+            " moment can damage a database. Within one process this package keeps clear of it, because only one connection"
             " writes and checkpoints; where several processes write to one file, use SQLite %s or later.",
             version,
             ".".join(map(str, WAL_RESET_FIXED)),

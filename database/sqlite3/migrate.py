@@ -301,7 +301,7 @@ def _run(
                 statement = analysis.analyse(text)
                 if statement.kind == CONTROL:
                     raise MigrationError(
-                        f"{statement.verb} is the package's own business here, for each file is one transaction: leave it out,"
+                        f"{statement.verb} is the package's own business here (each file is one transaction): leave it out,"
                         " and split the file where a part is to stand although the next one fails"
                     )
                 cursor.execute(text)
@@ -320,7 +320,7 @@ def _run(
     if enforced and (broken := connection.broken_references() - (tolerated or Counter())):
         (table, parent), count = broken.most_common(1)[0]
         raise _BrokenError(
-            f"{migration.path}: rolled back, for afterwards {count} rows of {table!r} refer to rows of {parent!r} that do"
+            f"{migration.path}: rolled back: afterwards {count} rows of {table!r} refer to rows of {parent!r} that do"
             " not exist (PRAGMA foreign_key_check shows them)"
         )
     seconds = time.perf_counter() - began

@@ -55,6 +55,7 @@ file: it is the npm package @mermaid-js/tiny 11.17.2, unchanged. */
       drawn += 1;
       const { svg } = await mermaid.render(`diagram-${drawn}`, source);
       place.innerHTML = svg;
+      place.style.setProperty("--natural", place.firstElementChild.style.maxWidth);
       place.dataset.drawn = "yes";
     }
   }

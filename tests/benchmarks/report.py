@@ -33,7 +33,7 @@ def number(value: float | None, metric: str = "rate") -> str:
         return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value:,.0f}"
     if metric == "unasked":
         return f"{value:.0f}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -130,7 +130,7 @@ def test_import_in_batches(cli: Cli, shop: Path, people: Any) -> None:
     outcome = cli("import", "people.csv", "customer", "--batch", 1)
     assert outcome.status == 1
     assert "people.csv:4" in outcome.err
-    assert "the first 2 rows are stored, for they were committed before" in outcome.err
+    assert "the first 2 rows are stored: they were committed before" in outcome.err
     assert rows(shop, "SELECT name FROM customer ORDER BY id") == [("Ada",), ("Bo",), ("Cy",), ("Di",)]
     people("id,name\n7,Fay\n8,Guy\n")
     assert cli("import", "people.csv", "customer", "--batch", 2, "--json").json["stored"] == 2

@@ -238,20 +238,21 @@ def test_each_page(site: Path, browser: Any, visit: Any, size: tuple[int, int], 
             faults.append(f"{page}: a diagram is not drawn: {drawn}")
         faults += [f"{page}: {each}" for each in complaints(browser)]
         if SHOTS:
-            save(browser, Path(SHOTS), f"{page.replace('/', '-')}-{size[0]}-{scheme}.png")
+            save(browser, Path(SHOTS), f"{page.replace('/', '-')}-{size[0]}-{scheme}")
     assert not faults
     assert diagrams
 
 
 def save(browser: Any, folder: Path, name: str) -> None:
-    """Keeps a picture of the whole page, for people to look at (SCREENSHOTS=folder)."""
+    """Keeps pictures of the whole page, from top to bottom, for people to look at (SCREENSHOTS=folder)."""
     import base64
 
     folder.mkdir(parents=True, exist_ok=True)
     size = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-    clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 7000), "scale": 1}
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-    (folder / name).write_bytes(base64.b64decode(shot["data"]))
+    for part, top in enumerate(range(0, size["height"], 7000)):
+        clip = {"x": 0, "y": top, "width": size["width"], "height": min(size["height"] - top, 7000), "scale": 1}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        (folder / f"{name}-{part}.png").write_bytes(base64.b64decode(shot["data"]))
 
 
 @pytest.fixture(scope="module")

@@ -499,7 +499,7 @@ SQL_FILE = "expected the path of an SQL file, '' for none, or null for the packa
         ("monitor: db.yaml", f"monitor: {SOCKETS}, got 'db.yaml' (str); it is a file"),
         (
             f"monitor: /{'x' * 70}",
-            f"monitor: {SOCKETS}; a path of at most 70 bytes, for a socket's path must be short,"
+            f"monitor: {SOCKETS}; a path of at most 70 bytes, because a socket's path must be short,"
             f" got '/{'x' * 70}' (str); in full it has 71",
         ),
         ("logging: 5", "logging: expected a mapping, got 5 (int)"),
