@@ -40,7 +40,12 @@ class Ours:
     async def open(self, conninfo: str) -> None:
         configure({"database": {"postgresql": {"conninfo": conninfo, "init_sql": "", "pool_size": CONNECTIONS}}})
         self.db = get_db()
+        self.transaction = self.decorated()
         await self.db.open()
+
+    def decorated(self) -> Call:
+        """The function, decorated: not when this module is imported, for then its name would mean PostgreSQL to all tests."""
+        return transactional(self.select_and_update)
 
     async def close(self) -> None:
         await close_all()
@@ -51,8 +56,8 @@ class Ours:
     async def update(self, number: int) -> None:
         await self.db.execute(UPDATE.format(":value", ":id"), {"id": number, "value": "x"})
 
-    @transactional
-    async def transaction(self, number: int) -> None:
+    async def select_and_update(self, number: int) -> None:
+        """The body of the transaction."""
         await self.db.fetch_one(SELECT.format(":id"), {"id": number})
         await self.db.execute(UPDATE.format(":value", ":id"), {"id": number, "value": "y"})
 
@@ -69,10 +74,9 @@ class OursOffloaded(Ours):
 
     name = "database, offload"
 
-    @transactional(offload=True)
-    async def transaction(self, number: int) -> None:
-        await self.db.fetch_one(SELECT.format(":id"), {"id": number})
-        await self.db.execute(UPDATE.format(":value", ":id"), {"id": number, "value": "y"})
+    def decorated(self) -> Call:
+        """See `Ours`."""
+        return transactional(offload=True)(self.select_and_update)
 
 
 class Psycopg:

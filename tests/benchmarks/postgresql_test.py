@@ -16,8 +16,11 @@ ROWS = 50
 
 
 @pytest.fixture
-def conninfo() -> Any:
+def conninfo(tmp_path: Any) -> Any:
     """A database with the tables of the comparison."""
+    from tests.conftest import handles_of, make_engine
+
+    engine = make_engine("postgresql", tmp_path)
     server = shared()
     with psycopg.connect(server.conninfo(), autocommit=True) as connection:
         connection.execute("DROP DATABASE IF EXISTS bench")
@@ -25,7 +28,9 @@ def conninfo() -> Any:
     conninfo = server.conninfo("bench", tcp=True)
     with psycopg.connect(conninfo, autocommit=True) as connection:
         postgresql.prepare(connection, ROWS)
-    return conninfo
+    with handles_of(engine):
+        yield conninfo
+    engine.dispose()
 
 
 @pytest.mark.parametrize(
