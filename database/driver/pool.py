@@ -15,6 +15,8 @@ Threads. Every decision is made in a synchronous function on the loop's thread, 
 and acting, and no cancellation can strand a connection: a task that goes away merely takes its request out of a queue.
 Workers tell the loop what they did by notices (`Waker.post`), they decide nothing here. The exceptions are
 `close_now` and `abandon`, called when the loop has ended.
+
+Length. Opening, closing and the end of a loop or a process share one state, in which no step may be missed.
 """
 
 from __future__ import annotations
