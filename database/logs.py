@@ -390,11 +390,9 @@ def _listened_to(logger: logging.Logger) -> bool:
     """Whether any handler but a NullHandler would get the logger's records."""
     current: logging.Logger | None = logger
     while current is not None:
-        handlers = current.handlers
-        if handlers:
-            for handler in handlers:
-                if type(handler) is not logging.NullHandler:
-                    return True
+        for handler in current.handlers:
+            if type(handler) is not logging.NullHandler:
+                return True
         current = current.parent if current.propagate else None
     return False
 

@@ -114,6 +114,15 @@ def make_engine(name: str, directory: Path) -> Engine:
     return PostgresqlEngine(name, directory)
 
 
+@contextmanager
+def alone(name: str, directory: Path) -> Iterator[Engine]:
+    """One engine, for tests of what only that has."""
+    engine = make_engine(name, directory)
+    with handles_of(engine):
+        yield engine
+    engine.dispose()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--quick` is what `make test` runs."""
     parser.addoption(

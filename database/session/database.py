@@ -519,8 +519,9 @@ def _origin(what: str, depth: int) -> Origin:
 
 def _origin_in_generators(what: str, depth: int, *, outlives: bool = False) -> Origin:
     """The same for what ends with the generators that it is begun in: who takes it has them watched, and forgets them."""
+    origin = _origin(what, depth + 1)
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]
     code = frame.f_code
     if outlives or code.co_flags & generators.ASYNC_GENERATOR or code.co_filename == generators.CONTEXTLIB:
-        return Origin(what, code, frame.f_lineno, generators.around(frame, outlives=outlives))
-    return Origin(what, code, frame.f_lineno)
+        origin.generators = generators.around(frame, outlives=outlives)
+    return origin

@@ -17,12 +17,12 @@ class Origin:
 
     __slots__ = ("_code", "_line", "_task", "_what", "generators")
 
-    def __init__(self, what: str, code: CodeType | None = None, line: int = 0, generators: Generators = ()) -> None:
+    def __init__(self, what: str, code: CodeType | None = None, line: int = 0) -> None:
         self._what = what
         self._code = code
         self._line = line
         self._task: Callable[[], object | None] | None = None
-        self.generators = generators
+        self.generators: Generators = ()
         """What it is begun in: see `generators`."""
 
     def set_task(self) -> None:

@@ -9,12 +9,11 @@ Loop thread, but inside an `offload=True` function, which enters and leaves on t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from sys import modules
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 import anyio
 
-from database.driver.wakeup import asyncio_loop, current_task
+from database.driver.wakeup import current_task
 from database.errors import ReadOnlyTransactionError, TransactionError, TransactionTimeoutError
 from database.session import retry
 from database.session.binding import Binding
@@ -307,7 +306,7 @@ async def leave(entered: Entered, token: Any, error: BaseException | None, limit
         if error is not None and entered.level is not None:
             entered.level.dooms_the_whole(error)
         return
-    if error is None and (entered.pool.loop() is not asyncio_loop() or "trio" in modules) and entered.is_elsewhere:
+    if error is None and entered.is_elsewhere:
         raise entered.refusal()
     try:
         if error is None:

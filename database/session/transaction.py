@@ -177,9 +177,7 @@ class Transaction(Level):
         Raises:
             TransactionError: It has ended, can only be rolled back, or belongs to another event loop.
         """
-        if self.ended or self.root.doom is not None:
-            raise self.refusal()
-        if (self.pool.loop() is not asyncio_loop() or "trio" in modules) and self.is_elsewhere:
+        if self.ended or self.root.doom is not None or self.is_elsewhere:
             raise self.refusal()
 
     def send(self, request: Request) -> Awaitable[Any]:

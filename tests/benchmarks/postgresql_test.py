@@ -18,9 +18,8 @@ ROWS = 50
 @pytest.fixture
 def conninfo(tmp_path: Any) -> Any:
     """A database with the tables of the comparison."""
-    from tests.conftest import handles_of, make_engine
+    from tests.conftest import alone
 
-    engine = make_engine("postgresql", tmp_path)
     server = shared()
     with psycopg.connect(server.conninfo(), autocommit=True) as connection:
         connection.execute("DROP DATABASE IF EXISTS bench")
@@ -28,9 +27,8 @@ def conninfo(tmp_path: Any) -> Any:
     conninfo = server.conninfo("bench", tcp=True)
     with psycopg.connect(conninfo, autocommit=True) as connection:
         postgresql.prepare(connection, ROWS)
-    with handles_of(engine):
+    with alone("postgresql", tmp_path):
         yield conninfo
-    engine.dispose()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gc
 import itertools
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -101,28 +102,24 @@ LEAVING: dict[str, Callable[[Rows], Awaitable[None]]] = {
 }
 
 
-@pytest.mark.parametrize("around", ["outside", "inside"])
-async def test_left_generator(db: Any, engine: Engine, around: str) -> None:
-    """Whoever ends a generator, and however: the task that began it is back at the level around it."""
+async def _leaves_everybody_where_he_was(
+    db: Any, engine: Engine, around: str, cases: dict[str, Callable[[], Awaitable[None]]]
+) -> None:
+    """In each case, a generator is iterated over and left; what is executed next belongs to the level around it."""
     expected: list[str] = []
 
     async def check() -> None:
-        number = 0
-        for holding, hold in HOLDING.items():
-            for leaving, leave in LEAVING.items():
-                number += 1
-                rows = hold(db, f"held {number}")
-                assert await rows.__anext__() == 0
-                await leave(rows)
-                assert db.in_transaction == (around == "inside"), (holding, leaving)
-                await add(db, f"behind {number}")
-                expected.append(f"behind {number}")
-                if around == "outside":
-                    assert f"behind {number}" in engine.committed(), (holding, leaving)
-                else:
-                    assert engine.committed() == [], (holding, leaving)
-                async with db.transaction():
-                    await names(db)
+        for case, leave in cases.items():
+            await leave()
+            assert db.in_transaction == (around == "inside"), case
+            await add(db, f"behind {case}")
+            expected.append(f"behind {case}")
+            if around == "outside":
+                assert f"behind {case}" in engine.committed(), case
+            else:
+                assert engine.committed() == [], case
+            async with db.transaction():
+                await names(db)
 
     if around == "outside":
         await check()
@@ -132,6 +129,22 @@ async def test_left_generator(db: Any, engine: Engine, around: str) -> None:
     assert not db.in_transaction
     assert engine.committed() == sorted(expected)
     await usable(db)
+
+
+@pytest.mark.parametrize("around", ["outside", "inside"])
+async def test_left_generator(db: Any, engine: Engine, around: str) -> None:
+    """Whoever ends a generator, and however: the task that began it is back at the level around it."""
+
+    async def left(hold: Hold, leave: Callable[[Rows], Awaitable[None]], case: str) -> None:
+        rows = hold(db, f"held {case}")
+        assert await rows.__anext__() == 0
+        await leave(rows)
+
+    cases = {
+        f"{holding} {leaving}": partial(left, hold, leave, f"{holding} {leaving}")
+        for (holding, hold), (leaving, leave) in itertools.product(HOLDING.items(), LEAVING.items())
+    }
+    await _leaves_everybody_where_he_was(db, engine, around, cases)
 
 
 async def _stacked(db: Any, name: str) -> Rows:
@@ -216,30 +229,11 @@ HELD_ONLY_BY_ITS_CONSUMER = HOLDING | {
 async def test_left_and_not_closed_yet(db: Any, engine: Engine, around: str) -> None:
     """Who breaks off is at once where he was before, though Python closes the generator only later: what he executes next
     is not part of what will be rolled back."""
-    expected: list[str] = []
-
-    async def check() -> None:
-        for (holding, hold), leave in itertools.product(HELD_ONLY_BY_ITS_CONSUMER.items(), NOT_CLOSED):
-            case = f"{holding} {leave.__name__}"
-            await leave(lambda hold=hold, case=case: hold(db, f"held {case}"))
-            assert db.in_transaction == (around == "inside"), case
-            await add(db, f"behind {case}")
-            expected.append(f"behind {case}")
-            if around == "outside":
-                assert f"behind {case}" in engine.committed(), case
-            else:
-                assert engine.committed() == [], case
-            async with db.transaction():
-                await names(db)
-
-    if around == "outside":
-        await check()
-    else:
-        async with db.transaction():
-            await check()
-    assert not db.in_transaction
-    assert engine.committed() == sorted(expected)
-    await usable(db)
+    cases = {
+        f"{holding} {leave.__name__}": partial(leave, partial(hold, db, f"held {holding} {leave.__name__}"))
+        for (holding, hold), leave in itertools.product(HELD_ONLY_BY_ITS_CONSUMER.items(), NOT_CLOSED)
+    }
+    await _leaves_everybody_where_he_was(db, engine, around, cases)
 
 
 async def test_what_goes_on_is_not_left(db: Any, engine: Engine) -> None:

@@ -21,12 +21,10 @@ NAME = "SELECT name FROM jobs WHERE id = ?"
 @pytest.fixture
 def engine(tmp_path: Any) -> Any:
     """SQLite: a server has nothing to be asked inline."""
-    from tests.conftest import handles_of, make_engine
+    from tests.conftest import alone
 
-    engine = make_engine("sqlite3", tmp_path)
-    with handles_of(engine):
+    with alone("sqlite3", tmp_path) as engine:
         yield engine
-    engine.dispose()
 
 
 @pytest.fixture

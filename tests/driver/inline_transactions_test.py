@@ -27,12 +27,10 @@ COUNT = "SELECT count(*) FROM jobs"
 @pytest.fixture
 def engine(tmp_path: Any) -> Any:
     """SQLite: a server has nothing to be asked inline."""
-    from tests.conftest import handles_of, make_engine
+    from tests.conftest import alone
 
-    engine = make_engine("sqlite3", tmp_path)
-    with handles_of(engine):
+    with alone("sqlite3", tmp_path) as engine:
         yield engine
-    engine.dispose()
 
 
 @pytest.fixture

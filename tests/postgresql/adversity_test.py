@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,17 +17,6 @@ from tests.postgresql.engine import PostgresqlEngine, oracle
 from tests.postgresql.server import shared
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["interactive", "offloaded"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,10 @@ import pytest
 from tests.contract.support import HANGING, eventually, usable
 from tests.postgresql.engine import PostgresqlEngine
 from tests.postgresql.proxy import Proxy
-from tests.postgresql.server import shared
 
 pytestmark = pytest.mark.anyio
 
 PID = "SELECT pg_backend_pid()"
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def proxy(engine: PostgresqlEngine) -> Iterator[Proxy]:
-    """Between the pool and the server."""
-    proxy = Proxy(shared())
-    yield proxy
-    proxy.close()
 
 
 def naps(pid: int) -> int:

@@ -23,17 +23,6 @@ pytestmark = pytest.mark.anyio
 GUIDE = Path(__file__).parent.parent.parent / "docs" / "guides" / "postgresql.md"
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
-
-
 def test_each_difference_is_a_row_with_a_test() -> None:
     """The guide's table and the tests left out of the contract speak of the same things, and each has a test here."""
     table = GUIDE.read_text("utf-8").partition("## What differs")[2].partition("\n## ")[0]

@@ -30,17 +30,6 @@ HANG = 20
 """Seconds after which something hangs."""
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
-
-
 # --- one row of many ---------------------------------------------------------------------------------------------
 
 

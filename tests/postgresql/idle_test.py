@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -14,17 +13,6 @@ from tests.contract.support import HANGING, eventually, gather, usable
 from tests.postgresql.engine import PostgresqlEngine
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
 
 
 def pids(engine: PostgresqlEngine) -> set[int]:

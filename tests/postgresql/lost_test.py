@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -14,28 +13,8 @@ from database import errors, transactional, transactional_readonly
 from tests.contract.support import HANGING, usable
 from tests.postgresql.engine import PostgresqlEngine
 from tests.postgresql.proxy import Proxy
-from tests.postgresql.server import shared
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def proxy(engine: PostgresqlEngine) -> Iterator[Proxy]:
-    """Between the pool and the server."""
-    proxy = Proxy(shared())
-    yield proxy
-    proxy.close()
 
 
 def is_commit(kind: bytes, body: bytes) -> bool:

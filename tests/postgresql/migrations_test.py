@@ -18,17 +18,6 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Any:
-    """PostgreSQL alone."""
-    from tests.conftest import handles_of, make_engine
-
-    engine = make_engine("postgresql", tmp_path)
-    with handles_of(engine):
-        yield engine
-    engine.dispose()
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with two migrations; the second differs on SQLite."""
     folder = tmp_path / "migrations"

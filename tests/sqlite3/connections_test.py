@@ -26,12 +26,10 @@ KEY = "it's a 'secret' word"
 @pytest.fixture(params=["sqlite3"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """SQLite alone."""
-    from tests.conftest import handles_of, make_engine
+    from tests.conftest import alone
 
-    engine = make_engine("sqlite3", tmp_path)
-    with handles_of(engine):
+    with alone("sqlite3", tmp_path) as engine:
         yield engine
-    engine.dispose()
 
 
 def drop_in(*names: str) -> str:
