@@ -37,6 +37,7 @@ from database.driver.read_lane import ReadLane
 from database.driver.request import STATEMENT, Request, taken_from
 from database.driver.wakeup import Waker
 from database.driver.worker import Worker
+from database.engine.adapting import AS_IS
 from database.engine.contract import Operation
 from database.engine.statement import READ, Statement
 
@@ -138,8 +139,12 @@ class Inline:
 
     # Single reads
 
-    def read(self, request: Request) -> bool:
-        """Runs the request here, now or in the loop's next turn, if it is one for that; False: it is the lane's."""
+    def submit(self, request: Request) -> None:
+        """Runs the request here, now or in the loop's next turn, if it is one for that; else hands it to the lane."""
+        if not self._read(request):
+            self._lane.submit(request)
+
+    def _read(self, request: Request) -> bool:
         if self._waker.crowd > CROWD:
             self._crowded = PATIENCE
             return False
@@ -242,13 +247,18 @@ class Inline:
         """
         result: Any = None
         failure: BaseException | None = None
+        connection = worker.connection
+        assert connection is not None
         began = perf_counter()
         self._until = self._until or began + TURN
         worker.until = began + BUDGET
         try:
-            result = request.context.run(
-                request.operation, worker.connection, request.subject, request.params, request.extra
-            )
+            if request.extra is AS_IS and connection.plain:
+                result = request.operation(connection, request.subject, request.params, request.extra)  # type: ignore[misc]
+            else:
+                result = request.context.run(
+                    request.operation, connection, request.subject, request.params, request.extra
+                )
         except Exception as error:
             failure = error
         finally:
@@ -263,13 +273,13 @@ class Inline:
         if failure is not None:
             return failure
         request.result = result
+        context, request.context = request.context, None
         request.answered = True
-        request.context = None
         worker.statements += 1
         self.total += 1
         threshold = self._threshold
         if threshold is not None and seconds >= threshold:  # of a page that came from a slow disk nobody could know
-            aside(partial(worker.tell, request, worker.observer.statement, request, seconds, worker.name))
+            aside(partial(context.run, worker.tell, None, worker.observer.statement, request, seconds, worker.name))
         return None
 
     def _come_again(self) -> None:

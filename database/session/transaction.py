@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from database.driver.pool import Pool
     from database.engine.statement import Statement
 
-__all__ = ["Transaction"]
+__all__ = ["Root", "Transaction"]
 
 _numbers = itertools.count(1)
 
@@ -137,7 +137,7 @@ class Transaction(Level):
 
     def nested(self, origin: Origin, *, readonly: bool, manual: bool) -> Transaction:
         """Opens a level within this one."""
-        return type(self)(self.binding, self.pool, origin, readonly=readonly, parent=self, manual=manual)
+        return Transaction(self.binding, self.pool, origin, readonly=readonly, parent=self, manual=manual)
 
     @property
     def root(self) -> Transaction:
@@ -157,12 +157,6 @@ class Transaction(Level):
         state = "ended" if self.ended else "open"
         kind = "read-only " if self.readonly else ""
         return f"<{state} {kind}transaction {self.number} level {self.depth}, begun by {self.origin()}>"
-
-    def __del__(self) -> None:
-        """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
-        if self.parent is None and not self.ended and self.lease is not None:
-            report = partial(aside, partial(self.binding.observer.lost, self.origin()))
-            self.pool.waker.post([], partial(self.lease.let_go, report))
 
     # Statements
 
@@ -563,6 +557,16 @@ class Transaction(Level):
             if limit is not None:
                 limit.go_on()
             variable.reset(token)
+
+
+class Root(Transaction):
+    """The outermost level, which holds the lease. A class of its own, because what has `__del__` costs more."""
+
+    def __del__(self) -> None:
+        """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
+        if not self.ended and self.lease is not None:
+            report = partial(aside, partial(self.binding.observer.lost, self.origin()))
+            self.pool.waker.post([], partial(self.lease.let_go, report))
 
 
 class Pausable(Protocol):
