@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from database.driver import inline
+from database.driver import quick as texts
 from tests.contract.support import SLOW_SELECT, add, errors, gather, names
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +30,7 @@ def engine(tmp_path: Any) -> Any:
 @pytest.fixture
 async def db(make_db: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
-        inline, "BUDGET", 0.02
+        texts, "BUDGET", 0.02
     )  # what is quick here is told by the number of its steps, not by a busy machine
     db = await make_db(inline_reads=True)
     for name in "abc":
