@@ -53,8 +53,8 @@ TURN = 0.00005
 """Seconds from the first inline read of a turn of the loop, after which there are no more in it where the loop does not say
 whether anybody else waits."""
 
-HARD_TURN = 0.00002
-"""The same where it does, and somebody waits."""
+HARD_TURN = 0.000001
+"""The same where it does, and somebody waits: one read."""
 
 ALONE = 0.0002
 """How much longer it may take where nobody waits. Whoever comes meanwhile, by a socket, waits for so long at the most."""
@@ -340,8 +340,8 @@ class Inline:
         return done, failure
 
     def _contended(self) -> bool:
-        """Whether a worker is at work, and so wants the GIL: what was late beside it may have waited for that."""
-        return any(worker.current is not None for worker in self._workers())
+        """Whether a worker is awake, and so wants the GIL: what was late beside it may have waited for that."""
+        return not all(worker.resting for worker in self._workers())
 
     def _come_again(self) -> None:
         if not self._waiting:

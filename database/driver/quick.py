@@ -4,8 +4,8 @@ A text is quick when it has been so on a worker a few times. What turns out not 
 the worker, for twice as long after each relapse. So a text that is seldom quick is seldom tried.
 
 What a worker's clock says is not all: beside other busy threads most of the time that a read takes is waiting for the GIL,
-and that says nothing about the read. So a run counts as slow only where its thread has computed for much longer, or where a
-page had to come from a disk; and what is between counts as nothing.
+and that says nothing about the read. So of what took longer it counts how long its thread has computed, and whether a page had
+to come from a disk.
 
 Threads. `knows` and `judge` are the loop's; what `clocked` makes runs on workers. Each entry is a list of its own, whose
 items are assigned, nothing more.
@@ -29,8 +29,11 @@ __all__ = ["BUDGET", "RELAPSE", "Quick"]
 BUDGET = 0.0001
 """Seconds that a quick read takes at the most, and after which one is stopped on the loop's thread."""
 
+QUICK = 2
+"""How many times that a run may have computed which was kept waiting: fighting for the GIL is work, too."""
+
 SLOW = 5
-"""How many times that a run must have computed to count as slow: fighting for the GIL is work, too."""
+"""How many times that it must have computed to count as slow."""
 
 NEW = 2
 """Quick runs on the worker that make a text known as quick."""
@@ -93,8 +96,9 @@ class Quick:
         try:
             result = operation(connection, statement, params, extra)
             quick = perf_counter() - began < BUDGET
-            if not quick and thread_time() - computed < SLOW * BUDGET and _pages() == pages:
-                quick = None  # it has waited for the GIL, or for a processor
+            if not quick and _pages() == pages:  # it has waited for the GIL, or for a processor; or computed
+                computed = thread_time() - computed
+                quick = None if QUICK * BUDGET < computed < SLOW * BUDGET else computed < QUICK * BUDGET
         finally:
             if quick is not None:
                 self._learn(statement.sql, quick=quick)
