@@ -174,7 +174,7 @@ class Trials:
         self.write(path, text)
         try:
             for chunk in (tests[:20], tests[20:]):
-                chosen = []
+                chosen: list[str] = []
                 for test in chunk:
                     left -= self.known["seconds"][test]
                     if left > 0 or not chosen:
