@@ -264,11 +264,8 @@ async def test_order(db: Any) -> None:
             await db.rollback()
 
 
-async def test_many_transactions_together(db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_transactions_together(db: Any) -> None:
     """More than there are readers: each gets its own answers, in one snapshot, and nobody starves."""
-    monkeypatch.setattr(
-        inline, "BUDGET", 10.0
-    )  # on a busy machine, the loop's turns would make the workers' reads slow
     await known(db, NAME)
 
     @transactional_readonly
