@@ -86,6 +86,7 @@ class Pool:
         """Makes a request that a task of this loop can await."""
         self.long_read = long_read
         self.single_writer = backend.single_writer
+        self.as_is = backend.as_is
         self.thread = get_ident()
         self.failure: BaseException | None = None
         self.opened = self.closing = self.closed = False
@@ -116,12 +117,13 @@ class Pool:
             self.reads = ReadLane(self)
             self.writes = self._writers = WriteLane(self, self.writer)
             if self._lends:
-                self.inline = Inline(waker, self.reads, self._line)
+                self.inline = Inline(waker, self.reads, self._line, lambda: (self.writer, *self._readers))
         else:  # `writer` is only the first among equals here
             self.writer = self._make_worker("1", "shared")
             self.reads = SharedLane(self, readonly=True)
             self.writes = SharedLane(self, readonly=False)
         self._watch = Watch(self, self._line, self.reads, self.writes)
+        self.watched = False
         self.watch: Callable[[], None] = self._watch.begin
         self.watch_reading: Callable[[], None] = self._watch.begin_reading
         self._courtesy = Courtesy(self)

@@ -72,6 +72,8 @@ class Owner(Protocol[LeaseT]):
     """Leases that have been granted or wait, for messages and for closing."""
     watch: Callable[[], None]
     """To be called when somebody waits: sees to it that the wait ends in time."""
+    watched: bool
+    """Whether that is seen to already."""
     watch_reading: Callable[[], None]
     """To be called when a connection is given to somebody: see `long_read`."""
 

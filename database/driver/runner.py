@@ -42,6 +42,7 @@ from database.driver.observer import Observer
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Home, Request, text_of
 from database.driver.room import Room
 from database.driver.wakeup import Notice, Waker
+from database.engine.adapting import AS_IS
 from database.engine.contract import Alone, Backend, Connection, Interrupted, Role
 from database.errors import (
     ConnectionFailedError,
@@ -337,13 +338,14 @@ class Runner:
             request.error = Interrupted()
             return
         try:
-            request.result = request.context.run(
-                request.operation,
-                self.connection or self.ready(),
-                request.subject,
-                request.params,
-                request.extra,
-            )
+            connection = self.connection or self.ready()
+            extra = request.extra
+            if extra is AS_IS and connection.plain:  # most statements: it is a step into C and out of it that is saved
+                request.result = request.operation(connection, request.subject, request.params, extra)  # type: ignore[misc]
+            else:
+                request.result = request.context.run(
+                    request.operation, connection, request.subject, request.params, extra
+                )
             self.current = None
             if request.cancelled or self._stopping:
                 self.left()

@@ -75,6 +75,7 @@ class Watch:
         """Somebody waits: sees to it that the wait ends in time."""
         if self._waiting is None and not self._pool.closed:
             self._waiting = self._pool.waker.call_later(self._until_next_look(self._pool.timeout), self._check_waiting)
+            self._pool.watched = True
 
     def begin_reading(self) -> None:
         """A connection is given to somebody, who may keep it."""
@@ -87,9 +88,11 @@ class Watch:
             if timer is not None:
                 timer.cancel()
         self._waiting = self._reading = None
+        self._pool.watched = False
 
     def _check_waiting(self) -> None:
         self._waiting = None
+        self._pool.watched = False
         now = perf_counter()
         next_check: float | None = None
         errors: list[tuple[Request | None, BaseException]] = []
@@ -124,6 +127,7 @@ class Watch:
             if self._patience is not None:
                 self._report_holders(now, self._patience)
             self._waiting = pool.waker.call_later(self._until_next_look(next_check), self._check_waiting)
+            pool.watched = True
 
     def _until_next_look(self, left: float) -> float:
         """Seconds until the timer is to ring, when the next wait ends in `left` seconds."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Set as AbstractSet
 from time import perf_counter
+from typing import Any
 
 from database.driver.lane import BATCH_SIZE, Lane
 from database.driver.lease import Lease
@@ -61,7 +62,7 @@ class WriteLane(Lane):
         if worker.sleeping and self.pool.opened:
             worker.sleeping = False
             self.pool.rouse(worker)
-        else:
+        elif not self.pool.watched:
             self.pool.watch()
 
     def stop(self, request: Request) -> None:
@@ -204,7 +205,7 @@ class WriteLane(Lane):
             if isinstance(first.error, (DatabaseBusyError, ConnectionPoolExhaustedError)):
                 self._fail_those_who_waited_too(worker, error, began)
             return
-        queue = self.queue
+        queue: deque[Any] = self.queue  # only a lease's kind is beyond `UNIT`
         alone: Request | None = None
         request = first
         while True:
@@ -223,13 +224,15 @@ class WriteLane(Lane):
                         alone = request
                         break
             members.append(request)
-            if len(members) >= GROUP_SIZE or not self._is_groupable(queue) or perf_counter() - began > GROUP_SECONDS:
+            if len(members) >= GROUP_SIZE or perf_counter() - began > GROUP_SECONDS:
                 break
             try:
+                if queue[0].kind > UNIT:
+                    break
                 item = queue.popleft()
             except IndexError:
                 break
-            if item.kind > UNIT or isinstance(item, Lease):  # what was first in line has just been withdrawn
+            if item.kind > UNIT:  # what was first in line has just been withdrawn
                 queue.appendleft(item)
                 break
             request = item

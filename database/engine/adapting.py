@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from threading import local
 from typing import Any
 
-__all__ = ["NATIVE", "NONE", "Adapters", "adapted", "taken"]
+__all__ = ["AS_IS", "NATIVE", "NONE", "PLAIN", "Adapters", "adapted", "taken"]
 
 Adapters = Mapping[type, Callable[[Any], Any]]
 """The functions by the types that they take. It may grow meanwhile."""
@@ -20,6 +20,19 @@ NONE: Adapters = {}
 
 NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray})
 """What is stored as it is, and for which there can be no function."""
+
+PLAIN = NATIVE - {bytearray}
+"""Of these, those whose value nobody can change meanwhile."""
+
+
+class _AsIs:
+    def __repr__(self) -> str:
+        return "AS_IS"
+
+
+AS_IS = _AsIs()
+"""In the place of a request's `extra`: its parameters (a tuple, a dict, None) hold plain values and are bound as they are,
+and nothing of the user's has to be called for it."""
 
 
 class _Raised(local):

@@ -53,6 +53,9 @@ class Connection(Protocol):
         """The raw connection, sqlite3's or psycopg's own, which `db.run` hands to the user's function."""
         ...
 
+    plain: bool
+    """Whether a statement of plain values calls nothing of the user's, and logs nothing: no function that he registered."""
+
     @property
     def in_transaction(self) -> bool:
         """Whether the *database* says that a transaction is open; it can end one by itself."""
@@ -157,6 +160,7 @@ class Backend:
         excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a connection keeps a lock
             just now. None where they do not.
         max_idle: Seconds after which a connection that nobody uses is closed, as long as there are others; 0: never.
+        as_is: Whether its operations know `adapting.AS_IS`.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
@@ -175,6 +179,7 @@ class Backend:
     gauges: Callable[[], dict[str, float]] = dict
     log: Log | None = None
     excludes: Callable[[Any], bool] | None = None
+    as_is: bool = False
     single_writer: bool = True
     max_idle: float = 0.0
     may_join: Callable[[Any], bool] | None = None

@@ -70,6 +70,9 @@ class Connection(Sender):
 
     __slots__ = ()
 
+    plain = False
+    """The server's notices may come with every statement, and are logged."""
+
     def adopt(self, raw: RawConnection) -> None:
         """See `Wire`."""
         raw.row_factory = cast("Any", rows)

@@ -119,7 +119,9 @@ class Database:
             QueryExecutionError: It failed, or returns no rows (then nothing is executed).
         """
         binding = self.binding
-        statement = binding.statements.with_rows("fetch_one", query)
+        statement = binding.statements.get(query)
+        if statement is None or not statement.returns_rows:
+            statement = binding.statements.with_rows("fetch_one", query)
         if type(query) is not str:
             record_class = record_class or check_operation("fetch_one", query)
         level = binding.current.get()
@@ -142,7 +144,9 @@ class Database:
     ) -> list[Any]:
         """All rows. Arguments and errors as for `fetch_one`."""
         binding = self.binding
-        statement = binding.statements.with_rows("fetch_all", query)
+        statement = binding.statements.get(query)
+        if statement is None or not statement.returns_rows:
+            statement = binding.statements.with_rows("fetch_all", query)
         if type(query) is not str:
             record_class = record_class or check_operation("fetch_all", query)
         level = binding.current.get()
@@ -155,7 +159,9 @@ class Database:
     async def fetch_value(self, query: Query, params: Parameters = None, *, default: Any = None) -> Any:
         """The first column of the first row; `default` if there is no row. Other arguments and errors as `fetch_one`."""
         binding = self.binding
-        statement = binding.statements.with_rows("fetch_value", query)
+        statement = binding.statements.get(query)
+        if statement is None or not statement.returns_rows:
+            statement = binding.statements.with_rows("fetch_value", query)
         if type(query) is not str:
             check_operation("fetch_value", query)
         level = binding.current.get()

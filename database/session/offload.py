@@ -13,14 +13,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
+from sys import modules
 from typing import TYPE_CHECKING, Any
 
 from database.driver.request import MANY, STATEMENT, UNIT, Control, Request
+from database.driver.wakeup import asyncio_loop, current_loop
 from database.driver.worker import here
 from database.engine.statement import READ
 from database.errors import TransactionError
 from database.session.binding import Binding
 from database.session.callbacks import Callback
+from database.session.level import Level, step_back
 from database.session.origin import Origin
 from database.session.propagation import (
     Options,
@@ -29,6 +32,7 @@ from database.session.propagation import (
     refuse_writing_in_readonly,
     run_behind,
 )
+from database.session.retry import attempts
 from database.session.sending import submit
 from database.session.transaction import Transaction
 
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from database.engine.statement import Statement
     from database.session.timelimit import TimeLimit
 
-__all__ = ["Job", "Offloaded", "is_here", "offload"]
+__all__ = ["Job", "Offloaded", "offload", "send_job"]
 
 BEGIN = "begin"
 """A control of a root that has committed a part of its work: the next one has to be begun first."""
@@ -278,8 +282,20 @@ class Job:
         """What an earlier run has handed over has been undone with it."""
         self.kept = None
 
-    def failed(self, request: Request, error: BaseException) -> list[Callback]:
-        """It has failed, or its caller has been cancelled; gives what is to run all the same. Loop thread."""
+    async def hand_on(self, callbacks: list[Callback], limit: TimeLimit | None, *, shield: bool = False) -> None:
+        """Runs what is to run behind the commit, or leaves it to those who commit. Loop thread."""
+        if self.parent is not None:
+            self.parent.callbacks += callbacks
+        elif limit is not None:
+            limit.callbacks += callbacks
+        elif callbacks:
+            await run_behind(self.binding, callbacks, shield=shield)
+
+    async def has_failed(self, request: Request, error: BaseException, limit: TimeLimit | None) -> None:
+        """It has failed, or its caller has been cancelled: runs what is to run all the same. Loop thread."""
+        await self.hand_on(self._failed(request, error), limit, shield=not isinstance(error, Exception))
+
+    def _failed(self, request: Request, error: BaseException) -> list[Callback]:
         self.running = request.cancelled and not request.answered
         if self.parent is None and request.answered and request.error is None:
             self.whole = self.committed = True  # already when its caller was cancelled
@@ -352,16 +368,13 @@ class Job:
         return result, root.callbacks if kept is None else [*kept, *root.callbacks]
 
 
-def is_here(binding: Binding) -> bool:
-    """Whether the caller runs on this database's thread already: then an offloaded function is an ordinary level."""
-    level = binding.current.get()
-    return level is not None and level.connection is not None
-
-
-async def offload(job: Job, *, readonly: bool, options: Options | None = None, limit: TimeLimit | None = None) -> Any:
-    """Sends a call to the database's thread; gives what the function returns."""
+def send_job(
+    job: Job, level: Level | None, *, readonly: bool, options: Options | None = None
+) -> tuple[Request, Awaitable[Any]]:
+    """Sends a call to the database's thread; gives what its outcome is to be awaited from. `level` is the current one."""
     binding = job.binding
-    level = binding.level()
+    if level is not None and level.ended:
+        level = step_back(binding.current, level)
     if isinstance(level, Transaction):
         level.check()
         refuse_writing_in_readonly(level, readonly)
@@ -369,29 +382,37 @@ async def offload(job: Job, *, readonly: bool, options: Options | None = None, l
             refuse_isolation(level, options)
         pool = level.pool
         job.parent = level
-        behind: list[Any] | None = level.callbacks
     else:
-        pool = reading_pool(binding, options) if readonly else binding.pool()
+        recent = binding.recent
+        if readonly:
+            pool = reading_pool(binding, options)
+        elif recent is None or recent.loop() is not (current_loop() if "trio" in modules else asyncio_loop()):
+            pool = binding.pool()
+        else:
+            pool = recent
         if options is not None:
             job.isolation = options.isolation
-        behind = None if limit is None else limit.callbacks
-    request = pool.request(UNIT, job.drive, job, None, pool, job)
+    request = pool.request(UNIT, Job.drive, job, None, pool, job)
+    if level is None and not attempts and not readonly:
+        pool.writes.submit(request)
+        return request, request
+    return request, submit(level, pool, request, readonly=readonly)
+
+
+async def offload(
+    job: Job, level: Level | None, *, readonly: bool, options: Options | None = None, limit: TimeLimit | None = None
+) -> Any:
+    """Sends a call to the database's thread; gives what the function returns."""
+    request, sent = send_job(job, level, readonly=readonly, options=options)
     try:
-        result, callbacks = await submit(level, pool, request, readonly=readonly)
+        result, callbacks = await sent
     except BaseException as error:
-        callbacks = job.failed(request, error)
-        if behind is not None:
-            behind += callbacks
-        elif callbacks:
-            await run_behind(binding, callbacks, shield=not isinstance(error, Exception))
+        await job.has_failed(request, error, limit)
         raise
     if job.parent is None:
         job.committed = True
     if callbacks:
-        if behind is not None:
-            behind += callbacks
-        else:
-            await run_behind(binding, callbacks)
+        await job.hand_on(callbacks, limit)
     return result
 
 

@@ -22,7 +22,7 @@ from database.session.generators import watch
 from database.session.level import Detached, Level, detached, step_back, step_out
 from database.session.origin import Origin
 from database.session.timelimit import TimeLimit
-from database.session.transaction import Transaction
+from database.session.transaction import Root, Transaction
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -217,7 +217,7 @@ def open_root(
     if not readonly and found is not None:
         refuse_waiting_for_itself(found, pool)
     origin.set_task()
-    root = Transaction(binding, pool, origin, readonly=readonly, around=found, manual=manual)
+    root = Root(binding, pool, origin, readonly=readonly, around=found, manual=manual)
     if options is not None:
         root.isolation = options.isolation
     if retry.attempts:

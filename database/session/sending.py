@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from database.driver.request import ALONE, MANY, SCRIPT, STATEMENT, Request
 from database.driver.wakeup import asyncio_loop, current_loop
+from database.engine.adapting import AS_IS, PLAIN
 from database.engine.statement import READ, WRITE, Statement
 from database.session.binding import Binding
 from database.session.level import Detached, Level, step_back
 from database.session.propagation import Options, reading_pool, refuse_waiting_for_itself
 from database.session.retry import attempts, note
-from database.session.statements import CHANGING, still
+from database.session.statements import still
 from database.session.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -27,22 +28,37 @@ if TYPE_CHECKING:
 
 __all__ = ["reach", "send", "send_unit", "submit"]
 
+_are_plain = PLAIN.issuperset
+
 
 def send(
     binding: Binding, level: Level | None, operation: Any, statement: Statement, params: Any, extra: Any
 ) -> Awaitable[Any]:
     """Hands a statement over; gives what its answer is to be awaited from. `level` is the current one."""
+    plain = False
     if type(params) is tuple:
         for value in params:  # pyright: ignore[reportUnknownVariableType]
-            if type(value) in CHANGING:  # pyright: ignore[reportUnknownArgumentType]
+            if type(value) not in PLAIN:  # pyright: ignore[reportUnknownArgumentType]
                 params = still(params)
                 break
-    elif params is not None:
+        else:
+            plain = extra is None
+    elif params is None:
+        plain = extra is None
+    elif type(params) is dict and _are_plain(map(type, params.values())):  # pyright: ignore[reportUnknownArgumentType]
+        params, plain = params.copy(), extra is None  # pyright: ignore[reportUnknownVariableType]
+    else:
         params = still(params)
     if level is not None:
         if level.ended:
             level = step_back(binding.current, level)
         if isinstance(level, Transaction):
+            if plain and level.pool.as_is:
+                extra = AS_IS
+                if level.pool.inline is not None and statement.kind == READ:
+                    answer = level.read(operation, statement, params)
+                    if answer is not None:
+                        return answer
             request = level.pool.request(STATEMENT, operation, statement, params, extra)
             if statement.kind != READ:
                 if level.readonly:
@@ -54,10 +70,13 @@ def send(
     # As `current_loop`, without a call where nobody has imported trio
     if pool is None or pool.loop() is not (current_loop() if "trio" in modules else asyncio_loop()):
         pool = binding.pool()
+    if plain and pool.as_is:
+        extra = AS_IS
     if statement.kind == READ:
+        if pool.inline is not None:
+            return pool.inline.send(operation, statement, params, extra)
         request = pool.request(STATEMENT, operation, statement, params, extra)
-        if pool.inline is None or not pool.inline.read(request):
-            pool.reads.submit(request)
+        pool.reads.submit(request)
     else:
         if level is not None:
             refuse_waiting_for_itself(level, pool)

@@ -11,7 +11,7 @@ from database.engine.contract import Engine
 from database.engine.statement import CONTROL, WRITE, Statement
 from database.errors import QueryExecutionError
 
-__all__ = ["CHANGING", "Query", "Statements", "TypedQuery", "check_operation", "still"]
+__all__ = ["Query", "Statements", "TypedQuery", "check_operation", "still"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -150,8 +150,8 @@ def check_operation(method: str, query: Any) -> Callable[..., Any] | None:
     return getattr(query, "record_class", None)
 
 
-CHANGING: Final = frozenset({bytearray, memoryview, array})
-_fixed: Final = CHANGING.isdisjoint  # a tenth of a microsecond for every statement
+_CHANGING: Final = frozenset({bytearray, memoryview, array})
+_fixed: Final = _CHANGING.isdisjoint  # a tenth of a microsecond for every statement
 """Values whose contents may be others by the time they are bound."""
 
 
@@ -179,7 +179,7 @@ def still(params: Any) -> Any:
 
 
 def _still(value: Any) -> Any:
-    return bytes(value) if type(value) in CHANGING else value
+    return bytes(value) if type(value) in _CHANGING else value
 
 
 def _still_object(params: Any) -> Any:

@@ -53,9 +53,10 @@ from database.session.origin import Origin
 if TYPE_CHECKING:
     from database.driver.lease import Lease
     from database.driver.pool import Pool
+    from database.engine.contract import Operation
     from database.engine.statement import Statement
 
-__all__ = ["Transaction"]
+__all__ = ["Root", "Transaction"]
 
 _numbers = itertools.count(1)
 
@@ -137,7 +138,7 @@ class Transaction(Level):
 
     def nested(self, origin: Origin, *, readonly: bool, manual: bool) -> Transaction:
         """Opens a level within this one."""
-        return type(self)(self.binding, self.pool, origin, readonly=readonly, parent=self, manual=manual)
+        return Transaction(self.binding, self.pool, origin, readonly=readonly, parent=self, manual=manual)
 
     @property
     def root(self) -> Transaction:
@@ -157,12 +158,6 @@ class Transaction(Level):
         state = "ended" if self.ended else "open"
         kind = "read-only " if self.readonly else ""
         return f"<{state} {kind}transaction {self.number} level {self.depth}, begun by {self.origin()}>"
-
-    def __del__(self) -> None:
-        """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
-        if self.parent is None and not self.ended and self.lease is not None:
-            report = partial(aside, partial(self.binding.observer.lost, self.origin()))
-            self.pool.waker.post([], partial(self.lease.let_go, report))
 
     # Statements
 
@@ -195,6 +190,20 @@ class Transaction(Level):
             request.controls, root.controls = root.controls, []
         lease.submit(request)
         return request
+
+    def read(self, operation: Operation, statement: Statement, params: Any) -> Awaitable[Any] | None:
+        """Runs a read of plain values at once, where that is possible (`inline_reads`); None: it is to be sent."""
+        root = self._root or self
+        if self.ended or root.doom is not None or root.controls or (root._top or root) is not self:
+            return None
+        if (self.pool.loop() is not asyncio_loop() or "trio" in modules) and self.is_elsewhere:
+            return None
+        lease = root.lease
+        if lease is None:
+            if not root.readonly or root.isolation is not None:
+                return None
+            lease = root.lease = root._new_lease()
+        return lease.read(operation, statement, params)
 
     async def run(self, request: Request, *, in_turn: bool = True) -> Any:
         """Executes a request within this level."""
@@ -332,7 +341,8 @@ class Transaction(Level):
             if lease is None:
                 self._nothing_to_commit()
             else:
-                await self._commit_of(lease)
+                if self.controls or not lease.commits_at_once():
+                    await self._commit_of(lease)
                 self._committed()
         except BaseException as error:
             if lease is not None and lease.committed:  # cancelled, but the commit had begun and went through
@@ -563,6 +573,16 @@ class Transaction(Level):
             if limit is not None:
                 limit.go_on()
             variable.reset(token)
+
+
+class Root(Transaction):
+    """The outermost level, which holds the lease. A class of its own, because what has `__del__` costs more."""
+
+    def __del__(self) -> None:
+        """Thrown away open, its task having gone without leaving the block: rolled back. Any thread."""
+        if not self.ended and self.lease is not None:
+            report = partial(aside, partial(self.binding.observer.lost, self.origin()))
+            self.pool.waker.post([], partial(self.lease.let_go, report))
 
 
 class Pausable(Protocol):

@@ -25,7 +25,7 @@ from threading import Lock
 from typing import Any
 
 from database import errors
-from database.engine.adapting import Adapters, taken
+from database.engine.adapting import AS_IS, Adapters, taken
 from database.engine.contract import Alone, Interrupted
 from database.engine.records import of_statement, records
 from database.engine.rows import Rows
@@ -91,24 +91,24 @@ class Connection(Levels):
 
     # Statements. All take (statement, parameters, extra) and run on the worker's thread.
 
-    def execute(self, statement: Statement, params: Any, _extra: Any = None) -> Result:
+    def execute(self, statement: Statement, params: Any, extra: Any = None) -> Result:
         """Runs a statement for what it does."""
         cursor = self._cursor
         hint = statement.hint
-        if hint and hint != HINT_INSERT:
-            return self._vacuum(statement, params) if hint == HINT_VACUUM else self._count(statement, params)
         sql = statement.sql
-        known: bool | None = True
+        inserts: bool | None = False
         if hint:
-            known = self._rowids.get(sql)
-            if known is None:
-                known = self._has_rowids(sql)  # before: behind a write nothing more may fail
-        cursor.execute(sql, bind(params, sql, self._adapters))
+            if hint != HINT_INSERT:
+                return self._vacuum(statement, params) if hint == HINT_VACUUM else self._count(statement, params)
+            inserts = self._rowids.get(sql)
+            if inserts is None:
+                inserts = self._has_rowids(sql)  # before: behind a write nothing more may fail
+        cursor.execute(sql, (params or ()) if extra is AS_IS else bind(params, sql, self._adapters))
         if statement.returns_rows:
             self._end(statement)
         rowcount = cursor.rowcount
         # The tuple's own `__new__`: a NamedTuple's is Python code, and this is run for every write.
-        return _new_tuple(Result, (rowcount, cursor.lastrowid if hint and known and rowcount > 0 else None))
+        return _new_tuple(Result, (rowcount, cursor.lastrowid if inserts and rowcount > 0 else None))
 
     def _count(self, statement: Statement, params: Any) -> Result:
         """Runs an upsert, or a write that begins with WITH, which `sqlite3` does not know for one."""
@@ -252,9 +252,9 @@ class Connection(Levels):
         """All rows."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql, self._adapters))
+        cursor.execute(sql, (params or ()) if record_class is AS_IS else bind(params, sql, self._adapters))
         try:
-            if record_class is None:
+            if record_class is AS_IS or record_class is None:
                 return Rows(cursor)  # reads as `fetchall` does, without another list
             cursor.row_factory = None
             try:
@@ -270,7 +270,7 @@ class Connection(Levels):
         """The first row, or None; the statement is over when it is given back."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, bind(params, sql, self._adapters))
+        cursor.execute(sql, (params or ()) if record_class is AS_IS else bind(params, sql, self._adapters))
         row = None
         try:
             row = cursor.fetchone()
@@ -280,12 +280,15 @@ class Connection(Levels):
             self._end(statement)
             if row is None or not is_undecodable(error):  # nobody asked for what is in the second row
                 raise
-        if row is None or record_class is None:
+        if row is None or record_class is AS_IS or record_class is None:
             return row
         return self._records(row.keys(), [row], record_class)[0]
 
     def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
         """The first column of the first row, or the default."""
+        if default is AS_IS:
+            row = self.fetch_one(statement, params, AS_IS)
+            return None if row is None else row[0]
         row = self.fetch_one(statement, params, None)
         return default if row is None else row[0]
 

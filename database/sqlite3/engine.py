@@ -92,6 +92,7 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
         busy_timeout=settings.busy_timeout / 1000,
         busy_slice=BUSY_SLICE,
         dispose=dispose,
+        as_is=True,
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
         log=_log(settings, f"{path}-wal"),
         excludes=None if settings.journal_mode == "WAL" else lambda connection: connection.excludes,

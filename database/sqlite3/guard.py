@@ -93,12 +93,15 @@ class Guard:
         "_schema",
         "_schema_writable",
         "_shared",
+        "plain",
         "raw",
         "readonly",
     )
 
     raw: Lent
     _cursor: sqlite3.Cursor
+    plain: bool
+    """See `Connection`."""
 
     def __init__(self, *, readonly: bool) -> None:
         self.readonly = readonly
@@ -166,6 +169,7 @@ class Guard:
         if self._shared:
             raise Alone
         self._changed = True
+        self.plain = False
 
     def denied(self) -> bool:
         """See `Keeper`."""

@@ -33,6 +33,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import ref
 
+from database.engine.adapting import PLAIN
 from database.engine.contract import Alone
 from database.errors import TransactionError
 from database.sqlite3 import analysis
@@ -144,6 +145,8 @@ class Lending(_Connection):
     """The package's `Connection`, once this is `ready`."""
     ready = False
     """Whether it has been prepared."""
+    plain = True
+    """Whether a statement of plain values calls nothing of the user's on it."""
     failure: tuple[BaseException, str, Any] | None = None
     """What a function's last failed statement was."""
     cached = 0
@@ -196,6 +199,8 @@ class Lending(_Connection):
         self._configured = self.row_factory, self.text_factory, self._authorizer, self._tick, self._trace
         self.install()
         super().create_function("_database_probe", 0, _probe)
+        if any(kind in PLAIN for kind, _ in getattr(self.module, "adapters", ())):
+            self.plain = False  # somebody has told the library how to store texts or numbers
         self.keeper, self.ready = keeper, True
 
     def install(self) -> None:

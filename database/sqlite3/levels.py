@@ -91,6 +91,7 @@ class Levels(Guard):
         self.raw = raw
         raw.row_factory = self._row_class
         raw.prepared(self, self._authorize, self._progress, PROGRESS_STEPS)
+        self.plain = raw.plain
         self._cursor = raw.plain_cursor()
 
     def _exchange(self) -> None:

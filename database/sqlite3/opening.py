@@ -314,6 +314,7 @@ def _function(name: str) -> Callable[[Any], object]:
 
 def _run_steps(raw: Any, settings: SqliteSettings, path: str) -> None:
     for step in steps_of(resolved(settings).on_connect):
+        raw.plain = False
         function = cast("Callable[[Any], object]", step)
         name = getattr(function, "__qualname__", None) or type(function).__qualname__
         try:

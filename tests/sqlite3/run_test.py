@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -537,3 +538,42 @@ def test_words_that_control() -> None:
         "SELECT 1": ("", ""),
     }
     assert {text: control(text) for text in wanted} == wanted
+
+
+async def test_functions_of_sql_see_their_callers_context(make_db: Any) -> None:
+    """A function that `on_connect` or `db.run` has made for SQL is the user's code, whatever statement calls it: autocommit or
+    not, with parameters or without, of a reader and of the writer.
+    """
+    caller: ContextVar[str] = ContextVar("caller", default="nobody")
+
+    def made(connection: Any, name: str) -> None:
+        connection.create_function(name, 0, caller.get)
+
+    statements: list[tuple[str, Any]] = [
+        ("SELECT {}() AS who", None),
+        ("SELECT {}() AS who WHERE 1 = ?", (1,)),
+        (
+            "INSERT INTO jobs (name) VALUES ({}() || ' ' || hex(randomblob(4))) RETURNING substr(name, 1, length(name) - 9)",
+            None,
+        ),
+        ("SELECT {}() AS who WHERE 1 = :one", {"one": 1}),
+    ]
+
+    async def work(db: Any, function: str, number: int) -> None:
+        caller.set(f"task {number}")
+        for _ in range(3):
+            for sql, params in statements:
+                assert await db.fetch_value(sql.format(function), params) == f"task {number}"
+
+    db = await make_db(on_connect=lambda connection: made(connection, "always"))
+    assert set(await gather(*(lambda n=n: work(db, "always", n) for n in range(8)))) == {None}
+    async with db.transaction():
+        assert set(await gather(*(lambda n=n: work(db, "always", n) for n in range(3)))) == {None}
+
+    db = await make_db(schema=False)
+    async with db.transaction():
+        await db.fetch_value("SELECT 1 WHERE 1 = ?", (1,))
+        await db.run(made, "for_now")
+        assert set(await gather(*(lambda n=n: work(db, "for_now", n) for n in range(3)))) == {None}
+    with pytest.raises(errors.QueryExecutionError, match="no such function"):
+        await db.fetch_value("SELECT for_now()")
