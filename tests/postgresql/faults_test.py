@@ -274,7 +274,7 @@ async def test_text_that_would_be_cut_off(db: Any, engine: PostgresqlEngine) -> 
 
 async def test_parameters_that_cannot_be_sent(db: Any) -> None:
     """Too many parameters, a lone surrogate, what nobody can adapt: an error, and the connection goes on; so does closing."""
-    marks = ", ".join(["(?)"] * 65_536)
+    marks = ",".join("?" * 65_536)  # nothing else for each: reading the text is what takes long
     statements: list[tuple[str, Any]] = [
         ("INSERT INTO item (value) VALUES (?)", ("\ud800",)),
         ("INSERT INTO item (value) VALUES (?)", ("a\0b",)),
@@ -284,7 +284,7 @@ async def test_parameters_that_cannot_be_sent(db: Any) -> None:
     with anyio.fail_after(HANG):
         for call in (db.execute, db.fetch_all):
             with pytest.raises(errors.QueryExecutionError, match="65,535"):
-                await call(f"INSERT INTO item (value) VALUES {marks}", ["x"] * 65_536)
+                await call(f"INSERT INTO item (value) SELECT 'x' WHERE 'x' IN ({marks})", ["x"] * 65_536)
         for _ in range(7):  # prepared, after a while
             for sql, params in statements:
                 with pytest.raises(errors.QueryExecutionError):
