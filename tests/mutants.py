@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
+import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,9 @@ import coverage
 import pytest
 
 TESTS = ["contract", "driver", "session", "sqlite3", "robustness"]
-OPTIONS = ["-q", "--quick", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not postgresql"]
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not postgresql"]
 TRIAL = ["-x", "-o", "faulthandler_timeout=30", "-o", "faulthandler_exit_on_timeout=true"]  # a mutant may hang
+HANG = 45  # seconds beyond its budget until a run is ended: longer than faulthandler waits for one test
 OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -36,79 +39,54 @@ OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
 Trace = dict[str, Any]
 
 
-def changes(node: ast.AST) -> Iterator[ast.AST | str]:
-    """What may stand in the place of a node: another node, or `pass` and the like."""
-    other: Any = copy.copy(node)
+def changes(node: Any) -> Iterator[tuple[Any, Any, ast.expr | str]]:
+    """What may be replaced, from which node to which, and by what."""
     match node:
-        case ast.Compare(ops=[op]) if type(op) in OPPOSITES:
-            other.ops = [OPPOSITES[type(op)]()]
-            yield other
-        case ast.BoolOp(values=values):
-            yield from (_one_or(node, [each for each in values if each is not left]) for left in values)
+        case ast.Compare(left=left, ops=[op], comparators=right) if type(op) in OPPOSITES:
+            yield node, node, ast.Compare(left, [OPPOSITES[type(op)]()], right)
+        case ast.BoolOp(op=op, values=[left, right]):
+            yield from ((node, node, right), (node, node, left))
+        case ast.BoolOp(op=op, values=values):
+            for each in values:
+                yield node, node, ast.BoolOp(op, [other for other in values if other is not each])
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            yield operand
+            yield node, node, operand
         case ast.IfExp(test=test):
-            other.test = ast.UnaryOp(ast.Not(), test)
-            yield other
-        case ast.Constant(value=bool() | int() | float() as value):
-            yield ast.Constant(not value if isinstance(value, bool) else value + 1)
-        case ast.Expr(value=ast.Call() | ast.Await()) | ast.Raise() | ast.AugAssign():
-            yield "pass"
-        case ast.Assign(targets=[ast.Attribute() | ast.Subscript(), *_]):
-            yield "pass"
-        case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
-            yield "return None"
-        case ast.Break() | ast.Continue():
-            yield "continue" if isinstance(node, ast.Break) else "break"
+            yield test, test, ast.UnaryOp(ast.Not(), test)
         case ast.If(test=test) if not isinstance(test, ast.Compare | ast.UnaryOp):  # they have a change of their own
-            yield "not"
-        case ast.With(items=[ast.withitem(optional_vars=None)]):
-            yield "if True"
-        case ast.ExceptHandler():
-            yield "raise"
-
-
-def _one_or(node: ast.BoolOp, values: list[ast.expr]) -> ast.expr:
-    return values[0] if len(values) == 1 else ast.BoolOp(node.op, values)
+            if not (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"):
+                yield test, test, ast.UnaryOp(ast.Not(), test)
+        case ast.Constant(value=bool() | int() | float() as value):
+            yield node, node, ast.Constant(not value if isinstance(value, bool) else value + 1)
+        case ast.Expr(value=ast.Call() | ast.Await()) | ast.Raise() | ast.AugAssign():
+            yield node, node, "pass"
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript(), *_]):
+            yield node, node, "pass"
+        case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
+            yield node, node, "return None"
+        case ast.Break() | ast.Continue():
+            yield node, node, "continue" if isinstance(node, ast.Break) else "break"
+        case ast.With(items=[ast.withitem(context_expr=context, optional_vars=None)]):
+            yield node, context, "if True"
+        case ast.ExceptHandler(body=body):
+            yield body[0], body[-1], "raise"
 
 
 def mutants(source: str) -> Iterator[tuple[int, str, str]]:
     """The line, what has been changed, and the text of the whole file."""
     data = source.encode()
-    starts = [0]
-    for row in data.splitlines(keepends=True):
-        starts.append(starts[-1] + len(row))
-
-    def span(first: Any, last: Any) -> tuple[int, int]:
-        return starts[first.lineno - 1] + first.col_offset, starts[last.end_lineno - 1] + last.end_col_offset
-
-    for node in ast.walk(ast.parse(source)):
-        for change in changes(node):
-            place: Any = node
-            if isinstance(node, ast.If):
-                begin, end = span(node.test, node.test)
-                text = f"(not ({data[begin:end].decode()}))"
-            elif isinstance(node, ast.With):
-                begin, end = span(node, node.items[0].context_expr)
-                text = "if True"
-            elif isinstance(node, ast.ExceptHandler):
-                begin, end = span(node.body[0], node.body[-1])
-                text, place = "raise", node.body[0]
-            elif isinstance(change, str):
-                begin, end = span(node, node)
-                text = change
-            else:
-                begin, end = span(node, node)
-                text = f"({ast.unparse(change)})"
-            before = data[begin:end].decode()
-            more = before.count("\n") - text.count("\n")
-            kept = text[:-1] + "\n" * more + ")" if text.endswith(")") else text + "\n" * more
-            changed = (data[:begin] + kept.encode() + data[end:]).decode()
-            try:
-                compile(changed, "mutant", "exec")
-            except SyntaxError:  # in the middle of an f-string, or `raise` on the line of its handler
-                continue
-            yield place.lineno, f"{' '.join(before.split())[:90]} -> {' '.join(text.split())[:90]}", changed
+    starts = [0, *itertools.accumulate(len(row) for row in data.splitlines(keepends=True))]
+    for first, last, change in itertools.chain.from_iterable(map(changes, ast.walk(ast.parse(source)))):
+        begin = starts[first.lineno - 1] + first.col_offset
+        end = starts[last.end_lineno - 1] + last.end_col_offset
+        before = data[begin:end].decode()
+        text = change if isinstance(change, str) else f"({ast.unparse(change)})"
+        more = "\n" * before.count("\n")  # every line keeps its number
+        kept = text + more if isinstance(change, str) else text[:-1] + more + ")"
+        changed = (data[:begin] + kept.encode() + data[end:]).decode()
+        with contextlib.suppress(SyntaxError):  # in the middle of an f-string, or `raise` on the line of its handler
+            compile(changed, "mutant", "exec")
+            yield first.lineno, f"{' '.join(before.split())[:90]} -> {text[:90]}", changed
 
 
 class Watched:
@@ -131,7 +109,7 @@ def trace(folders: list[str], file: Path) -> None:
     measured = coverage.Coverage(data_file=None, source=["database"], branch=False, config_file=False)
     watched = Watched(measured)
     measured.start()
-    pytest.main([*OPTIONS, *folders], plugins=[watched])
+    pytest.main([*OPTIONS, "--quick", *folders], plugins=[watched])
     measured.stop()
     data = measured.get_data()
     number = {test: index for index, test in enumerate(watched.seconds)}
@@ -169,21 +147,16 @@ class Trials:
         tests = self.candidates(module, line)
         if not tests:
             return "not executed"
-        path, left = self.root / module, self.budget
+        spent = itertools.accumulate(self.known["seconds"][test] for test in tests)
+        tests = [test for test, seconds in zip(tests, spent, strict=True) if seconds < self.budget] or tests[:1]
+        path = self.root / module
         original = path.read_text()
         self.write(path, text)
         try:
             for chunk in (tests[:20], tests[20:]):
-                chosen: list[str] = []
-                for test in chunk:
-                    left -= self.known["seconds"][test]
-                    if left > 0 or not chosen:
-                        chosen.append(test)
-                if chosen and (killer := self.killer(chosen)):
+                if chunk and (killer := self.killer(chunk)):
                     self.kills[killer] += 1
                     return f"killed by {killer}"
-                if left <= 0:
-                    break
         finally:
             self.write(path, original)
         return "survived"
@@ -197,19 +170,27 @@ class Trials:
         """The test that fails; empty if none does."""
         arguments = self.root / ".trial"  # there may be more than a command line holds
         arguments.write_text("\n".join([*OPTIONS, *TRIAL, *tests]))
-        try:
-            done = inside(self.root, ["-m", "pytest", f"@{arguments}"], capture_output=True, text=True, timeout=180)
-        except subprocess.TimeoutExpired:
-            return "a hang that nothing ended"
-        if done.returncode == 0:
+        output = self.root / ".output"
+        with output.open("w") as file:
+            ended = inside(self.root, ["-m", "pytest", f"@{arguments}"], self.budget + HANG, stdout=file, stderr=file)
+        if ended == 0:
             return ""
-        found = [line for line in done.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
-        return found[0].split(" - ")[0].split(" ", 1)[1] if found else f"a hang or an end ({done.returncode})"
+        found = [line for line in output.read_text().splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
+        return found[0].split(" - ")[0].split(" ", 1)[1] if found else f"a hang or an end ({ended})"
 
 
-def inside(root: Path, arguments: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+def inside(root: Path, arguments: list[str], limit: float | None = None, **more: Any) -> int | None:
+    """Runs Python in the copy, and says how it ended; None if it did not in time. Nothing of it is left running."""
     environment = {**os.environ, "PYTHONPATH": str(root), "HANGING": "6"}
-    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, check=False, **more)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=root, env=environment, start_new_session=True, **more)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def statement(path: Path, line: int) -> range:
@@ -239,9 +220,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "copy"
-            shutil.copytree(
-                ".", root, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "site", ".*cache")
-            )
+            shutil.copytree(".", root, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*cache"))
             try_all(root, given)
 
 
