@@ -51,6 +51,7 @@ def test_every_workload_is_answered_rightly_by_raw_and_by_this_package(tmp_path:
     assert all(results.median(name, "database", backend, "rate") for name in WORKLOADS)
 
 
+@pytest.mark.slow  # other packages than this one; the same workloads, answered by this one, are the test above
 @pytest.mark.parametrize("neighbour", [contender.name for contender in NEIGHBOURS])
 def test_a_neighbour_answers_rightly(tmp_path: Path, neighbour: str) -> None:
     if not CONTENDERS[neighbour].installed():

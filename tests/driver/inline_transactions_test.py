@@ -176,6 +176,7 @@ async def test_what_hands_over(db: Any, engine: Any) -> None:
     assert engine.committed() == ["a", "b", "c"]
 
 
+@pytest.mark.any_loop
 async def test_what_was_slow_is_not_tried_again(db: Any) -> None:
     """A text that has had to be stopped on the loop's thread goes to the worker at once from then on."""
     steps = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < ?) SELECT count(*) FROM c"
