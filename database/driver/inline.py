@@ -8,13 +8,16 @@ What runs inline. A single autocommit read, when the lane's reader sleeps and it
 transactions (`database.driver.inline_lease`). The text has been quick on the worker. Never a write, a script, a unit of
 work, a stream, or a statement that is logged one by one: handlers may block.
 
-What bounds it. SQLite's progress handler stops a statement after `BUDGET` seconds; it is then run again on the worker, and
-its text stays there for the next runs, twice as many after each relapse. What the handler does not see (a page that comes
-from the disk) is learnt by the clock, as the worker's own runs are. Whatever fails is run again on the worker, which knows
-how to wait, to replace the connection, and to say what was wrong. And in one turn of the loop all inline reads together,
-and the callers' Python between them, take `TURN` seconds: what comes after that waits for the next turn, so that others have
-theirs, or goes to the worker. The Python counts, for it is three quarters of a call; and a timer of asyncio's needs up to three
-turns to be heard (it is due, its future is done, its task goes on). So `TURN` times three is the lag.
+What bounds it. SQLite's progress handler stops a statement after `quick.BUDGET` seconds; it is then run again on the worker,
+and its text stays there for a while. What the handler does not see (a page that comes from the disk) is learnt by the clock,
+as the worker's own runs are: see `database.driver.quick`. Whatever fails is run again on the worker, which knows how to wait,
+to replace the connection, and to say what was wrong. And in one turn of the loop all inline reads together, and the callers'
+Python between them, take a limited time: what comes after that waits for the next turn, so that others have theirs, or goes to
+the worker. The Python counts, for it is half of a call.
+
+How long a turn is. A timer of asyncio's needs up to three turns to be heard (it is due, its future is done, its task goes on),
+so three times the limit is the lag. Where nobody waits there is nobody to be late: so a loop is asked (`Waker.is_alone`), and a
+turn is long while nobody stands in line and no timer is due, but short as soon as somebody does.
 
 When much is going on, the lane is better: it answers a hundred tasks with one wake-up. So nothing runs inline outside of
 transactions while more than `CROWD` answers are being handed out. Transactions have no lane, and so know no crowd.
@@ -26,13 +29,16 @@ connection says `database.driver.worker` under "Lending".
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from contextvars import Context
 from functools import partial
 from time import perf_counter
 from typing import Any, Protocol, cast
 
+from database.driver import quick
 from database.driver.line import Line
 from database.driver.observer import Observer, aside
+from database.driver.quick import Quick
 from database.driver.read_lane import ReadLane
 from database.driver.request import STATEMENT, Request, taken_from
 from database.driver.wakeup import Waker
@@ -41,13 +47,17 @@ from database.engine.adapting import AS_IS
 from database.engine.contract import Operation
 from database.engine.statement import READ, Statement
 
-__all__ = ["BUDGET", "TURN", "Inline", "Waiting"]
-
-BUDGET = 0.0001
-"""Seconds after which an inline read is stopped."""
+__all__ = ["ALONE", "HARD_TURN", "TURN", "Done", "Inline", "Waiting"]
 
 TURN = 0.00005
-"""Seconds from the first inline read of a turn of the loop, after which there are no more in it."""
+"""Seconds from the first inline read of a turn of the loop, after which there are no more in it where the loop does not say
+whether anybody else waits."""
+
+HARD_TURN = 0.000001
+"""The same where it does, and somebody waits: one read."""
+
+ALONE = 0.0002
+"""How much longer it may take where nobody waits. Whoever comes meanwhile, by a socket, waits for so long at the most."""
 
 CROWD = 12
 """Answers handed out together from which on those who got them ask the lane again."""
@@ -57,26 +67,6 @@ PATIENCE = 5000
 
 QUEUE = 1000
 """Requests of transactions that wait for the next turn, at the most."""
-
-NEW = 2
-"""Quick runs on the worker that make a text known as quick."""
-
-RELAPSE = 16
-"""The same for a text that was not; doubled each time, up to `MOST`."""
-
-MOST = 4096
-
-AGAIN = 4
-"""How many more for each run on the worker that was not quick. It may have waited for the GIL."""
-
-STRIKE = 16
-"""What an inline read counts that was late, but came to its end, and how many quick ones make up for it."""
-
-STRIKES = 40
-"""From more than this on, it is the statement and not the machine."""
-
-TEXTS = 2000
-"""Texts that are remembered."""
 
 LOGGED = 0.001
 """A threshold for logging (seconds) below which statements are logged one by one, and so not run here."""
@@ -97,6 +87,17 @@ class Waiting(Protocol):
         ...
 
 
+class Done:
+    """The answer of a read that has run: to be awaited as a request is."""
+
+    __slots__ = ("result",)
+    result: Any
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.result
+        yield
+
+
 class Inline:
     """One pool's."""
 
@@ -108,21 +109,25 @@ class Inline:
         "_next_turn",
         "_quiet",
         "_threshold",
+        "_turn_seconds",
         "_until",
         "_waiting",
         "_waker",
+        "_workers",
         "queue",
-        "texts",
+        "quick",
         "total",
     )
 
-    def __init__(self, waker: Waker, lane: ReadLane, line: Line[Any]) -> None:
+    def __init__(self, waker: Waker, lane: ReadLane, line: Line[Any], workers: Callable[[], Iterable[Worker]]) -> None:
         self._waker = waker
         self._lane = lane
         self._line = line
+        self._workers = workers
         self.queue: deque[Request] = deque()
         """Requests that wait for the loop's next turn. Their homes are `Waiting`."""
         self._next_turn: Callable[[Callable[[], None]], None] = waker.next_turn
+        self._turn_seconds = HARD_TURN if waker.tells_who_waits else TURN
         self._until = self._last = 0.0
         """When this turn's time is used up, or 0 where nothing has run in it yet; and when the last read was over."""
         self._waiting = False
@@ -133,37 +138,43 @@ class Inline:
         """Seconds from which a statement is reported."""
         self._crowded = 0
         """Reads that are still to be left to the lane, since so many were answered together."""
-        self.texts: dict[str, list[int]] = {}
-        """By text: quick runs on the worker that it still owes, how many it owes after the next relapse, and its strikes."""
+        self.quick = Quick()
         self.total = 0
 
     # Single reads
 
-    def submit(self, request: Request) -> None:
-        """Runs the request here, now or in the loop's next turn, if it is one for that; else hands it to the lane."""
-        if not self._read(request):
-            self._lane.submit(request)
+    def send(self, operation: Operation, statement: Statement, params: Any, extra: Any) -> Awaitable[Any]:
+        """Runs a read here, if it is one for that; else makes a request of it, for the loop's next turn or for the lane.
 
-    def _read(self, request: Request) -> bool:
+        Gives what its answer is to be awaited from.
+        """
+        known = self.quick.texts.get(statement.sql)
+        waits = False
         if self._waker.crowd > CROWD:
             self._crowded = PATIENCE
-            return False
-        if self._crowded:
+        elif self._crowded:
             self._crowded -= 1
-            return False
-        known = self.texts.get(request.subject.sql)
-        if known is None or known[0] > 0:
-            self.clock(request)
-            return False
-        if not self._free():
-            return False
-        if not self._until or self._last < self._until:
-            return self._run(request)
-        if len(self.queue) >= CROWD:
-            return False
-        request.home = self
-        self.wait(request)
-        return True
+        elif known is None or known[0] > 0:
+            operation = self.quick.clocked(operation)
+        elif self._free():
+            if self._until and self._last >= self._until and self.spent:
+                waits = len(self.queue) < CROWD
+            elif extra is AS_IS:
+                done = self._run_at_once(operation, statement, params)
+                if done is not None:
+                    return done
+            else:
+                request = self._waker.request(STATEMENT, operation, statement, params, extra)
+                if not self._run(request):
+                    self._lane.submit(request)
+                return request
+        request = self._waker.request(STATEMENT, operation, statement, params, extra)
+        if waits:
+            request.home = self
+            self.wait(request)
+        else:
+            self._lane.submit(request)
+        return request
 
     def _free(self) -> bool:
         """Whether the lane has a reader that nobody else wants."""
@@ -173,6 +184,23 @@ class Inline:
             return False
         room = worker.room
         return room is None or not room.held
+
+    def _run_at_once(self, operation: Operation, statement: Statement, params: Any) -> Done | None:
+        """Runs a read of plain values without even a request; None: it is the lane's."""
+        worker = self._lane.resident
+        assert worker is not None
+        lent = worker.lent
+        assert lent is not None
+        if not (self._quiet or self.quiet(worker.observer)) or not lent.acquire(blocking=False):
+            return None
+        try:
+            connection = worker.connection
+            if not worker.resting or connection is None or not connection.plain:
+                return None
+            done, failure = self.run(worker, operation, connection, statement, params)
+            return None if failure is not None else done
+        finally:
+            lent.release()
 
     def _run(self, request: Request) -> bool:
         worker = self._lane.resident
@@ -212,8 +240,11 @@ class Inline:
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left of this turn."""
-        return self._until != 0.0 and self._last >= self._until
+        """Whether nothing is left of this turn: others wait for theirs, or may."""
+        until, last = self._until, self._last
+        if not until or last < until:
+            return False
+        return last >= until + ALONE or not self._waker.is_alone(int(self._waiting))
 
     @property
     def full(self) -> bool:
@@ -234,7 +265,7 @@ class Inline:
     def quiet(self, observer: Observer) -> bool:
         """Whether statements may run here, because nobody wants to hear of each of them."""
         quiet = self._quiet
-        if quiet is None:
+        if quiet is None:  # once a turn
             threshold = self._threshold = observer.threshold()
             quiet = self._quiet = threshold is None or threshold >= LOGGED
             self._come_again()
@@ -245,42 +276,72 @@ class Inline:
 
         The caller holds the lock. Gives the error if there was one; then it is to be run again on the worker.
         """
-        result: Any = None
-        failure: BaseException | None = None
-        connection = worker.connection
-        assert connection is not None
+        done, failure = self.run(
+            worker,
+            request.operation,
+            worker.connection,
+            request.subject,
+            request.params,
+            request.extra,
+            request.context,
+        )
+        if failure is None:
+            request.result = done.result
+            request.answered = True
+            request.context = None
+        return failure
+
+    def run(
+        self,
+        worker: Worker,
+        operation: Operation | None,
+        connection: Any,
+        statement: Statement,
+        params: Any,
+        extra: Any = AS_IS,
+        context: Context | None = None,
+    ) -> tuple[Done, Exception | None]:
+        """Runs a read on the connection of a worker that rests; the caller holds the lock. Gives its answer, or the error.
+
+        Without a `context` it runs in the current one, which is its caller's.
+        """
+        assert operation is not None
+        done = Done()
+        failure: Exception | None = None
         began = perf_counter()
-        self._until = self._until or began + TURN
-        worker.until = began + BUDGET
+        self._until = self._until or began + self._turn_seconds
+        worker.until = began + quick.BUDGET
         try:
-            if request.extra is AS_IS and connection.plain:
-                result = request.operation(connection, request.subject, request.params, request.extra)  # type: ignore[misc]
+            if context is None or (extra is AS_IS and connection.plain):
+                done.result = operation(connection, statement, params, extra)
             else:
-                result = request.context.run(
-                    request.operation, connection, request.subject, request.params, request.extra
-                )
+                done.result = context.run(operation, connection, statement, params, extra)
         except Exception as error:
             failure = error
         finally:
             worker.until = 0.0
-            self._last = perf_counter()
-            seconds = self._last - began
+            self._last = last = perf_counter()
         if not self._waiting:
             self._come_again()
-        known = self.texts.get(request.subject.sql)
-        if known is not None and (seconds > BUDGET or known[1] > RELAPSE or known[2]):
-            self._judge(known, seconds, stopped=failure is not None)
-        if failure is not None:
-            return failure
-        request.result = result
-        context, request.context = request.context, None
-        request.answered = True
-        worker.statements += 1
-        self.total += 1
-        threshold = self._threshold
-        if threshold is not None and seconds >= threshold:  # of a page that came from a slow disk nobody could know
-            aside(partial(context.run, worker.tell, None, worker.observer.statement, request, seconds, worker.name))
-        return None
+        seconds = last - began
+        if seconds > quick.BUDGET:
+            if failure is not None or not self._contended():
+                self.quick.judge(statement.sql, seconds, stopped=failure is not None)
+        elif self.quick.doubts:
+            self.quick.judge(statement.sql, seconds, stopped=False)
+        if failure is None:
+            worker.statements += 1
+            self.total += 1
+            threshold = self._threshold
+            if threshold is not None and seconds >= threshold:  # of a page that came from a slow disk nobody could know
+                request = self._waker.request(STATEMENT, operation, statement, params, extra)
+                tell = partial(worker.tell, None, worker.observer.statement, request, seconds, worker.name)
+                aside(partial((context or request.context).run, tell))
+        return done, failure
+
+    def _contended(self) -> bool:
+        """Whether a worker is awake, and so wants the GIL: what was late beside it may have waited for that."""
+        return not all(worker.resting for worker in self._workers())
 
     def _come_again(self) -> None:
         if not self._waiting:
@@ -337,45 +398,9 @@ class Inline:
             or getattr(request.operation, "__name__", None) not in READS
         ):
             return None
-        known = self.texts.get(statement.sql)
-        return known is not None and known[0] <= 0
+        return self.quick.knows(statement.sql)
 
     def clock(self, request: Request) -> None:
         """Has the worker look at the clock when it executes this read."""
         assert request.operation is not None
-        request.operation = partial(self._timed, request.operation)
-
-    @staticmethod
-    def _judge(known: list[int], seconds: float, *, stopped: bool) -> None:
-        """A read has run on the loop's thread. One that was late all the same may have been kept waiting by the machine."""
-        if seconds > BUDGET:
-            known[2] += STRIKE
-            if stopped or known[2] > STRIKES:
-                known[0], known[1], known[2] = known[1], min(2 * known[1], MOST), 0
-        else:
-            known[1] = max(known[1] - 1, RELAPSE)
-            known[2] = max(known[2] - 1, 0)
-
-    # Worker's thread, and the loop's: each entry is a list of its own, whose items are assigned, nothing more
-
-    def _timed(self, operation: Operation, connection: Any, statement: Statement, params: Any, extra: Any) -> Any:
-        began = perf_counter()
-        quick = False
-        try:
-            result = operation(connection, statement, params, extra)
-            quick = perf_counter() - began < BUDGET
-        finally:
-            self._learn(statement.sql, quick=quick)
-        return result
-
-    def _learn(self, text: str, *, quick: bool) -> None:
-        """A read has run on the worker."""
-        known = self.texts.get(text)
-        if known is None:
-            if len(self.texts) >= TEXTS:
-                self.texts.clear()
-            self.texts[text] = [NEW - 1 if quick else RELAPSE, RELAPSE, 0]
-        elif not quick:
-            known[0] = min(known[0] + AGAIN, MOST)
-        elif known[0] > 0:
-            known[0] -= 1
+        request.operation = self.quick.clocked(request.operation)

@@ -24,17 +24,19 @@ by whomever, finds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from time import perf_counter
 from typing import Any
 
 from database.driver.inline import Inline
 from database.driver.lease import Holder, Lease
-from database.driver.request import COMMIT, Request, taken_from
+from database.driver.request import COMMIT, STATEMENT, Request, taken_from
 from database.driver.roles import Owner
 from database.driver.worker import WAKE, Worker
-from database.engine.contract import Connection
+from database.engine.adapting import AS_IS
+from database.engine.contract import Connection, Operation
+from database.engine.statement import Statement
 
 __all__ = ["InlineLease"]
 
@@ -84,6 +86,52 @@ class InlineLease(Lease):
             return
         self._send(request)
 
+    def read(self, operation: Operation, statement: Statement, params: Any) -> Awaitable[Any] | None:
+        """See `Lease`. Without even a request, unless the read fails: then that is the worker's to do again, and to report."""
+        inline = self._inline
+        if (
+            self.ended
+            or self._sent != self._served
+            or self._waiting is not None
+            or not inline.quick.knows(statement.sql)
+        ):
+            return None
+        if inline.spent:
+            return None
+        worker = self.worker
+        if worker is None:
+            if not (self.readonly and self.queued_at == 0.0 and self._may_begin()):
+                return None
+            worker = self._begins_here()
+            if worker is None:
+                return None
+        lent = worker.lent
+        assert lent is not None
+        if not worker.resting or not inline.quiet(worker.observer) or not lent.acquire(blocking=False):
+            return None
+        try:
+            connection = self._usable(worker)
+            if connection is None or not connection.plain:
+                return None
+            done, failure = inline.run(worker, operation, connection, statement, params)
+            if failure is None:
+                return done
+            request = self.pool.request(STATEMENT, operation, statement, params, AS_IS)
+            if not connection.in_transaction:
+                request.operation = partial(_fail, failure)
+        finally:
+            lent.release()
+        request.home = self
+        self._send(request)
+        return request
+
+    def commits_at_once(self) -> bool:
+        """See `Lease`."""
+        worker = self.worker
+        if worker is None or worker.held is not self or self._waiting is not None or self._sent != self._served:
+            return False
+        return not self.ended and self._end_here(worker, COMMIT)
+
     def _send(self, request: Request) -> None:
         self._sent += 1
         super().submit(request)
@@ -120,7 +168,11 @@ class InlineLease(Lease):
             return False
         worker = self.worker
         if request.kind >= COMMIT:
-            return worker is not None and worker.held is self and self._end_here(worker, request)
+            if worker is None or worker.held is not self or not self._end_here(worker, request.kind):
+                return False
+            request.answered = True
+            request.context = None
+            return True
         quick = self._inline.is_quick(request)
         if not quick:
             if quick is False:
@@ -137,22 +189,23 @@ class InlineLease(Lease):
             self._waiting = request
             self._inline.wait(request)
             return True
-        return self._begin_here(request) if worker is None else self._run_here(worker, request)
+        worker = worker or self._begins_here()
+        return worker is not None and self._run_here(worker, request)
 
     def _may_begin(self) -> bool:
         pool = self.pool
         observer = pool.observer
         return pool.opened and not pool.closing and self._inline.quiet(observer) and not observer.hears_of(0.0)
 
-    def _begin_here(self, request: Request) -> bool:
-        """Begins the transaction on a reader that sleeps, and runs its first read."""
+    def _begins_here(self) -> Worker | None:
+        """Begins the transaction on a reader that sleeps, if there is one."""
         granted = self._granted
         pool = self.pool
         now = perf_counter()
         if granted is None:
             found = self._inline.borrow()
             if found is None:
-                return False
+                return None
             worker, self._of_lane = found
             pool.transactions.add(self)  # first, so that whoever closes the pool sees it
             self.queued_at = now
@@ -176,14 +229,14 @@ class InlineLease(Lease):
                 pool.transactions.discard(self)
                 self.queued_at = 0.0
                 self._inline.give_back(worker, of_lane=self._of_lane)
-            return False
+            return None
         self._granted = None
         self.granted_at = now
         self.worker = worker
         worker.acquired += 1
         worker.waited += now - self.queued_at
         pool.watch_reading()
-        return self._run_here(worker, request)
+        return worker
 
     @staticmethod
     def _opens(connection: Connection) -> bool:
@@ -200,8 +253,8 @@ class InlineLease(Lease):
         if not inline.quiet(worker.observer) or not lent.acquire(blocking=False):
             return False
         try:
-            connection = worker.connection
-            if not worker.resting or self.ended or self.doom is not None or self.carried or connection is None:
+            connection = self._usable(worker)
+            if connection is None:
                 return False
             error = inline.execute(worker, request)
             if error is None:
@@ -212,10 +265,18 @@ class InlineLease(Lease):
         finally:
             lent.release()
 
-    def _end_here(self, worker: Worker, request: Request) -> bool:
+    def _usable(self, worker: Worker) -> Connection | None:
+        """The connection, if it may be used here now. The caller holds the lock."""
+        if not worker.resting or self.ended or self.doom is not None or self.carried:
+            return None
+        return worker.connection
+
+    def _end_here(self, worker: Worker, kind: int) -> bool:
         """COMMIT or ROLLBACK of what was begun here; the worker has not been woken."""
         lent = worker.lent
         assert lent is not None
+        if self._failure is not None:
+            return False
         if self.pool.observer.hears_of(perf_counter() - self.granted_at) or not lent.acquire(blocking=False):
             return False
         try:
@@ -223,7 +284,7 @@ class InlineLease(Lease):
             if worker.held is not self or self.doom is not None or connection is None:
                 return False
             try:
-                if request.kind == COMMIT:
+                if kind == COMMIT:
                     connection.commit()
                     worker.commits += 1
                     self.committed = True
@@ -238,8 +299,6 @@ class InlineLease(Lease):
         finally:
             lent.release()
         self.pool.transactions.discard(self)
-        request.answered = True
-        request.context = None
         self._inline.give_back(worker, of_lane=self._of_lane)
         return True
 

@@ -17,16 +17,17 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from database.driver.request import COMMIT, LEASE, MANY, ROLLBACK, UNIT, Control, Home, Request
 from database.driver.roles import Owner
 from database.driver.worker import Worker
-from database.engine.contract import Connection, Interrupted
+from database.engine.contract import Connection, Interrupted, Operation
+from database.engine.statement import Statement
 from database.errors import PoolClosedError, TransactionError
 
 __all__ = ["Holder", "Lease"]
@@ -134,6 +135,14 @@ class Lease:
             self.queued_at = perf_counter()
             transactions.add(self)
             self.pool.claim(self)
+
+    def read(self, _operation: Operation, _statement: Statement, _params: Any) -> Awaitable[Any] | None:
+        """Runs a read of plain values at once, if that is possible."""
+        return None
+
+    def commits_at_once(self) -> bool:
+        """Commits at once, if that is possible; False: ask for it as for everything else."""
+        return False
 
     def given(self, worker: Worker) -> None:
         """See `Claimant`."""

@@ -117,13 +117,11 @@ class Pool:
             self.reads = ReadLane(self)
             self.writes = self._writers = WriteLane(self, self.writer)
             if self._lends:
-                self.inline = Inline(waker, self.reads, self._line)
+                self.inline = Inline(waker, self.reads, self._line, lambda: (self.writer, *self._readers))
         else:  # `writer` is only the first among equals here
             self.writer = self._make_worker("1", "shared")
             self.reads = SharedLane(self, readonly=True)
             self.writes = SharedLane(self, readonly=False)
-        self.read: Callable[[Request], None] = self.reads.submit if self.inline is None else self.inline.submit
-        """Takes a single read."""
         self._watch = Watch(self, self._line, self.reads, self.writes)
         self.watched = False
         self.watch: Callable[[], None] = self._watch.begin

@@ -55,6 +55,10 @@ def send(
         if isinstance(level, Transaction):
             if plain and level.pool.as_is:
                 extra = AS_IS
+                if level.pool.inline is not None and statement.kind == READ:
+                    answer = level.read(operation, statement, params)
+                    if answer is not None:
+                        return answer
             request = level.pool.request(STATEMENT, operation, statement, params, extra)
             if statement.kind != READ:
                 if level.readonly:
@@ -69,8 +73,10 @@ def send(
     if plain and pool.as_is:
         extra = AS_IS
     if statement.kind == READ:
+        if pool.inline is not None:
+            return pool.inline.send(operation, statement, params, extra)
         request = pool.request(STATEMENT, operation, statement, params, extra)
-        pool.read(request)
+        pool.reads.submit(request)
     else:
         if level is not None:
             refuse_waiting_for_itself(level, pool)

@@ -53,6 +53,7 @@ from database.session.origin import Origin
 if TYPE_CHECKING:
     from database.driver.lease import Lease
     from database.driver.pool import Pool
+    from database.engine.contract import Operation
     from database.engine.statement import Statement
 
 __all__ = ["Root", "Transaction"]
@@ -190,6 +191,20 @@ class Transaction(Level):
         lease.submit(request)
         return request
 
+    def read(self, operation: Operation, statement: Statement, params: Any) -> Awaitable[Any] | None:
+        """Runs a read of plain values at once, where that is possible (`inline_reads`); None: it is to be sent."""
+        root = self._root or self
+        if self.ended or root.doom is not None or root.controls or (root._top or root) is not self:
+            return None
+        if (self.pool.loop() is not asyncio_loop() or "trio" in modules) and self.is_elsewhere:
+            return None
+        lease = root.lease
+        if lease is None:
+            if not root.readonly or root.isolation is not None:
+                return None
+            lease = root.lease = root._new_lease()
+        return lease.read(operation, statement, params)
+
     async def run(self, request: Request, *, in_turn: bool = True) -> Any:
         """Executes a request within this level."""
         root = self.root
@@ -326,7 +341,8 @@ class Transaction(Level):
             if lease is None:
                 self._nothing_to_commit()
             else:
-                await self._commit_of(lease)
+                if self.controls or not lease.commits_at_once():
+                    await self._commit_of(lease)
                 self._committed()
         except BaseException as error:
             if lease is not None and lease.committed:  # cancelled, but the commit had begun and went through

@@ -122,6 +122,28 @@ SLOW: list[Any] = [
 ]
 
 
+async def _cancelled_while_it_runs(db: Any, work: Callable[[], Awaitable[Any]]) -> None:
+    """Cancels the work as soon as a worker has begun its slow statement."""
+    pool = db.pool()
+    scope = anyio.CancelScope()
+
+    async def cancel() -> None:
+        with db.detached():
+            await eventually(lambda: any(_runs_slowly(worker) for worker in (pool.writer, *pool.readers())), "it runs")
+        scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(cancel)
+        with scope:
+            await work()
+    assert scope.cancelled_caught
+
+
+def _runs_slowly(worker: Any) -> bool:
+    current = worker.current
+    return current is not None and getattr(current.subject, "sql", None) in (SLOW_INSERT, SLOW_SELECT)
+
+
 @in_turn("work", SLOW)
 async def test_a_running_statement_is_really_stopped(db: Any, engine: Engine, work: Work) -> None:
     """Under a deadline a slow statement returns, has stopped working, and its connection is usable."""
@@ -256,9 +278,9 @@ async def test_an_interrupted_statement_dooms_its_transaction(db: Any, engine: E
     with pytest.raises(errors.TransactionError):
         async with db.transaction():
             await add(db, "before")
-            with anyio.move_on_after(0.05) as scope:
-                await db.execute(slow) if slow is SLOW_INSERT else await db.fetch_value(slow)
-            assert scope.cancelled_caught
+            await _cancelled_while_it_runs(
+                db, lambda: db.execute(slow) if slow is SLOW_INSERT else db.fetch_value(slow)
+            )
             with pytest.raises(errors.TransactionError):
                 await add(db, "after")
             with pytest.raises(errors.TransactionError):
@@ -273,9 +295,12 @@ async def test_an_interrupted_statement_in_a_nested_level(db: Any, engine: Engin
     with pytest.raises(errors.TransactionError):
         async with db.transaction():
             await add(db, "outer")
-            with anyio.move_on_after(0.05):
+
+            async def nested() -> None:
                 async with db.transaction():
                     await db.execute(SLOW_INSERT)
+
+            await _cancelled_while_it_runs(db, nested)
             await add(db, "after")
     assert engine.committed() == []
     await usable(db)
@@ -285,8 +310,7 @@ async def test_an_interrupted_manual_transaction(db: Any, engine: Engine) -> Non
     """In manual mode `commit` of an interrupted transaction raises, `rollback` clears it away."""
     await db.begin()
     await add(db, "before")
-    with anyio.move_on_after(0.05):
-        await db.execute(SLOW_INSERT)
+    await _cancelled_while_it_runs(db, lambda: db.execute(SLOW_INSERT))
     with pytest.raises(errors.TransactionError):
         await add(db, "after")
     with pytest.raises(errors.TransactionError):

@@ -26,7 +26,7 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from database import errors
-from database.driver import inline
+from database.driver import inline, quick
 
 HANGING = 60.0
 """Seconds after which what should have happened long ago never will; nothing takes as long, on however slow a machine."""
@@ -203,7 +203,7 @@ class _EveryText(dict[str, list[int]]):
     """In the place of what is known of texts: each of them is quick until it turns out not to be."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self.setdefault(key, [0, inline.RELAPSE, 0])
+        return self.setdefault(key, [0, quick.RELAPSE, 0])
 
 
 def try_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +212,10 @@ def try_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def eager(self: Any, *arguments: Any) -> None:
         make(self, *arguments)
-        self.texts = _EveryText()
+        self.quick.texts = _EveryText()
 
     monkeypatch.setattr(inline.Inline, "__init__", eager)
-    monkeypatch.setattr(inline, "BUDGET", 0.02)
+    monkeypatch.setattr(quick, "BUDGET", 0.02)
 
 
 def worker_threads() -> set[threading.Thread]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from database.driver import inline
+from database.driver import quick as texts
 from tests.contract.support import SLOW_SELECT, add, errors, gather, names
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +32,7 @@ def engine(tmp_path: Any) -> Any:
 @pytest.fixture
 async def db(make_db: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
-        inline, "BUDGET", 0.02
+        texts, "BUDGET", 0.02
     )  # what is quick here is told by the number of its steps, not by a busy machine
     db = await make_db(inline_reads=True)
     for name in "abc":
@@ -155,3 +157,41 @@ async def test_a_reader_that_is_wanted_elsewhere(db: Any) -> None:
         async with db.stream("SELECT id FROM jobs") as rows:
             assert [row[0] async for row in rows] == [1, 2, 3]
     assert db.stats().inline_total > 0
+
+
+async def test_a_turn_is_long_only_while_nobody_waits(
+    db: Any, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the loop tells who waits, reads of one task follow one another as long as nobody does, and one by one if not:
+    neither a task nor a timer waits for more than one of them. Elsewhere the turn's time is all there is.
+    """
+    tells = db.pool().waker.tells_who_waits
+    assert tells is (anyio_backend == ("asyncio", {}))
+    monkeypatch.setattr(inline, "ALONE", 60.0)
+    await quick(db)
+    waited = 0
+    wait = inline.Inline.wait
+
+    def counted(self: Any, request: Any) -> None:
+        nonlocal waited
+        waited += 1
+        wait(self, request)
+
+    monkeypatch.setattr(inline.Inline, "wait", counted)
+    await anyio.sleep(0)
+    await quick(db, 500)
+    assert waited < 5 if tells else waited > 5
+    async with counted_turns() as turns:
+        waited = 0
+        await quick(db, 500)
+    assert waited > 400 if tells else waited > 5
+    assert len(turns) >= waited
+
+    if tells:
+        rung: list[None] = []
+        asyncio.get_running_loop().call_later(0.01, rung.append, None)
+        for _ in range(100_000):
+            await quick(db, 1)
+            if rung:
+                break
+        assert rung

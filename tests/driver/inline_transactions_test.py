@@ -14,6 +14,7 @@ import pytest
 
 from database import transactional_readonly
 from database.driver import inline
+from database.driver import quick as texts
 from database.sqlite3.connection import Connection
 from tests.contract.support import add, collected, errors, eventually, gather, idle, on_asyncio
 from tests.driver.inline_test import NAME, counted_turns, quick
@@ -35,7 +36,7 @@ def engine(tmp_path: Any) -> Any:
 
 @pytest.fixture
 async def db(make_db: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(inline, "BUDGET", 0.02)  # see `inline_test`
+    monkeypatch.setattr(texts, "BUDGET", 0.02)  # see `inline_test`
     db = await make_db(inline_reads=True)
     for name in "abc":
         await add(db, name)
@@ -256,6 +257,8 @@ async def test_others_have_their_turn(db: Any) -> None:
 async def test_cancelled_while_it_waits_for_the_next_turn(db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left behind: neither a reader that is booked, nor a transaction that begins for nobody."""
     monkeypatch.setattr(inline, "TURN", 1e-9)
+    monkeypatch.setattr(inline, "HARD_TURN", 1e-9)
+    monkeypatch.setattr(inline, "ALONE", 0.0)
     await known(db, NAME)
     for reads in (0, 1, 2):
         for _ in range(10):

@@ -218,6 +218,24 @@ class AsyncioWaker(Waker):
         loop = self.loop()
         return loop is not None and loop.is_running()
 
+    # asyncio's own loops keep their callbacks and timers in `_ready` and `_scheduled`, and have no other way to ask for them.
+    # Whoever has neither (uvloop) is not asked.
+
+    @property
+    def tells_who_waits(self) -> bool:  # type: ignore[override]
+        loop: Any = self.loop()
+        return hasattr(getattr(loop, "_ready", None), "__len__") and isinstance(getattr(loop, "_scheduled", None), list)
+
+    def is_alone(self, own: int) -> bool:
+        loop: Any = self.loop()
+        try:
+            if len(loop._ready) > own:
+                return False
+            timers = loop._scheduled
+            return not timers or timers[0].when() > loop.time()
+        except AttributeError:
+            return False
+
     def task_of(self, request: Request) -> object | None:
         return getattr(request.waiter, "__self__", None)  # it is the task's own bound method
 

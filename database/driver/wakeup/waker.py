@@ -178,6 +178,16 @@ class Waker:
         loop = current_loop()
         return loop is not None and loop is self.loop()
 
+    tells_who_waits = False
+    """Whether `is_alone` knows anything."""
+
+    def is_alone(self, own: int) -> bool:
+        """Whether nobody waits for the loop's next turn, but for `own` callbacks, and no timer is due; False: unknown.
+
+        Loop thread. Who waits for a socket is not counted.
+        """
+        return False
+
     def task_of(self, request: Request) -> object | None:
         """The task that waits for the request, if one does. Any thread; for comparing."""
         waiter: object | None = request.waiter
