@@ -2,8 +2,9 @@
 
 With `--quick`, a test function that has cases of its own runs each of them on every engine it concerns, by turns on one
 event loop and the next; all of its cases together meet every event loop. A test without cases runs on every event loop,
-and once on every engine: on PostgreSQL with one of the loops, on SQLite with the others. What is marked `slow` is left to
-`make test-all`, which runs everything everywhere.
+and once on every engine: on PostgreSQL with one of the loops, on SQLite with the others. What is marked `any_loop` is not
+about event loops but about what a connection, a text or a file does, whichever awaits it: it runs with one of them, and
+the tests of a file come by turns. What is marked `slow` is left to `make test-all`, which runs everything everywhere.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def _covering(group: list[pytest.Item], turn: int) -> set[pytest.Item]:
         loop, item = choices[(turn + number) % len(choices)]
         kept.add(item)
         met.add(loop)
+    if any(item.get_closest_marker("any_loop") for item in kept):
+        return kept
     for choices in places.values():  # the first engine's come first
         for loop, item in choices:
             if loop not in met:

@@ -59,6 +59,9 @@ HARD_TURN = 0.000001
 ALONE = 0.0002
 """How much longer it may take where nobody waits. Whoever comes meanwhile, by a socket, waits for so long at the most."""
 
+SHARE = 0.00005
+"""Seconds for which one task may go on reading while others wait for the same."""
+
 CROWD = 12
 """Answers handed out together from which on those who got them ask the lane again."""
 
@@ -108,6 +111,7 @@ class Inline:
         "_line",
         "_next_turn",
         "_quiet",
+        "_share",
         "_threshold",
         "_turn_seconds",
         "_until",
@@ -128,8 +132,9 @@ class Inline:
         """Requests that wait for the loop's next turn. Their homes are `Waiting`."""
         self._next_turn: Callable[[Callable[[], None]], None] = waker.next_turn
         self._turn_seconds = HARD_TURN if waker.tells_who_waits else TURN
-        self._until = self._last = 0.0
-        """When this turn's time is used up, or 0 where nothing has run in it yet; and when the last read was over."""
+        self._until = self._last = self._share = 0.0
+        """When this turn's time is used up, or 0 where nothing has run in it yet; when the last read was over; and until when
+        the request that was resumed last, and what its task reads next, come before others that wait."""
         self._waiting = False
         """Whether the next turn has been asked for."""
         self._quiet: bool | None = None
@@ -157,7 +162,7 @@ class Inline:
         elif known is None or known[0] > 0:
             operation = self.quick.clocked(operation)
         elif self._free():
-            if self._until and self._last >= self._until and self.spent:
+            if (self.queue and self.others_first) or (self._until and self._last >= self._until and self.spent):
                 waits = len(self.queue) < CROWD
             elif extra is AS_IS:
                 done = self._run_at_once(operation, statement, params)
@@ -245,6 +250,11 @@ class Inline:
         if not until or last < until:
             return False
         return last >= until + ALONE or not self._waker.is_alone(int(self._waiting))
+
+    @property
+    def others_first(self) -> bool:
+        """Whether others wait, and the one that has been resumed last has had its share."""
+        return bool(self.queue) and self._last >= self._share
 
     @property
     def full(self) -> bool:
@@ -356,6 +366,7 @@ class Inline:
         try:
             while queue and not self.spent:
                 request = queue.popleft()
+                self._share = perf_counter() + SHARE
                 if cast("Waiting", request.home).resume(request):
                     self._waker.answer(request)
         finally:

@@ -96,7 +96,7 @@ class InlineLease(Lease):
             or not inline.quick.knows(statement.sql)
         ):
             return None
-        if inline.spent:
+        if (inline.queue and inline.others_first) or inline.spent:
             return None
         worker = self.worker
         if worker is None:
@@ -162,8 +162,8 @@ class InlineLease(Lease):
             self._woken = True
             worker.inbox.put(WAKE)
 
-    def _runs(self, request: Request) -> bool:
-        """Runs it here, or has it wait for that; False: it is the worker's."""
+    def _runs(self, request: Request, *, in_turn: bool = False) -> bool:
+        """Runs it here, or has it wait for its turn, unless that has come; False: it is the worker's."""
         if self.ended or request.controls is not None or self._sent != self._served:
             return False
         worker = self.worker
@@ -183,7 +183,7 @@ class InlineLease(Lease):
                 return False
         elif not worker.resting:
             return False
-        if self._inline.spent:
+        if not in_turn and (self._inline.others_first or self._inline.spent):
             if self._inline.full:
                 return False
             self._waiting = request
@@ -307,7 +307,7 @@ class InlineLease(Lease):
     def resume(self, request: Request) -> bool:
         """See `Waiting`."""
         self._waiting = None
-        if self._runs(request):
+        if self._runs(request, in_turn=True):
             return request.answered
         self._send(request)
         return False

@@ -249,8 +249,14 @@ class WriteLane(Lane):
             worker.commit(connection, len(members))
         except BaseException as error:
             open_still = connection.in_transaction
-            broken = worker.backend.is_broken(error)
+            broken, busy = worker.backend.is_broken(error), worker.backend.is_busy(error)
             worker.rollback()
+            if busy:  # they have all waited for as long (without a WAL, for those who read)
+                for member in members:
+                    if member.error is None or _was_done(member):
+                        member.error = worker.translate(again(error), member)
+                worker.answers.extend(members)
+                return
             if open_still and not broken and worker.connection is connection:
                 # Refused, and rolled back by us: certainly nothing is committed. One member is to blame (a deferred
                 # foreign key, a row that no longer fitted the disk); alone, each gets its own verdict.
@@ -259,7 +265,7 @@ class WriteLane(Lane):
             translated = worker.translate(error, None)
             for member in members:
                 if member.error is None or _was_done(member):
-                    member.error = translated
+                    member.error = again(translated)
         else:
             worker.grouped += len(members)
         worker.answers.extend(members)

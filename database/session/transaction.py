@@ -390,11 +390,11 @@ class Transaction(Level):
         except BaseException as error:
             if lease is not None and lease.committed:  # cancelled, but it went through
                 self._committed()
-            elif retry.attempts and not self.readonly and retry.is_unknown(error):
-                retry.leave_behind()
                 self.whole = False
                 with anyio.CancelScope(shield=True):
                     await self._run_between()
+            elif retry.attempts and not self.readonly and retry.is_unknown(error):
+                retry.leave_behind()
             self.callbacks.clear()
             await self._roll_back_root()
             raise

@@ -103,7 +103,7 @@ class Connection(Levels):
             inserts = self._rowids.get(sql)
             if inserts is None:
                 inserts = self._has_rowids(sql)  # before: behind a write nothing more may fail
-        cursor.execute(sql, (params or ()) if extra is AS_IS else bind(params, sql, self._adapters))
+        cursor.execute(sql, (() if params is None else params) if extra is AS_IS else bind(params, sql, self._adapters))
         if statement.returns_rows:
             self._end(statement)
         rowcount = cursor.rowcount
@@ -252,7 +252,9 @@ class Connection(Levels):
         """All rows."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, (params or ()) if record_class is AS_IS else bind(params, sql, self._adapters))
+        cursor.execute(
+            sql, (() if params is None else params) if record_class is AS_IS else bind(params, sql, self._adapters)
+        )
         try:
             if record_class is AS_IS or record_class is None:
                 return Rows(cursor)  # reads as `fetchall` does, without another list
@@ -270,7 +272,9 @@ class Connection(Levels):
         """The first row, or None; the statement is over when it is given back."""
         cursor = self._cursor
         sql = statement.sql
-        cursor.execute(sql, (params or ()) if record_class is AS_IS else bind(params, sql, self._adapters))
+        cursor.execute(
+            sql, (() if params is None else params) if record_class is AS_IS else bind(params, sql, self._adapters)
+        )
         row = None
         try:
             row = cursor.fetchone()

@@ -4,6 +4,7 @@ A contender defines the methods it has something to say about; a workload runs i
 
 ===================  ==============================================================
 ``point(key)``       one row of ``item`` by its key
+``three(keys)``      three rows of ``item`` in one read-only transaction
 ``transact(key)``    a short transaction: an INSERT and an UPDATE
 ``insert(key)``      a single INSERT, committed when it returns
 ``fetch_all()``      all rows of ``bulk``
@@ -95,6 +96,12 @@ class Raw(Contender):
     def point(self, key: int) -> Any:
         return self.execute(POINT, (key,)).fetchone()
 
+    def three(self, keys: Sequence[int]) -> list[Any]:
+        self.execute("BEGIN")
+        rows = [self.execute(POINT, (key,)).fetchone() for key in keys]
+        self.execute("COMMIT")
+        return rows
+
     def transact(self, key: int) -> None:
         self.execute("BEGIN IMMEDIATE")
         self.execute(INSERT, (key, NOTE))
@@ -127,6 +134,7 @@ class _Ours(Contender):
     kind = "ours"
     requires = ("database.sqlite3",)
     backends = BACKENDS
+    settings: ClassVar[dict[str, Any]] = {}
 
     async def open(self) -> None:
         from database.sqlite3 import configure, get_db
@@ -139,6 +147,7 @@ class _Ours(Contender):
                         "synchronous": self.synchronous,
                         "pool_size": self.readers,
                         "init_sql": "",
+                        **self.settings,
                     }
                 }
             }
@@ -158,7 +167,7 @@ class Ours(_Ours):
     about = "this package: SQL text, `@transactional`"
 
     async def open(self) -> None:
-        from database.sqlite3 import transactional
+        from database.sqlite3 import transactional, transactional_readonly
 
         await super().open()
         db = self.db
@@ -168,10 +177,18 @@ class Ours(_Ours):
             await db.execute(INSERT, (key, NOTE))
             await db.execute(UPDATE, (key,))
 
+        @transactional_readonly
+        async def reading(keys: Sequence[int]) -> list[Any]:
+            return [await db.fetch_one(POINT, (key,)) for key in keys]
+
         self._transaction = transaction
+        self._reading = reading
 
     async def point(self, key: int) -> Any:
         return await self.db.fetch_one(POINT, (key,))
+
+    async def three(self, keys: Sequence[int]) -> list[Any]:
+        return await self._reading(keys)
 
     async def transact(self, key: int) -> None:
         await self._transaction(key)
@@ -203,6 +220,14 @@ class Ours(_Ours):
     async def scan(self, n: int) -> float:
         value: float = await self.db.fetch_value(SCAN, (n,))
         return value
+
+
+class OursInline(Ours):
+    """This package, with small reads on the event loop's own thread."""
+
+    name = "database inline"
+    about = "this package: SQL text, `@transactional`, `inline_reads: true`"
+    settings: ClassVar[dict[str, Any]] = {"inline_reads": True}
 
 
 class OursHandles(_Ours):
@@ -274,4 +299,4 @@ class OursTuples(_Ours):
         return await self.db.run(self._all, readonly=True)
 
 
-RAW_AND_OURS: tuple[type[Contender], ...] = (Raw, Ours, OursHandles, OursOffload, OursTuples)
+RAW_AND_OURS: tuple[type[Contender], ...] = (Raw, Ours, OursInline, OursHandles, OursOffload, OursTuples)

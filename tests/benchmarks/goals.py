@@ -56,11 +56,23 @@ class Verdict:
         return self.value <= self.goal.bound if self.goal.at_most else self.value >= self.goal.bound
 
 
-HANDLES, OFFLOAD, TUPLES = "database handles", "database offload", "database tuples"
+HANDLES, INLINE, OFFLOAD, TUPLES = "database handles", "database inline", "database offload", "database tuples"
 
 GOALS: tuple[Goal, ...] = (
     Goal("seq_read", 1.2, "best"),
     Goal("seq_read", 0.85, "database", HANDLES),
+    Goal("seq_read", 3.5, "best", INLINE),
+    Goal("seq_read", 0.35, "raw", INLINE),
+    Goal("ten_read", 1, "database", INLINE),
+    Goal("conc_read", 0.97, "database", INLINE),
+    Goal("seq_three", 6, "database", INLINE),
+    Goal("seq_three", 5, "best", INLINE),
+    *(
+        Goal(lag, 1, "database", INLINE, metric="p99_ms", at_most=True)
+        for lag in ("loop_lag_1", "loop_lag_10", "loop_lag_reads")
+    ),
+    Goal("slow_query", 1, "database", INLINE, metric="p99_ms", at_most=True),
+    Goal("busy_loop", 1, "database", INLINE, metric="p50_ms", at_most=True),
     Goal("conc_read", 2.5, "best"),
     Goal("conc_read", 0.5, "raw"),
     Goal("conc_read", 0.85, "database", HANDLES),

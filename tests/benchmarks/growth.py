@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,43 @@ RESULT = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 SCAN, QUICK_SCAN = 30_000, 100
 QUICK_TASKS, QUICK_ROWS, QUICK_POOL, QUICK_RESULT = (1, 10), (1_000, 2_000), (1, 2), (1, 10, 2_000)
 
+DATABASES, QUICK_DATABASES = (1, 10, 100), (1, 3)
+
+_OPEN = """
+import shutil, sys, threading
+from pathlib import Path
+import anyio
+from database.sqlite3 import close_all, configure, get_db
+
+path, count = Path(sys.argv[1]), int(sys.argv[2])
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+async def main():
+    names = [f"db{number}" for number in range(count + 1)]
+    for name in names:
+        shutil.copy(path, path.with_name(name))
+    databases = {name: {"path": str(path.with_name(name)), "init_sql": ""} for name in names}
+    configure({"database": {"sqlite": {"path": str(path), "init_sql": "", "databases": databases}}})
+
+    async def use(name):
+        db = get_db(name)
+        await db.fetch_one("SELECT name FROM item WHERE id = 1")
+        await db.execute("UPDATE item SET hits = hits + 1 WHERE id = 1")
+
+    await use(names[0])  # what is loaded with the first one is not the others' price
+    threads, memory = threading.active_count(), resident()
+    for name in names[1:]:
+        await use(name)
+    print(threading.active_count() - threads, resident() - memory)
+    await close_all()
+    for name in names:
+        path.with_name(name).unlink()
+
+anyio.run(main)
+"""
+
 Measure = Callable[[Any], Awaitable[float]]
 
 
@@ -40,6 +79,8 @@ class Growth:
     def run(self) -> list[dict[str, Any]]:
         """All studies."""
         studies = [self.tasks, self.table, self.pool, self.result]
+        if Path("/proc/self/status").exists():  # which tells of the memory
+            studies.append(self.databases)
         found = []
         for study in studies:
             started = clock()
@@ -125,6 +166,27 @@ class Growth:
             sizes,
             series,
         )
+
+    def databases(self) -> dict[str, Any]:
+        """Threads and memory of 1 to 100 databases that are open at once, each having answered one read and one write."""
+        counts = QUICK_DATABASES if self.quick else DATABASES
+        series: dict[str, dict[str, float]] = {"threads": {}, "KiB": {}, "KiB each": {}}
+        with self._file(1, 1) as path:
+            for count in counts:
+                threads, kib = (
+                    int(word)
+                    for word in subprocess.run(
+                        [sys.executable, "-c", _OPEN, str(path), str(count)],
+                        check=True,
+                        capture_output=True,
+                        text=True,
+                        cwd=Path(__file__).parents[2],
+                    ).stdout.split()
+                )
+                series["threads"][str(count)] = threads
+                series["KiB"][str(count)] = kib
+                series["KiB each"][str(count)] = kib / count
+        return _study("Databases open at once", "databases", "beyond what the process has without any", counts, series)
 
     def _entrants(self, name: str) -> list[tuple[type[Contender], str, str]]:
         contender = CONTENDERS[name]

@@ -42,6 +42,13 @@ class Aiosqlite(Contender):
         async with self.db.execute(POINT, (key,)) as cursor:
             return await cursor.fetchone()
 
+    async def three(self, keys: Sequence[int]) -> list[Any]:
+        async with self.lock:
+            await self.db.execute("BEGIN")
+            rows = [await self.point(key) for key in keys]
+            await self.db.commit()
+        return rows
+
     async def transact(self, key: int) -> None:
         async with self.lock:
             await self.db.execute(INSERT, (key, NOTE))
@@ -303,6 +310,10 @@ class Apsw(_Apsw):
         cursor = await self.db.execute(POINT, (key,))
         return await cursor.fetchone()
 
+    async def three(self, keys: Sequence[int]) -> list[Any]:
+        async with self.lock, self.db:
+            return [await self.point(key) for key in keys]
+
     async def transact(self, key: int) -> None:
         async with self.lock, self.db:
             await self.db.execute(INSERT, (key, NOTE))
@@ -343,6 +354,15 @@ class ApswFastest(Apsw):
 
     async def point(self, key: int) -> Any:
         return (await (await self.db.execute(POINT, (key,))).fetchall())[0]
+
+    async def three(self, keys: Sequence[int]) -> list[Any]:
+        first, second, third = keys
+        async with self.lock:
+            rows = [
+                (await (await self.db.execute(f"BEGIN; {POINT}", (first,))).fetchall())[0],
+                await self.point(second),
+            ]
+            return [*rows, (await (await self.db.execute(f"{POINT}; COMMIT", (third,))).fetchall())[0]]
 
     async def transact(self, key: int) -> None:
         async with self.lock:

@@ -25,6 +25,7 @@ import anyio
 from . import cold, store
 from .contenders import RAW_AND_OURS, Contender, Raw
 from .neighbours import NEIGHBOURS
+from .wake import wake
 from .workloads import WORKLOADS, Plan, Trial, Workload, slow_steps
 
 CONTENDERS: dict[str, type[Contender]] = {contender.name: contender for contender in (*RAW_AND_OURS, *NEIGHBOURS)}
@@ -140,6 +141,7 @@ def machine(folder: Path) -> dict[str, Any]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "a hop": f"{wake():.0f} µs",
         "system": f"{platform.system()} {platform.release()}",
         "filesystem": store.filesystem(folder),
         "python": f"{platform.python_implementation()} {platform.python_version()}",

@@ -117,6 +117,40 @@ def _read_raw(contender: Raw, task: int, until: float, latencies: list[float]) -
             return
 
 
+async def _three(contender: Any, task: int, until: float, latencies: list[float]) -> None:
+    three, done = contender.three, latencies.append
+    keys = _keys(task)
+    last = clock()
+    while True:
+        wanted = next(keys), next(keys), next(keys)
+        _check_rows(await three(wanted), wanted)
+        now = clock()
+        done(now - last)
+        last = now
+        if now >= until:
+            return
+
+
+def _three_raw(contender: Raw, task: int, until: float, latencies: list[float]) -> None:
+    three, done = contender.three, latencies.append
+    keys = _keys(task)
+    last = clock()
+    while True:
+        wanted = next(keys), next(keys), next(keys)
+        _check_rows(three(wanted), wanted)
+        now = clock()
+        done(now - last)
+        last = now
+        if now >= until:
+            return
+
+
+def _check_rows(rows: Sequence[Any], keys: Sequence[int]) -> None:
+    for row, key in zip(rows, keys, strict=True):
+        if row[0] != key or row[1] != NAMES[key]:
+            raise WrongAnswerError(f"key {key}: {tuple(row)}")
+
+
 async def _write(contender: Any, task: int, until: float, latencies: list[float], method: str) -> None:
     write, done = getattr(contender, method), latencies.append
     last = clock()
@@ -177,7 +211,12 @@ def _mix_raw(contender: Raw, task: int, until: float, reads: list[float], writes
             return
 
 
-_TWINS: dict[Callable[..., Any], Callable[..., None]] = {_read: _read_raw, _write: _write_raw, _mix: _mix_raw}
+_TWINS: dict[Callable[..., Any], Callable[..., None]] = {
+    _read: _read_raw,
+    _three: _three_raw,
+    _write: _write_raw,
+    _mix: _mix_raw,
+}
 
 
 async def together(
@@ -199,13 +238,15 @@ async def together(
 # The workloads.
 
 
-def reads(tasks: int) -> Callable[[Any, Trial], Awaitable[None]]:
-    """Point selects from so many tasks."""
+def reads(
+    tasks: int, loop: Callable[..., Coroutine[Any, Any, None]] = _read
+) -> Callable[[Any, Trial], Awaitable[None]]:
+    """Point selects from so many tasks, or another way to read."""
 
     async def run(contender: Any, trial: Trial) -> None:
-        await together(_read, tasks, contender, trial.plan.warm_up, [])
+        await together(loop, tasks, contender, trial.plan.warm_up, [])
         latencies: list[float] = []
-        took = await together(_read, tasks, contender, trial.plan.seconds, latencies)
+        took = await together(loop, tasks, contender, trial.plan.seconds, latencies)
         trial.metrics["rate"] = len(latencies) / took
         trial.latencies(latencies)
 
@@ -374,15 +415,18 @@ async def _with_ticker(work: Callable[[float], Awaitable[float]], trial: Trial) 
     trial.metrics["kept"] = rate / without
 
 
-async def loop_lag_reads(contender: Any, trial: Trial) -> None:
-    """How late a 1 ms ticker is while 100 tasks read."""
+def lag_of_reads(tasks: int) -> Callable[[Any, Trial], Awaitable[None]]:
+    """How late a 1 ms ticker is while so many tasks read."""
 
-    async def work(seconds: float) -> float:
-        latencies: list[float] = []
-        took = await together(_read, 100, contender, seconds, latencies)
-        return len(latencies) / took
+    async def run(contender: Any, trial: Trial) -> None:
+        async def work(seconds: float) -> float:
+            latencies: list[float] = []
+            took = await together(_read, tasks, contender, seconds, latencies)
+            return len(latencies) / took
 
-    await _with_ticker(work, trial)
+        await _with_ticker(work, trial)
+
+    return run
 
 
 async def loop_lag_rows(contender: Any, trial: Trial) -> None:
@@ -436,7 +480,10 @@ WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
         Workload("seq_read", "one task, point selects", ("point",), reads(1)),
+        Workload("ten_read", "10 tasks, point selects", ("point",), reads(10)),
         Workload("conc_read", "100 tasks, point selects", ("point",), reads(100)),
+        Workload("seq_three", "one task, three selects in a read-only transaction", ("three",), reads(1, _three)),
+        Workload("conc_three", "100 tasks, three selects in a read-only transaction", ("three",), reads(100, _three)),
         Workload("seq_tx", "one task, INSERT and UPDATE", ("transact",), writes("transact", "transactions", 1)),
         Workload("conc_tx", "50 tasks, INSERT and UPDATE", ("transact",), writes("transact", "transactions", 50)),
         Workload(
@@ -465,7 +512,9 @@ WORKLOADS: dict[str, Workload] = {
             slow_query,
             **_MS,
         ),
-        Workload("loop_lag_reads", "1 ms ticker while 100 tasks read", ("point",), loop_lag_reads, **_MS),
+        Workload("loop_lag_1", "1 ms ticker while one task reads", ("point",), lag_of_reads(1), **_MS),
+        Workload("loop_lag_10", "1 ms ticker while 10 tasks read", ("point",), lag_of_reads(10), **_MS),
+        Workload("loop_lag_reads", "1 ms ticker while 100 tasks read", ("point",), lag_of_reads(100), **_MS),
         Workload("loop_lag_rows", "1 ms ticker while 100,000-row reads run", ("fetch_all",), loop_lag_rows, **_MS),
         Workload("busy_loop", "point selects beside a burner in 1 ms slices", ("point",), busy_loop, **_MS),
     )

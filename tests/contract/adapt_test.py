@@ -15,7 +15,7 @@ import pytest
 
 from tests.contract.support import Engine, errors, gather
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 BY_POSITION = "INSERT INTO item (value) VALUES (?)"
 BY_NAME = "INSERT INTO item (value) VALUES (:value)"

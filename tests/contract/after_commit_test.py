@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from database import get_db, transactional, transactional_readonly
-from tests.contract.support import HANGING, SLOW_SELECT, Engine, add, errors, names, usable
+from tests.contract.support import HANGING, SLOW_SELECT, Engine, add, errors, eventually, in_turn, names, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -271,6 +271,62 @@ async def test_a_partial_commit_runs_them_outside(db: Any, engine: Engine) -> No
             await add(db, "second")
             raise Undo
     assert engine.committed() == ["callback", "callback's transaction", "first"]
+
+
+@in_turn("behind", ["nothing more", "more", "an error that passes"])
+async def test_a_partial_commit_that_is_cancelled(
+    db: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    """A cancellation strikes while a part is being committed, which goes through: what is to run behind it runs, and the
+    function, having left something behind, is not run again.
+    """
+    seen: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+    await add(db, "before")
+    connection = type(db.pool().writer.connection)
+    commit = connection.commit
+
+    def wait(self: Any) -> None:
+        begun.set()
+        go_on.wait(HANGING)
+        commit(self)
+
+    async def cancel(scope: anyio.CancelScope) -> None:
+        await eventually(begun.is_set)
+        scope.cancel()
+        await anyio.sleep(0)  # it has struck
+        go_on.set()
+
+    @transactional(retries=1)
+    async def work() -> None:
+        seen.append("work")
+        await add(db, "part")
+        db.on_commit(lambda: seen.append("part"))
+        monkeypatch.setattr(connection, "commit", wait)
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                tasks.start_soon(cancel, scope)
+                await db.commit()
+                await anyio.sleep(0)  # trio lets what has been committed return, and cancels here
+        monkeypatch.setattr(connection, "commit", commit)
+        assert scope.cancelled_caught
+        assert engine.committed() == ["before", "part"]
+        assert seen == ["work", "part"]
+        if behind != "nothing more":
+            await add(db, "more")
+            db.on_commit(lambda: seen.append("more"))
+        if behind == "an error that passes":
+            raise errors.DatabaseBusyError("somebody's lock")
+
+    if behind == "an error that passes":
+        with pytest.raises(errors.DatabaseBusyError):
+            await work()
+    else:
+        await work()
+    more = ["more"] if behind == "more" else []
+    assert seen == ["work", "part", *more]
+    assert engine.committed() == ["before", *more, "part"]
+    await usable(db)
 
 
 async def test_an_offloaded_commit_within_a_transaction(db: Any, engine: Engine) -> None:

@@ -236,6 +236,26 @@ async def test_left_and_not_closed_yet(db: Any, engine: Engine, around: str) -> 
     await _leaves_everybody_where_he_was(db, engine, around, cases)
 
 
+async def test_a_generator_without_a_transaction(db: Any, engine: Engine) -> None:
+    """Where its propagation means that there is none, a generator executes by itself, and nothing ends with it."""
+
+    async def rows(propagation: Any) -> Rows:
+        async with db.transaction(propagation=propagation):
+            for number in range(3):
+                await add(db, f"{propagation} {number}")
+                yield number
+
+    for propagation in ("supports", "never", "not_supported"):
+        async for number in rows(propagation):
+            assert not db.in_transaction
+            if number == 1:
+                break
+        assert not db.in_transaction
+        assert engine.committed() == [f"{propagation} {number}" for number in range(2)]
+        await db.execute("DELETE FROM jobs")
+    await usable(db)
+
+
 async def test_what_goes_on_is_not_left(db: Any, engine: Engine) -> None:
     """A generator that somebody still refers to keeps its transaction, and so does one that a context manager is made of."""
 

@@ -6,13 +6,14 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import anyio
 import pytest
 
 from database import logs, transactional
-from tests.contract.support import SLOW_INSERT, SLOW_SELECT, Engine, add, errors, eventually, held, names
+from tests.contract.support import SLOW_INSERT, SLOW_SELECT, Engine, add, errors, eventually, gather, held, names
 
 STANDARD = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime"}
 SECRET = "hunter2-the-secret"
@@ -319,6 +320,35 @@ async def test_structured_attributes(db: Any, engine: Engine, caplog: pytest.Log
         "database": "default", "error": "IntegrityError", "sql": of_statements["sql"], "parameters": "<name>",
         "code": code, "code_name": code_name,
     }  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_how_long_it_took(db: Any, engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever a statement runs, and also where it fails, its record says how long that took, and no longer than it did."""
+
+    async def both() -> None:
+        await db.execute("INSERT INTO item (id, value) VALUES (1, 'timed')")
+        with pytest.raises(errors.IntegrityError):
+            await db.execute("INSERT INTO item (id, value) VALUES (1, 'timed')")
+        await db.execute("DELETE FROM item")
+
+    @transactional(offload=True)
+    async def offloaded() -> None:
+        await db.execute("INSERT INTO item (id, value) VALUES (1, 'timed')")
+        await db.execute("DELETE FROM item")
+
+    async def together() -> None:
+        await gather(*[lambda n=n: db.execute("INSERT INTO item VALUES (?, 'timed')", (n,)) for n in range(10)])
+        await db.execute("DELETE FROM item")
+
+    for run in (both, transactional(together), offloaded, together):
+        caplog.clear()
+        began = time.perf_counter()
+        await run()
+        spent = time.perf_counter() - began
+        records = [record for record in of(caplog, "timed") if record.levelno == logging.INFO]
+        assert records
+        assert all(0 < extras(record)["duration"] < spent for record in records), run
 
 
 def slow_ones(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from database import transactional, transactional_readonly
-from tests.contract.support import Engine, add, errors, names, usable
+from tests.contract.support import Engine, add, case, errors, names, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -305,5 +305,68 @@ async def test_awaiting_something_else(db: Any, engine: Engine) -> None:
         except BaseException as error:
             wrong[name] = error
     assert not wrong
+    assert engine.committed() == []
+    await usable(db)
+
+
+async def test_several_statements_as_one(db: Any, engine: Engine) -> None:
+    """What an offloaded function sends as one, and catches the failure of, is undone as one; the rest of it is kept."""
+
+    def fail(connection: Any) -> None:
+        connection.execute("INSERT INTO jobs (name) VALUES ('undone')")
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await db.run(fail)
+
+    async def many() -> None:
+        with pytest.raises(errors.IntegrityError):
+            await db.execute_many(INSERT, [("undone",), ("also undone",), ("before",)])
+
+    async def batch() -> None:
+        with pytest.raises(errors.IntegrityError):
+            async with db.batch() as batch:
+                await batch.execute(INSERT, ("undone",))
+                await batch.execute(INSERT, ("before",))
+
+    for failing in (run, many, batch):
+
+        @transactional(offload=True)
+        async def work(failing: Any = failing) -> None:
+            await add(db, "before")
+            await failing()
+            await add(db, "behind")
+
+        with case(failing=failing.__name__):
+            await work()
+            assert engine.committed() == ["before", "behind"]
+            await db.execute("DELETE FROM jobs")
+    await usable(db)
+
+
+async def test_what_a_function_is_told_that_awaits_something_else(db: Any, engine: Engine) -> None:
+    """It may clean up behind itself, and finds out why; neither what it does then nor what it says undoes the refusal."""
+    told: list[str] = []
+
+    @transactional(offload=True)
+    async def work() -> str:
+        await add(db, "undone")
+        try:
+            await Suspends()
+        except errors.TransactionError as error:
+            told.append(str(error))
+            await add(db, "also undone")
+            return "went through"
+        return "went on"
+
+    class Suspends:
+        def __await__(self) -> Any:
+            yield None
+
+    with pytest.raises(errors.TransactionError, match="awaited something else"):
+        await work()
+    assert len(told) == 1
+    assert "awaited something else" in told[0]
     assert engine.committed() == []
     await usable(db)

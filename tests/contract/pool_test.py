@@ -129,6 +129,7 @@ async def test_exhaustion_of_single_calls(make_db: Any, engine: Engine, kind: st
     await calls[kind]()
 
 
+@pytest.mark.any_loop
 @pytest.mark.anyio
 async def test_a_slow_statement_is_no_lack_of_connections(make_db: Any) -> None:
     """A statement that runs for longer than pool_timeout is not timed out itself; it has its connection."""
@@ -152,6 +153,7 @@ async def test_a_slow_read_holds_nobody_up(db: Any) -> None:
     await usable(db)
 
 
+@pytest.mark.any_loop
 @pytest.mark.anyio
 async def test_slow_reads_do_not_keep_the_readers(make_db: Any) -> None:
     """Readers that go on with slow statements, one after the other, leave when a transaction waits; and none is lost."""

@@ -13,7 +13,7 @@ import pytest
 
 from tests.contract.support import SLOW_ROWS, Engine, add, errors, gather, in_turn, names, usable
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 
 @dataclass

@@ -28,7 +28,7 @@ from _pytest.mark.structures import ParameterSet
 from database import errors
 from database.driver import inline, quick
 
-HANGING = 60.0
+HANGING = float(os.environ.get("HANGING", "60"))
 """Seconds after which what should have happened long ago never will; nothing takes as long, on however slow a machine."""
 
 INLINE_READS = bool(os.environ.get("INLINE_READS"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import anyio
@@ -203,3 +204,31 @@ async def test_ones_own_open_statement(make_db: Any, engine: Engine) -> None:
         assert await db.fetch_value("SELECT count(*) FROM jobs") == 3000
     assert time.monotonic() - began < 8
     await usable(db)
+
+
+async def test_a_group_that_cannot_be_committed_has_waited_once(
+    make_db: Any, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a WAL a reader of another process is in the way of the commit. All of a group have waited for it together:
+    each is told so, with its own statement, and none of them waits once more by itself.
+    """
+    db = await make_db(journal_mode="DELETE", busy_timeout=300)
+    await add(db, "there")
+    sql = "INSERT INTO jobs (name) VALUES (:name)"
+    with closing(sqlite3.connect(engine.path(), isolation_level=None)) as outside:
+        outside.execute("BEGIN")
+        outside.execute("SELECT * FROM jobs").fetchall()
+        before = db.stats()
+        with caplog.at_level(logging.ERROR, "database"):
+            found = await gather(*[lambda n=n: db.execute(sql, {"name": f"name {n}"}) for n in range(12)])
+        after = db.stats()
+    for number, error in enumerate(found):
+        assert isinstance(error, errors.DatabaseBusyError), error
+        assert error.sql == sql
+        assert error.parameters == {"name": f"name {number}"}
+    assert len({id(error) for error in found}) == len(found)
+    assert after.statements_total - before.statements_total == len(found)
+    assert len(caplog.records) == len(found)
+    assert engine.committed() == ["there"]
+    assert await db.execute(sql, {"name": "later"})
+    assert sorted(engine.committed()) == ["later", "there"]

@@ -88,6 +88,7 @@ async def test_many_tasks_get_what_they_asked_for(db: Any) -> None:
     assert db.stats().inline_total > 0
 
 
+@pytest.mark.any_loop
 async def test_what_turns_out_to_be_slow_goes_to_the_worker(db: Any) -> None:
     """A text that was quick and is slow with other values is stopped, and run where it keeps nobody waiting."""
     steps = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < ?) SELECT count(*) FROM c"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -173,6 +174,46 @@ async def test_what_hands_over(db: Any, engine: Any) -> None:
         assert ended.commits_total - begun.commits_total == 1, hand_over
         await idle(db)
     assert engine.committed() == ["a", "b", "c"]
+
+
+@pytest.mark.any_loop
+async def test_what_was_slow_is_not_tried_again(db: Any) -> None:
+    """A text that has had to be stopped on the loop's thread goes to the worker at once from then on."""
+    steps = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < ?) SELECT count(*) FROM c"
+    for transaction in (False, True):
+        await known(db, COUNT, text := f"{steps} -- {transaction}")
+        watched = Watched(db)
+        for expected in ([True, False], [False]):
+            async with db.transaction(readonly=True) if transaction else contextlib.nullcontext():
+                if transaction:
+                    await db.fetch_value(COUNT)
+                watched.take()
+                assert await db.fetch_value(text, (1_000_000,)) == 1_000_000
+                assert [here for verb, here in watched.take() if verb == "WITH"] == expected
+            await idle(db)
+            await eventually(lambda: all(worker.resting for worker in db.pool().readers()))
+
+
+async def test_more_than_may_wait_for_the_next_turn(db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What finds no room where requests wait for the loop's next turn is handed to workers; everybody is answered."""
+    monkeypatch.setattr(inline, "TURN", 1e-9)
+    monkeypatch.setattr(inline, "QUEUE", 1)
+    await known(db, NAME, COUNT)
+    most = 0
+
+    async def ask(number: int) -> list[Any]:
+        nonlocal most
+        found = []
+        async with db.transaction(readonly=True):
+            for _ in range(3):
+                found.append(await db.fetch_value(NAME, (number % 3 + 1,)))
+                most = max(most, len(db.pool().inline.queue))
+        return found
+
+    found = await gather(*[lambda n=n: ask(n) for n in range(12)])
+    assert found == [["abc"[number % 3]] * 3 for number in range(12)]
+    assert most <= 1
+    await idle(db)
 
 
 async def test_a_transaction_that_is_gone(db: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

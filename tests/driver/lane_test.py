@@ -12,7 +12,7 @@ import pytest
 
 from database import errors, transactional_readonly
 from database.driver.worker import Worker
-from tests.contract.support import Engine, add, eventually, gather, usable
+from tests.contract.support import Engine, add, eventually, gather, usable, waiting
 
 
 @pytest.mark.anyio
@@ -170,6 +170,44 @@ async def test_python_code_on_the_only_reader(make_db: Any) -> None:
                 await db.fetch_value("SELECT 1")
         finally:
             go_on.set()
+    await usable(db)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["transaction", "stream"])
+async def test_a_reader_leaves_its_queue_when_it_is_somebodys_turn(make_db: Any, kind: str) -> None:
+    """Who asks for the only reader gets it before the reads that came later, although they wait in the reader's own queue."""
+    db = await make_db(pool_size=1)
+    inside, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def compute(_connection: Any) -> None:
+        inside.set()
+        go_on.wait(20)
+
+    async def claim() -> None:
+        if kind == "transaction":
+            async with db.transaction(readonly=True):
+                assert await db.fetch_value("SELECT 2") == 2
+        else:
+            async with db.stream("SELECT 2") as rows:
+                assert [row[0] async for row in rows] == [2]
+        order.append(kind)
+
+    async def read() -> None:
+        assert await db.fetch_value("SELECT 3") == 3
+        order.append("read")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(lambda: db.run(compute, readonly=True))
+        await eventually(inside.is_set)
+        group.start_soon(claim)
+        await waiting(db, 1)
+        for _ in range(3):
+            group.start_soon(read)
+        await eventually(lambda: db.stats().queued == 3)
+        go_on.set()
+    assert order == [kind, *["read"] * 3]
     await usable(db)
 
 

@@ -132,7 +132,7 @@ def _caught(call: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("where", ["translate", "execute", "begin", "observer"])
+@pytest.mark.parametrize("where", ["translate", "execute", "begin", "share", "observer"])
 async def test_what_brings_a_worker_down(
     db: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -156,6 +156,9 @@ async def test_what_brings_a_worker_down(
             elif where == "begin":
                 patched.setattr(operations, "begin", fatal)
                 patched.setattr(operations, "rollback", fatal)
+            elif where == "share":  # when a group is about to be committed, and no request is current
+                share = operations.share
+                patched.setattr(operations, "share", lambda self, on: share(self, on) if on else fatal())
             elif where == "execute":
                 from database.driver.worker import Worker
 

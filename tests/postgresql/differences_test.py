@@ -18,7 +18,7 @@ from tests.contract.support import HANGING, add, eventually, gather, held, in_tu
 from tests.postgresql.differences import DIFFERENCES
 from tests.postgresql.engine import PostgresqlEngine, oracle
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 GUIDE = Path(__file__).parent.parent.parent / "docs" / "guides" / "postgresql.md"
 

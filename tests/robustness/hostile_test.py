@@ -12,7 +12,7 @@ import pytest
 from database import transactional
 from tests.contract.support import HANGING, Engine, errors, gather, in_turn, usable
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 MEBI = 1024 * 1024
 

@@ -328,6 +328,7 @@ async def test_no_warning_where_none_is_wanted(make_db: Any, caplog: pytest.LogC
     assert texts(caplog, "database.pool") == []
 
 
+@pytest.mark.any_loop
 async def test_the_wal_stays_small_under_load(make_db: Any, engine: Engine) -> None:
     """While readers come and go without a pause, each ending, the WAL is reset now and then: it does not grow with
     what is written.

@@ -14,7 +14,7 @@ import pytest
 from database import errors, transactional
 from tests.contract.support import Engine, gather
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from database import errors
 from database.sqlite3 import opening
 from tests.contract.support import gather
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 KEY = "it's a 'secret' word"
 

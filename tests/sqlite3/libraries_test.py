@@ -11,7 +11,7 @@ import pytest
 from tests.contract.support import Engine
 from tests.sqlite3.run_test import SENDS, is_clean
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 
 async def test_sqlite_utils(db: Any, engine: Engine) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from database.sqlite3.values import Row
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 SIZES = (0, 1, 63, 64, 65, 1000)
 

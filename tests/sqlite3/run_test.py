@@ -84,6 +84,7 @@ def values(engine: Engine) -> list[Any]:
     return [value for (value,) in engine.outside("SELECT value FROM item ORDER BY id")]
 
 
+@pytest.mark.any_loop
 async def test_whatever_is_left_open_ends_with_the_function(db: Any, engine: Engine) -> None:
     """Cursors, iterators and blobs that a function leaves half read, keeps or returns are ended: what it did is kept or
     undone, its neighbours notice nothing, and using them later raises.
@@ -144,6 +145,7 @@ async def test_whatever_is_left_open_ends_with_the_function(db: Any, engine: Eng
             next(kept[0])
 
 
+@pytest.mark.any_loop
 async def test_commit_and_rollback_within_a_function(db: Any, engine: Engine) -> None:
     """`commit()`, `with connection:`, `rollback()`, savepoints, scripts and BEGIN/COMMIT as text mean what they say within
     the function; nothing is permanent before it has returned, and all of it is undone when it raises.
@@ -222,6 +224,7 @@ async def test_commit_and_rollback_within_a_function(db: Any, engine: Engine) ->
         await db.execute("DELETE FROM item")
 
 
+@pytest.mark.any_loop
 async def test_nothing_more_after_the_database_has_rolled_back(db: Any, engine: Engine) -> None:
     """Once SQLite has ended the transaction by itself and the function has caught that, each further statement of the
     function is refused, nothing is kept, and the caller is told.
@@ -284,6 +287,7 @@ async def test_a_cancelled_function_that_catches_the_interruption(db: Any, engin
     assert all(isinstance(each, errors.TransactionError) for each in results), results
 
 
+@pytest.mark.any_loop
 async def test_the_connection_is_as_it_was(db: Any, engine: Engine) -> None:
     """Whatever a function does to the connection itself, nobody meets it: not its neighbours, not those who come later."""
     await db.execute("INSERT INTO item (value) VALUES ('x')")
@@ -387,6 +391,7 @@ async def test_the_connection_is_as_it_was(db: Any, engine: Engine) -> None:
         await db.run(lambda c: c.deserialize(another))
 
 
+@pytest.mark.any_loop
 async def test_a_connection_that_was_kept(db: Any) -> None:
     """The connection is the function's while it runs; whoever keeps it and uses it elsewhere is told so."""
     kept: list[Any] = [await db.run(lambda connection: connection)]
@@ -400,6 +405,7 @@ async def test_a_connection_that_was_kept(db: Any) -> None:
             use()
 
 
+@pytest.mark.any_loop
 async def test_read_only_functions(db: Any, engine: Engine) -> None:
     """With `readonly=True` all of it works as well, but for writes, which are refused whatever is tried."""
     await db.execute("INSERT INTO item (value) VALUES ('kept')")
@@ -435,6 +441,7 @@ async def test_read_only_functions(db: Any, engine: Engine) -> None:
     await is_clean(db, engine, "read-only")
 
 
+@pytest.mark.any_loop
 async def test_sql_text_that_changes_one_connection(db: Any, engine: Engine) -> None:
     """Outside a transaction it is refused, whatever it is spelled like and however it is sent, and names what to use;
     inside one it holds until the end, and nobody else ever sees it.

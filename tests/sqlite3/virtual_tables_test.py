@@ -12,7 +12,7 @@ import pytest
 from database import errors
 from tests.contract.support import Engine
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
 READS = {
     "json_each": ("SELECT value FROM json_each('[1]')", 1),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -113,49 +111,6 @@ def app(tmp_path: Path) -> Path:
 def command(app: Path, *more: str) -> list[str]:
     output = str(app / "queries.pyi")
     return [str(app / "sql"), "--output", output, "--record-class", "Job=app.models:Job", *more]
-
-
-def wanted() -> set[int]:
-    return {number for number, line in enumerate(USE.splitlines(), 1) if line.endswith("# error")}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
-def test_mypy(app: Path) -> None:
-    """mypy, strict, finds the stub itself clean, knows both ways of calling, and finds each mistake."""
-    assert stubs.main(command(app)) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(app.parent / "cache"), "."],
-        cwd=app.parent, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    found = {}
-    for line in done.stdout.splitlines():
-        if match := re.match(r"(.*?):(\d+): error: (.*)", line):
-            assert match[1] == "use.py", line
-            found[int(match[2])] = match[3]
-    assert set(found) == wanted(), done.stdout + done.stderr
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed")
-def test_pyright(app: Path) -> None:
-    """pyright, strict, does likewise."""
-    assert stubs.main(command(app)) == 0
-    (app.parent / "pyrightconfig.json").write_text(
-        json.dumps({"typeCheckingMode": "strict", "reportPrivateUsage": True, "reportUnusedExpression": False})
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"],
-        cwd=app.parent, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    try:
-        report = json.loads(done.stdout)
-    except ValueError:
-        pytest.skip(f"pyright cannot run here: {done.stdout[-200:]}{done.stderr[-200:]}")
-    found = {
-        (Path(each["file"]).name, each["range"]["start"]["line"] + 1): each["message"]
-        for each in report["generalDiagnostics"]
-        if each["severity"] == "error"
-    }
-    assert set(found) == {("use.py", number) for number in wanted()}, found
 
 
 def test_the_stub_says_what_is_loaded(app: Path) -> None:
