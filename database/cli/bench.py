@@ -164,11 +164,18 @@ def _place(target: Target, folder: str | None) -> tuple[Path, str]:
     """Where to measure, and with which `synchronous`: as the configured database has it, if there is one."""
     path, synchronous = MEMORY, "NORMAL"
     try:
-        _, settings = target.settings()
+        engine, settings = target.settings()
         path, synchronous = getattr(settings, "path", MEMORY), getattr(settings, "synchronous", "NORMAL")
     except (Failure, errors.ConfigurationError):
         if target.config is not None:
             raise
+    else:
+        if engine != "sqlite3" and folder is None:
+            fail(
+                f"bench measures SQLite on a disk, and database {target.name!r} is on a server ({engine})",
+                "--folder . measures this disk all the same; the server is measured by pgbench",
+                Status.USAGE,
+            )
     if folder is not None:
         place = Path(folder).expanduser()
     elif path == MEMORY:

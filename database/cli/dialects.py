@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from database.cli.support import Status, fail, quote, remark
 from database.cli.values import Document, Exact, fits, from_csv, json_text
+from database.engine.statement import READ
 from database.errors import QueryExecutionError
 from database.session.database import Database
 from database.sqlite3.analysis import split as sqlite_split
@@ -86,6 +87,10 @@ class Dialect(Protocol):
         """How the type that `values.suiting` names is written here."""
         ...
 
+    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
+        """The query for CSV: the same rows, of which the text tells everything; and the columns' names, if it has others."""
+        ...
+
 
 class _Sqlite:
     """See `Dialect`."""
@@ -151,6 +156,9 @@ class _Sqlite:
 
     def type(self, name: str) -> str:
         return name
+
+    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
+        return query, None
 
 
 class _Postgresql:
@@ -269,6 +277,34 @@ class _Postgresql:
             "TEXT": "text",
         }.get(name, "jsonb")
 
+    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
+        # JSON as the server writes it: of a value in Python nobody can tell the string "1" from the number, nor 1.10 from 1.1.
+        statement = db.engine.analyse(query)
+        pieces = list(self.split(query))
+        if statement.kind != READ or statement.verb not in ("SELECT", "TABLE", "VALUES") or len(pieces) != 1:
+            return query, None
+        inner = pieces[0].strip().rstrip(";")
+
+        def look(connection: Any) -> list[tuple[str, int]]:
+            cursor = connection.execute(f"SELECT * FROM (\n{inner}\n) q LIMIT 0", params)  # noqa: S608  - the user's own query
+            return [(column.name, column.type_code) for column in cursor.description]
+
+        try:
+            columns = await db.run(look, readonly=True)
+        except QueryExecutionError:  # the export itself will say what is wrong with it
+            return query, None
+        if not any(oid in _JSON for _, oid in columns):
+            return query, None
+        names = [f"c{number}" for number in range(len(columns))]
+        shown = [
+            f"CAST({name} AS text)" if oid in _JSON else name for name, (_, oid) in zip(names, columns, strict=True)
+        ]
+        wrapped = f"SELECT {', '.join(shown)} FROM (\n{inner}\n) q({', '.join(names)})"  # noqa: S608  - the user's own query
+        return wrapped, [name for name, _ in columns]
+
+
+_JSON = (114, 3802)
+"""json and jsonb."""
 
 _DEFINITIONS = """
 SELECT CASE

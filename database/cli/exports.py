@@ -79,6 +79,9 @@ async def _export(
             total = await db.fetch_value(f"SELECT count(*) FROM {quote(table)}")  # noqa: S608  - quoted
     elif len(query.split()) == 1:
         fail(f"there is no table {query!r}", "or give a whole SELECT, in quotes", Status.USAGE)
+    names: list[str] | None = None
+    if kind == "csv":
+        query, names = await dialect.exact(db, query, params)
     with _output(writing) as file, progress("export", None, total) as bar:
         task = bar.tasks[0].id
         count = 0
@@ -87,11 +90,11 @@ async def _export(
             pending: list[Any] = []
             async for row in rows:
                 if write is None:
-                    names = list(row.keys())
+                    columns = names or list(row.keys())
                     write = (
-                        _csv_writer(file, names, writing.null, delimiter)
+                        _csv_writer(file, columns, writing.null, delimiter)
                         if kind == "csv"
-                        else _json_writer(file, names)
+                        else _json_writer(file, columns)
                     )
                 pending.append(row)
                 if len(pending) == CHUNK:
@@ -103,19 +106,23 @@ async def _export(
                 write(pending)
                 count += len(pending)
         if write is None and kind == "csv":
-            await _header(db, query, params, file, writing.null, delimiter)
+            await _header(db, query, params, file, writing.null, delimiter, names)
         bar.update(task, completed=count, rows=count)
     return count
 
 
-async def _header(db: Database, query: str, params: dict[str, Any], file: IO[str], null: str, delimiter: str) -> None:
+async def _header(
+    db: Database, query: str, params: dict[str, Any], file: IO[str], null: str, delimiter: str, known: list[str] | None
+) -> None:
     """The header of a result without rows: a row brings its names with it, and there is none."""
 
     def names(connection: Any) -> list[str]:
         cursor = connection.execute(query, params)
         return [column[0] for column in cursor.description]
 
-    _csv_writer(file, await db.run(names, readonly=True), null, delimiter)
+    if known is None:
+        known = await db.run(names, readonly=True)
+    _csv_writer(file, known, null, delimiter)
 
 
 class _Lines:

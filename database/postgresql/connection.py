@@ -147,17 +147,20 @@ class Connection(Sender):
     def _first(self, statement: Statement, params: Any) -> pq.abc.PGresult:
         """Executes a statement of which only the first row is wanted.
 
-        A cursor computes no more than that. Not where the statement does anything, for it is to be done to the end; nor where
-        it is known to be quick as it is. Nothing is cancelled for this: a cancellation would undo what was done.
+        A cursor computes no more than that, but takes a round trip more. Not where the statement does anything, for it is to
+        be done to the end; nor where it is known to be quick as it is, or had one row the last time: a server far away
+        makes every statement slow. Nothing is cancelled for this: a cancellation would undo what was done.
         """
         plan: Plan = statement.hint
         seconds = plan.seconds
         if (
             statement.kind != READ
             or statement.verb not in CURSORS
-            or (seconds is not None and seconds <= QUICK_SECONDS)
+            or (seconds is not None and (seconds <= QUICK_SECONDS or not plan.many))
         ):
-            return self.run(plan, params)
+            result = self.run(plan, params)
+            plan.many = result.ntuples > 1
+            return result
         if plan.calls:
             self.look_at_calls(plan)
         if plan.acts:
@@ -182,7 +185,8 @@ class Connection(Sender):
                 with contextlib.suppress(psycopg.Error):
                     self.rollback()
             raise
-        plan.took(ENDLESS if result.ntuples == 2 else time.perf_counter() - started)
+        plan.many = result.ntuples > 1
+        plan.took(ENDLESS if plan.many else time.perf_counter() - started)
         return result
 
     def _declare(self, plan: Plan, params: Any, kind: str) -> str:

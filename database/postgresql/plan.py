@@ -47,6 +47,7 @@ class Plan:
         returning: The text with RETURNING for `lastrowid`; `""` if there is nothing to return, None if nobody has looked.
         look_again: When a table without such a key is looked at again.
         seconds: How long it takes, roughly; None if nobody knows.
+        many: Whether it may have more than one row; as it was the last time that only the first was wanted.
         uses: How often it has been executed.
         wide: Positions of parameters that have been larger than an `int4`, and are sent as `int8` since.
         calls: Functions that it calls and of which only the server knows whether they change anything.
@@ -73,6 +74,7 @@ class Plan:
         "insert",
         "learnt_at",
         "look_again",
+        "many",
         "nameless",
         "names",
         "refusal",
@@ -101,6 +103,7 @@ class Plan:
         self.suspects: tuple[str, ...] = ()
         self.innocent_until = 0.0
         self.acts = self.alone = self.stains = self.shapes = self.nameless = False
+        self.many = True
         self.learnt_at = 0
         self.refusal: str | None = None
 

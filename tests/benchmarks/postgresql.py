@@ -4,7 +4,8 @@
 
 One server on loopback, started for the run, on the same machine (so it competes for the same cores), with fsync off: what is
 compared is the client side, and no disk. Ten connections each, prepared statements as each library does it by default.
-Contenders take turns, and the best of the rounds counts, for what disturbs a run only ever makes it slower.
+Contenders take turns, and the median of the rounds counts. Beside it stands the CPU time that this process (not the server)
+took per operation, which other work on the machine touches less.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import platform
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
 
 from database.postgresql import close_all, configure, get_db, transactional
 from tests.postgresql.server import shared
@@ -153,42 +156,54 @@ class Asyncpg:
             return len([row async for row in connection.cursor("SELECT id, value FROM bench", prefetch=1000)])
 
 
-async def per_second(call: Call, tasks: int, total: int) -> float:
-    """Calls a second, by so many tasks at once."""
+class Measured(NamedTuple):
+    """What one turn of a contender gave."""
+
+    per_second: float
+    microseconds: float
+    """Of this process's CPU, per operation."""
+
+
+async def measured(work: Callable[[], Awaitable[int]]) -> Measured:
+    """Does the work, which says how many operations it was."""
+    cpu, start = time.process_time(), time.perf_counter()
+    count = await work()
+    return Measured(count / (time.perf_counter() - start), (time.process_time() - cpu) / count * 1e6)
+
+
+async def calls(call: Call, tasks: int, total: int) -> int:
+    """Calls so often, by so many tasks at once."""
     numbers = iter(range(total))
 
     async def work() -> None:
         for number in numbers:
             await call(number * 7919 % ROWS + 1)
 
-    start = time.perf_counter()
     await asyncio.gather(*[work() for _ in range(tasks)])
-    return total / (time.perf_counter() - start)
+    return total
 
 
-def _workloads(quick: bool) -> Iterator[tuple[str, Callable[[Any], Awaitable[float]]]]:
-    scale = 1 if quick else 5
+def _workloads(quick: bool) -> Iterator[tuple[str, Callable[[Any], Awaitable[int]]]]:
+    scale = 1 if quick else 4
 
     for tasks, total in ((1, 300 * scale), (100, 2000 * scale)):
         for kind in ("select", "update", "transaction"):
 
-            async def measure(contender: Any, kind: str = kind, tasks: int = tasks, total: int = total) -> float:
-                return await per_second(getattr(contender, kind), tasks, total)
+            async def call(contender: Any, kind: str = kind, tasks: int = tasks, total: int = total) -> int:
+                return await calls(getattr(contender, kind), tasks, total)
 
-            yield f"{kind}, {tasks} task{'s' if tasks > 1 else ''}", measure
+            yield f"{kind}, {tasks} task{'s' if tasks > 1 else ''}", call
 
-    async def insert(contender: Any) -> float:
-        rows = [(number, "x") for number in range(10_000 * scale)]
-        start = time.perf_counter()
+    rows = [(number, "x") for number in range(10_000 * scale)]
+
+    async def insert(contender: Any) -> int:
         await contender.insert(rows)
-        return len(rows) / (time.perf_counter() - start)
+        return len(rows)
 
     yield "insert many, rows", insert
 
-    async def stream(contender: Any) -> float:
-        start = time.perf_counter()
-        rows = sum([await contender.stream() for _ in range(2 * scale)])
-        return rows / (time.perf_counter() - start)
+    async def stream(contender: Any) -> int:
+        return sum([await contender.stream() for _ in range(4 * scale)])
 
     yield "stream, rows", stream
 
@@ -201,28 +216,32 @@ def prepare(connection: Any, rows: int) -> None:
     connection.execute("VACUUM ANALYZE bench")
 
 
-async def run(*, quick: bool) -> dict[str, dict[str, float]]:
-    """Operations a second by workload and contender."""
+async def run(*, quick: bool) -> dict[str, dict[str, Measured]]:
+    """Medians by workload and contender."""
     import psycopg
 
     server = shared()
     conninfo = server.conninfo(tcp=True)
     with psycopg.connect(conninfo, autocommit=True) as connection:
         prepare(connection, ROWS)
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Measured]] = {}
     contenders: list[Any] = [Ours(), OursOffloaded(), Psycopg(), Asyncpg()]
-    for name, measure in _workloads(quick):
-        best = results[name] = {}
-        for _ in range(1 if quick else 3):
+    for name, work in _workloads(quick):
+        found: dict[str, list[Measured]] = {}
+        for _ in range(1 if quick else 5):
             for contender in contenders:
                 if isinstance(contender, OursOffloaded) and not name.startswith("transaction"):
                     continue
                 await contender.open(conninfo)
                 try:
-                    await contender.select(1)
-                    best[contender.name] = max(best.get(contender.name, 0.0), await measure(contender))
+                    await calls(contender.select, 10, 100)  # every connection is awake
+                    found.setdefault(contender.name, []).append(await measured(partial(work, contender)))
                 finally:
                     await contender.close()
+        results[name] = {
+            contender: Measured(median(each.per_second for each in turns), median(each.microseconds for each in turns))
+            for contender, turns in found.items()
+        }
     return results
 
 
@@ -238,10 +257,11 @@ def main() -> int:
         results = runner.run(run(quick=options.quick))
     names = ["database", "database, offload", "psycopg_pool", "asyncpg"]
     loop = "uvloop" if options.uvloop else "asyncio"
-    print(f"operations a second; {loop}, Python {platform.python_version()}, {CONNECTIONS} connections\n")
-    print("| workload | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names))
+    print(f"operations a second (µs of this process's CPU for each); {loop}, Python {platform.python_version()}")
+    print("\n| workload | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names))
     for workload, found in results.items():
-        print(f"| {workload} | " + " | ".join(f"{found[name]:,.0f}" if name in found else "" for name in names) + " |")
+        shown = [f"{found[name][0]:,.0f} ({found[name][1]:.3g})" if name in found else "" for name in names]
+        print(f"| {workload} | {' | '.join(shown)} |")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=2)

@@ -55,7 +55,9 @@ def test_contenders_do_what_is_measured(conninfo: str, contender: Any, needs: st
             await one.transaction(9)
             await one.insert([(number, "x") for number in range(300)])
             assert await one.stream() == ROWS
-            assert await postgresql.per_second(one.select, 3, 30) > 0
+            turn = await postgresql.measured(lambda: postgresql.calls(one.select, 3, 30))
+            assert turn.per_second > 0
+            assert turn.microseconds > 0
         finally:
             await one.close()
 

@@ -412,6 +412,35 @@ def test_import_and_export(cli: Cli, base: Base, tmp_path: Path, trigger: bool) 
         assert base.rows(f"SELECT {columns} FROM other") == base.rows(f"SELECT {columns} FROM item WHERE id < 8"), name
 
 
+def test_json_through_csv(cli: Cli, base: Base) -> None:
+    """JSON goes through CSV as the server writes it: texts like numbers, null beside NULL, digits, truth, any query."""
+    base.outside.execute("CREATE TABLE item (id INT, doc JSONB, raw JSON); CREATE TABLE other (LIKE item)")
+    documents = ["bare", "1", "null", "", 1, None, True, [1, "a,b"], {"k": 'a "b"\n'}]
+    for number, document in enumerate(documents):
+        base.outside.execute("INSERT INTO item VALUES (%s, %s, %s)", (number, *[json.dumps(document)] * 2))
+    base.outside.execute("INSERT INTO item VALUES (90, '1.10', '{ \"a\":\n1e400 }'), (91, NULL, NULL)")
+    for query in ("item", "SELECT id, doc, raw FROM item WHERE id < :most ORDER BY id DESC; -- all"):
+        more = () if query == "item" else ("--param", "most=99")
+        assert cli("export", query, *more, "-o", "a.csv", "--null", "N", "--force").status == 0, query
+        assert cli("import", "a.csv", "other", "--null", "N").status == 0, query
+        assert base.rows("SELECT id, doc::text, raw::text FROM other ORDER BY id") == base.rows(
+            "SELECT id, doc::text, raw::text FROM item ORDER BY id"
+        ), query
+        base.outside.execute("TRUNCATE other")
+    assert cli("export", "SELECT doc, doc AS doc FROM item WHERE id = 0").out == 'doc,doc\n"""bare""","""bare"""\n'
+    assert cli("export", "SELECT raw, id FROM other").out == "raw,id\n"
+    assert "does not exist" in cli("export", "SELECT nope FROM item").err
+
+
+def test_bench_does_not_measure_something_else(cli: Cli, base: Base, tmp_path: Path) -> None:
+    """A server's figures are not SQLite's: it says what it measures, unless a folder is named."""
+    outcome = cli("bench", "--seconds", "0.05", "--rounds", "1")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "is on a server (postgresql)" in outcome.err
+    more = ("--seconds", "0.05", "--rounds", "1", "--only", "read1", "--only", "this package")
+    assert cli("bench", "--folder", tmp_path, *more).status == 0
+
+
 def test_shell_and_init(cli: Cli, base: Base, tmp_path: Path) -> None:
     """Statements, transactions, the dot commands, what is refused, a statement stopped by Ctrl-C at a terminal."""
     (tmp_path / "sql").mkdir()

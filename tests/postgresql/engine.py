@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import psycopg.sql
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.contract.support import HANGING, Engine
 from tests.postgresql.server import Server, shared
@@ -96,10 +97,10 @@ class PostgresqlEngine(Engine):
 
     schema: str = SCHEMA
     refusing_trigger: str = REFUSING_TRIGGER
-    pooler: bool = "DATABASE_TEST_POOLER" in os.environ
-    """Whether PgBouncer stands between."""
-    pooler_prepares: bool = False
-    """Whether it is told of prepared statements."""
+    pooler: bool = bool(os.environ.get("POOLER"))
+    """Whether PgBouncer stands between, in transaction mode: with `POOLER=1` for all tests."""
+    pooler_prepares: bool = os.environ.get("POOLER") == "prepares"
+    """Whether it is told of prepared statements: with `POOLER=prepares`."""
     writers: frozenset[str] = frozenset({"database-default-1", "database-default-2"})
     driver_error: type[Exception] = psycopg.errors.IntegrityError
 
@@ -183,7 +184,12 @@ class PostgresqlEngine(Engine):
             connection.rollback()
 
     def open_files(self) -> list[str]:
-        """The TCP connections that this process has to the server."""
+        """The TCP connections that this process has to the server, or to the pooler before it."""
+        port = self.server.port
+        if self.pooler:
+            from tests.postgresql.pooler import pooler
+
+            port = int(conninfo_to_dict(pooler())["port"] or 0)
         inodes: set[str] = set()
         try:
             descriptors = os.listdir("/proc/self/fd")
@@ -200,6 +206,6 @@ class PostgresqlEngine(Engine):
         with open("/proc/self/net/tcp") as table:
             for line in list(table)[1:]:
                 fields = line.split()
-                if int(fields[2].rpartition(":")[2], 16) == self.server.port and fields[9] in inodes:
+                if int(fields[2].rpartition(":")[2], 16) == port and fields[9] in inodes:
                     found.append(fields[1])
         return found

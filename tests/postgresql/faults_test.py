@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import itertools
@@ -67,6 +68,16 @@ async def test_one_row_and_then_an_update_of_it(db: Any, engine: PostgresqlEngin
                 await db.execute("UPDATE item SET value = :value WHERE id = 1", {"value": value + "!"})
         assert isinstance(caught.value, (errors.DatabaseBusyError, errors.TransactionError))
         assert engine.outside("SELECT value FROM item WHERE id = 1") == [("theirs",)]
+
+
+async def test_one_row_where_there_is_but_one(db: Any) -> None:
+    """A slow SELECT (or a server far away) that gave one row is not read by a cursor again, unless it has had more since."""
+    slow = "SELECT (SELECT count(*) FROM pg_cursors WHERE name LIKE 'first%') FROM generate_series(1, :rows), pg_sleep(0.01)"
+    for inside in (False, True):
+        async with db.transaction() if inside else contextlib.nullcontext():
+            for rows, cursors in ((1, {0, 1}), (1, {0}), (1, {0}), (3, {0}), (3, {1}), (1, {1}), (1, {0})):
+                assert await db.fetch_value(slow, {"rows": rows}) in cursors, (inside, rows)
+            slow += " "  # a statement of its own
 
 
 async def test_one_row_of_a_select_that_writes(db: Any, engine: PostgresqlEngine) -> None:
