@@ -248,7 +248,10 @@ async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
         for name in engine.databases if "audit" in settings else engine.databases[:1]:
             handle = engine.public.get_db(name)
             if schema:
+                pool = handle.pool()
+                timeout, pool.timeout = pool.timeout, HANGING  # a short one is for what the test does, not for opening
                 await handle.execute_script(engine.schema)
+                pool.timeout = timeout
             if handle not in handles:
                 handles.append(handle)
         return engine.public.get_db()
