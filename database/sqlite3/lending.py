@@ -69,6 +69,7 @@ RESTORED_PRAGMAS = frozenset(
         "checkpoint_fullfsync",
         "fullfsync",
         "ignore_check_constraints",
+        "journal_size_limit",
         "legacy_alter_table",
         "query_only",
         "read_uncommitted",
@@ -278,11 +279,14 @@ class Lending(_Connection):
 
     def end(self, cursor: Any) -> None:
         """Ends a cursor or a blob: what is done with it from now on is refused."""
+        if not isinstance(cursor, self.module.Cursor):
+            with contextlib.suppress(Exception):
+                cursor.close()
+            return
         with contextlib.suppress(Exception):
-            cursor.close()
-        with contextlib.suppress(TypeError):  # a class of the user's own, of another shape
-            if isinstance(cursor, self.module.Cursor):
-                cursor.__class__ = self.ended_class
+            self.module.Cursor.close(cursor)  # a class of the user's own may do something else in its `close`, or raise
+        with contextlib.suppress(TypeError):  # a class of another shape
+            cursor.__class__ = self.ended_class
 
     def _end_strays(self) -> None:
         """Ends statements of cursors that were made without asking this connection."""
@@ -344,7 +348,8 @@ class Lending(_Connection):
         what, name = analysis.control(sql)
         if what == "PRAGMA":
             keeper = self.keeper
-            if name in RESTORED_PRAGMAS and (name in _HARMLESS_PRAGMAS or keeper.writes()):
+            attached = "." in sql[: re.search("[=(]", sql).start()]  # type: ignore[union-attr]  # of one file among several
+            if name in RESTORED_PRAGMAS and not attached and (name in _HARMLESS_PRAGMAS or keeper.writes()):
                 found = self.plain_cursor().execute(f"PRAGMA {name}").fetchone()
                 if found is not None and type(found[0]) is int:
                     self._pragmas.append((name, found[0]))
