@@ -151,7 +151,9 @@ def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError
     )
 
 
-def explain(error: BaseException, text: str | None, parameters: Any, which: str) -> errors.QueryExecutionError:
+def explain(
+    error: BaseException, text: str | None, parameters: Any, which: str, *, done: bool = False
+) -> errors.QueryExecutionError:
     """The package's error for one of `sqlite3`'s that has come out of binding or executing.
 
     Args:
@@ -159,6 +161,7 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         text: The statement.
         parameters: As they were given.
         which: Which of many it was.
+        done: Whether the statement has been executed all the same, and only its rows cannot be read.
     """
     unsupported = _UNSUPPORTED.search(str(error))
     message = _without_values(error, parameters)
@@ -185,14 +188,16 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         error.args = (message,)
     elif is_undecodable(error):
         column = message.split("'")[1] if message.count("'") > 1 else "?"
-        message = (
-            f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB). A statement that writes has"
-            " been executed all the same"
-        )
+        message = f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB)"
+        if done:
+            message += ". A statement that writes has been executed all the same"
         error.args = (message,)
     if which:
         message = f"{message} ({which})"
-    return kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+    explained = kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+    if done:
+        explained.outcome = "done"
+    return explained
 
 
 _UNSUPPORTED = re.compile(
