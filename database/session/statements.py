@@ -8,7 +8,7 @@ from copy import copy
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from database.engine.contract import Engine
-from database.engine.statement import CONTROL, WRITE, Statement
+from database.engine.statement import CONTROL, WHOLE, WRITE, Statement
 from database.errors import QueryExecutionError
 
 __all__ = ["Query", "Statements", "TypedQuery", "check_operation", "still"]
@@ -76,7 +76,7 @@ class Statements(dict[Any, Statement]):
         statement = self.get(query) or self.learn(query)
         if type(query) is not str:
             check_operation("execute_many", query)
-        if statement.kind != WRITE or statement.returns_rows:
+        if statement.kind not in (WRITE, WHOLE) or statement.returns_rows:
             if statement.kind == CONTROL:
                 raise self.unfit("execute_many", statement)
             raise QueryExecutionError(
@@ -94,7 +94,7 @@ class Statements(dict[Any, Statement]):
         statement = self.get(query) or self.learn(query)
         if statement.kind == CONTROL:
             raise self.unfit("batch.execute", statement)
-        if statement.kind != WRITE:
+        if statement.kind not in (WRITE, WHOLE):
             raise QueryExecutionError(
                 f"a batch takes INSERT, UPDATE and DELETE, not {statement.verb}; nothing was executed",
                 sql=statement.sql,
@@ -107,7 +107,7 @@ class Statements(dict[Any, Statement]):
             return self._engine().control_error(statement.verb)
         return QueryExecutionError(
             f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute()"
-            f"{', or add a RETURNING clause' if statement.kind == WRITE else ''}; nothing was executed",
+            f"{', or add a RETURNING clause' if statement.kind in (WRITE, WHOLE) else ''}; nothing was executed",
             sql=statement.sql,
         )
 
