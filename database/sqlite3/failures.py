@@ -17,6 +17,7 @@ from database.sqlite3.library import classes
 
 __all__ = [
     "BUSY_SLICE",
+    "KEYS_STAY",
     "Patience",
     "control_error",
     "explain",
@@ -132,8 +133,19 @@ def is_undecodable(error: BaseException) -> bool:
 _OWN_SETTINGS = frozenset({"busy_timeout", "cache_size", "foreign_keys", "journal_mode", "synchronous"})
 
 
+KEYS_STAY = "keys stay"
+"""In the place of a PRAGMA's name: dropping a table was refused."""
+
+
 def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError:
     """Why a statement that changes one connection is refused outside a transaction, and what to do instead."""
+    if what == KEYS_STAY:
+        return errors.QueryExecutionError(
+            "PRAGMA foreign_keys does nothing within a transaction, which is open around this function: dropping the table"
+            " would delete or change the rows that refer to it, and was refused. A migration (`await db.migrate()`) can"
+            " make a table anew",
+            sql=text,
+        )
     if what in ("ATTACH", "DETACH"):
         instead = "name the file in the setting `attach`, which gives it to every connection"
     elif what == "temporary":

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from database.engine.contract import Alone
 from database.sqlite3 import analysis
+from database.sqlite3.failures import KEYS_STAY
 from database.sqlite3.raw import Lent
 
 __all__ = ["MARK", "Guard"]
@@ -204,6 +205,9 @@ class Guard:
                 return self._defer(action, str(first).lower(), second)
             if action in _OF_TABLES:
                 self._rowids.clear()
+                if action == sqlite3.SQLITE_DROP_TABLE and str(first).lower() in self.raw.protected:
+                    self._refused = KEYS_STAY
+                    return sqlite3.SQLITE_DENY
             if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
                 self._schema_writable = True
             if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES or (schema == "temp" and action in _CREATIONS):

@@ -454,6 +454,41 @@ async def test_read_only_functions(db: Any, engine: Engine) -> None:
 
 
 @pytest.mark.any_loop
+async def test_a_table_that_is_made_anew_without_foreign_keys(db: Any, engine: Engine) -> None:
+    """Within a transaction SQLite takes no notice of `PRAGMA foreign_keys = OFF`. Where dropping a table would then take the
+    rows of others with it, that is refused; where it would not, all goes its way.
+    """
+    await db.execute_script(
+        "CREATE TABLE owner (id INTEGER PRIMARY KEY, name); CREATE TABLE dog (owner REFERENCES owner (id) ON DELETE CASCADE);"
+        "INSERT INTO owner VALUES (1, 'Ada'); INSERT INTO dog VALUES (1)"
+    )
+
+    def anew(connection: sqlite3.Connection, table: str, off: str) -> None:
+        connection.text_factory = bytes
+        connection.execute(off)
+        connection.execute(f"CREATE TABLE fresh AS SELECT * FROM {table}")
+        connection.execute(f"DROP TABLE {table}")
+        connection.execute(f"ALTER TABLE fresh RENAME TO {table}")
+        connection.execute("PRAGMA foreign_keys = ON;")
+
+    for how, send in SENDS.items():
+        for off in ("PRAGMA foreign_keys = OFF", "pragma main.foreign_keys(0);", "PRAGMA foreign_keys = 'no'"):
+            with pytest.raises(errors.QueryExecutionError, match="does nothing within a transaction"):
+                await send(db, lambda connection, off=off: anew(connection, "Owner", off))
+            assert engine.outside("SELECT owner, name FROM dog, owner") == [(1, "Ada")], how
+            await send(db, lambda connection, off=off: anew(connection, "dog", off))
+            assert engine.outside("SELECT owner FROM dog") == [(1,)]
+            await db.execute_script(
+                "DROP TABLE dog; CREATE TABLE dog (owner REFERENCES owner (id) ON DELETE CASCADE); INSERT INTO dog VALUES (1)"
+            )
+        await is_clean(db, engine, how)
+    await db.run(
+        lambda connection: connection.execute("DROP TABLE owner")
+    )  # without the PRAGMA it is what was asked for
+    assert engine.outside("SELECT owner FROM dog") == []
+
+
+@pytest.mark.any_loop
 async def test_a_copy_within_a_function(db: Any, engine: Engine) -> None:
     """`Connection.backup` works in a function that reads; in one that may write, where SQLite would wait for its own
     transaction for ever, it is refused at once.
