@@ -444,7 +444,7 @@ class Connection(Levels):
             return self._forbidden(statement, text)
         if primary == sqlite3.SQLITE_READONLY and self._restricted and not is_busy(error):
             return read_only(text)
-        return explain(error, text, parameters, which)
+        return explain(error, text, parameters, which, done=statement is not None and is_undecodable(error))
 
     def _forbidden(self, statement: Statement | None, text: str | None) -> BaseException:
         if statement is not None and statement.kind == CONTROL:

@@ -17,6 +17,7 @@ from database.sqlite3.library import classes
 
 __all__ = [
     "BUSY_SLICE",
+    "KEYS_STAY",
     "Patience",
     "control_error",
     "explain",
@@ -132,8 +133,19 @@ def is_undecodable(error: BaseException) -> bool:
 _OWN_SETTINGS = frozenset({"busy_timeout", "cache_size", "foreign_keys", "journal_mode", "synchronous"})
 
 
+KEYS_STAY = "keys stay"
+"""In the place of a PRAGMA's name: dropping a table was refused."""
+
+
 def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError:
     """Why a statement that changes one connection is refused outside a transaction, and what to do instead."""
+    if what == KEYS_STAY:
+        return errors.QueryExecutionError(
+            "PRAGMA foreign_keys does nothing within a transaction, which is open around this function: dropping the table"
+            " would delete or change the rows that refer to it, and was refused. A migration (`await db.migrate()`) can"
+            " make a table anew",
+            sql=text,
+        )
     if what in ("ATTACH", "DETACH"):
         instead = "name the file in the setting `attach`, which gives it to every connection"
     elif what == "temporary":
@@ -151,7 +163,9 @@ def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError
     )
 
 
-def explain(error: BaseException, text: str | None, parameters: Any, which: str) -> errors.QueryExecutionError:
+def explain(
+    error: BaseException, text: str | None, parameters: Any, which: str, *, done: bool = False
+) -> errors.QueryExecutionError:
     """The package's error for one of `sqlite3`'s that has come out of binding or executing.
 
     Args:
@@ -159,6 +173,7 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         text: The statement.
         parameters: As they were given.
         which: Which of many it was.
+        done: Whether the statement has been executed all the same, and only its rows cannot be read.
     """
     unsupported = _UNSUPPORTED.search(str(error))
     message = _without_values(error, parameters)
@@ -185,14 +200,16 @@ def explain(error: BaseException, text: str | None, parameters: Any, which: str)
         error.args = (message,)
     elif is_undecodable(error):
         column = message.split("'")[1] if message.count("'") > 1 else "?"
-        message = (
-            f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB). A statement that writes has"
-            " been executed all the same"
-        )
+        message = f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB)"
+        if done:
+            message += ". A statement that writes has been executed all the same"
         error.args = (message,)
     if which:
         message = f"{message} ({which})"
-    return kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+    explained = kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+    if done:
+        explained.outcome = "done"
+    return explained
 
 
 _UNSUPPORTED = re.compile(

@@ -141,7 +141,7 @@ async def test_numbers_and_moments_of_numpy_and_pandas(db: Any, engine: Engine) 
         (numpy.datetime64(f"{moment}.123", "ns"), "2024-01-02 03:04:05.123000"),
         (numpy.datetime64(f"{moment}.123456789"), "2024-01-02 03:04:05.123456789"),
         (numpy.datetime64("2024-01-02T03"), "2024-01-02 03:00:00"), (numpy.datetime64("NaT", "s"), None),
-        (pandas.Timestamp(moment), "2024-01-02 03:04:05"), (pandas.NaT, None), (pandas.NA, None),
+        (pandas.Timestamp(moment), "2024-01-02 03:04:05"), (pandas.NaT, None), (pandas.NA, None), (numpy.ma.masked, None),
         (array.array("B", [1, 2]), b"\1\2"), (memoryview(b"abcdef")[::2], b"ace"), (memoryview(b"ab"), b"ab"),
     ]  # fmt: skip
     bad = [
