@@ -95,6 +95,9 @@ def parameters(settings: PostgresqlSettings, role: Role = "shared") -> dict[str,
         merged.setdefault("target_session_attrs", "read-write")
     merged.setdefault("application_name", "jobu-database")
     merged.setdefault("connect_timeout", settings.connect_timeout)
+    merged["client_encoding"] = (
+        "UTF8"  # that is what is sent, whatever the environment says, or the database's own encoding is
+    )
     # A connection that a firewall has forgotten is noticed within minutes, not after the system's two hours.
     for key, value in (("keepalives_idle", 60), ("keepalives_interval", 10), ("keepalives_count", 3)):
         merged.setdefault(key, value)

@@ -172,6 +172,9 @@ class Owner(Protocol):
     def simple(self, parts: list[bytes]) -> Any:
         """Sends SQL of the package's own, and waits for it."""
 
+    def localise(self) -> None:
+        """The transaction has been given settings of its own."""
+
 
 class RawConnection(psycopg.Connection[Any]):
     """psycopg's connection, whose waits the worker can leave, and which is the function's while that runs."""
@@ -212,7 +215,9 @@ class RawConnection(psycopg.Connection[Any]):
                 plan: Plan = statement.hint
                 if plan.stains or plan.calls:
                     session.stained = True
-                if plan.shapes:
+                if plan.sets:
+                    session.localise()
+                elif plan.shapes:
                     reshaped()
 
     def cursor(self, *args: Any, **options: Any) -> Any:
