@@ -87,8 +87,8 @@ class Dialect(Protocol):
         """How the type that `values.suiting` names is written here."""
         ...
 
-    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
-        """The query for CSV: the same rows, of which the text tells everything; and the columns' names, if it has others."""
+    async def exact(self, db: Database, query: str, params: Any, form: str) -> tuple[str, list[str] | None]:
+        """The query for a file: the same rows, of which the text tells everything; and the columns' names, if it has others."""
         ...
 
 
@@ -157,7 +157,7 @@ class _Sqlite:
     def type(self, name: str) -> str:
         return name
 
-    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
+    async def exact(self, db: Database, query: str, params: Any, form: str) -> tuple[str, list[str] | None]:
         return query, None
 
 
@@ -277,8 +277,9 @@ class _Postgresql:
             "TEXT": "text",
         }.get(name, "jsonb")
 
-    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
-        # JSON as the server writes it: of a value in Python nobody can tell the string "1" from the number, nor 1.10 from 1.1.
+    async def exact(self, db: Database, query: str, params: Any, form: str) -> tuple[str, list[str] | None]:
+        # JSON in CSV as the server writes it: of a value in Python nobody can tell the string "1" from the number, nor 1.10
+        # from 1.1. So are intervals, whose months and years Python has no type for, and rows within rows.
         statement = db.engine.analyse(query)
         pieces = list(self.split(query))
         if statement.kind != READ or statement.verb not in ("SELECT", "TABLE", "VALUES") or len(pieces) != 1:
@@ -293,11 +294,16 @@ class _Postgresql:
             columns = await db.run(look, readonly=True)
         except QueryExecutionError:  # the export itself will say what is wrong with it
             return query, None
-        if not any(oid in _JSON for _, oid in columns):
+        rows = await db.fetch_all(_COMPOSITE, {"oids": [oid for _, oid in columns]})
+        casts = _CASTS | dict.fromkeys((row[0] for row in rows), "text")
+        if form == "jsonl":
+            casts = {oid: kind for oid, kind in casts.items() if oid not in _JSON}
+        if not any(oid in casts for _, oid in columns):
             return query, None
         names = [f"c{number}" for number in range(len(columns))]
         shown = [
-            f"CAST({name} AS text)" if oid in _JSON else name for name, (_, oid) in zip(names, columns, strict=True)
+            f"CAST({name} AS {casts[oid]})" if oid in casts else name
+            for name, (_, oid) in zip(names, columns, strict=True)
         ]
         wrapped = f"SELECT {', '.join(shown)} FROM (\n{inner}\n) q({', '.join(names)})"  # noqa: S608  - the user's own query
         return wrapped, [name for name, _ in columns]
@@ -305,6 +311,11 @@ class _Postgresql:
 
 _JSON = (114, 3802)
 """json and jsonb."""
+_CASTS = {**dict.fromkeys(_JSON, "text"), 1186: "text", 1187: "text[]"}
+"""As what columns are exported whose values Python would change: JSON, and intervals."""
+_COMPOSITE = (
+    "SELECT oid::int8 FROM pg_catalog.pg_type WHERE oid = ANY(CAST(:oids AS oid[])) AND (typtype = 'c' OR oid = 2249)"
+)
 
 _DEFINITIONS = """
 SELECT CASE
@@ -353,7 +364,8 @@ def _array(value: Any) -> str:
     if not text.startswith("["):
         return text
     try:
-        return _literal(json.loads(text))
+        # Numbers as they are written: a float would make 1.1 of 1.10, and nothing of 1e999.
+        return _literal(json.loads(text, parse_float=Exact, parse_int=Exact, parse_constant=Exact))
     except ValueError:
         return text  # `[1:2]={…}` is the server's own, too
 
@@ -364,7 +376,7 @@ def _literal(value: Any) -> str:
         return f"{{{','.join(map(_literal, parts))}}}"
     if value is None:
         return "NULL"
-    text = value if isinstance(value, str) else json_text(value)
+    text = _finite(str(value)) if isinstance(value, Exact) else value if isinstance(value, str) else json_text(value)
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -79,9 +79,7 @@ async def _export(
             total = await db.fetch_value(f"SELECT count(*) FROM {quote(table)}")  # noqa: S608  - quoted
     elif len(query.split()) == 1:
         fail(f"there is no table {query!r}", "or give a whole SELECT, in quotes", Status.USAGE)
-    names: list[str] | None = None
-    if kind == "csv":
-        query, names = await dialect.exact(db, query, params)
+    query, names = await dialect.exact(db, query, params, kind)
     with _output(writing) as file, progress("export", None, total) as bar:
         task = bar.tasks[0].id
         count = 0

@@ -54,7 +54,7 @@ def csv_text(value: Any, null: str = "") -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "9e999" if value > 0 else "-9e999"  # which SQLite reads as infinity; `inf` would be text
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return json_text(value)
     return value
 
 
@@ -69,7 +69,28 @@ def json_text(value: Any) -> str:
             return '"NaN"'
     if isinstance(value, Decimal):
         return str(value) if value.is_finite() else json.dumps(str(value))
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if not isinstance(value, (dict, list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return _plain.encode(value)
+    except (TypeError, ValueError):  # there is something in it that JSON does not know
+        pass
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return (
+            f"{{{', '.join(f'{json.dumps(str(name), ensure_ascii=False)}: {_inner(each)}' for name, each in items)}}}"
+        )
+    return f"[{', '.join(map(_inner, cast('list[Any]', value)))}]"
+
+
+_plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def _inner(value: Any) -> str:
+    """A value within an array: bytes as the server writes them, which it also reads."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return json.dumps(csv_text(value))
+    return json_text(value)
 
 
 # Reading CSV

@@ -119,6 +119,8 @@ def way(source: Column, target: Column) -> Way:
     if target.engine != "postgresql":
         if source.engine != "postgresql":
             return Way(name, "?", None)
+        if source.kind == "float" and target.affinity == "TEXT":  # SQLite itself would write fifteen digits of it
+            return Way(f"CAST({name} AS text)", "?", None)
         if source.kind != "other":
             return Way(name, "?", None)
         parse = _TIMES.get(source.type)

@@ -171,6 +171,7 @@ def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path) -> None:
     with closing(sqlite3.connect(shop)) as db:
         db.execute("UPDATE customer SET name = '이름 😀' WHERE id = 2")
         db.commit()
+    (shop.parent / "이름.sql").write_text("SELECT '값';", "utf-8")
     sql = "SELECT '이름', name FROM customer WHERE id = 2"
     for arguments, expected in (
         (["check", "--quick"], "+ SQLite"),
@@ -180,6 +181,7 @@ def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path) -> None:
         (["shell", "--command", sql, "--mode", "json"], None),
         (["export", sql, "--format", "jsonl"], None),
         (["shell", "--command", "SELECT '이름' FROM nowhere"], ""),
+        (["shell", "--command", ".read 이름.sql"], "\\uac12"),
     ):
         command = process(*arguments, env=plain)
         try:

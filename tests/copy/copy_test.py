@@ -198,6 +198,7 @@ HARD = {
     "big bigint": ["-9223372036854775808", "9223372036854775807"],
     "truth boolean": ["true", "false"],
     "f double precision": ["0.1", "1e300", "-2", "Infinity"],
+    "g double precision": ["NaN", "-0", "1.2345678901234568e+17", "5e-324", "-Infinity"],
     "t text": ['{"b": 1, "a": 2}', "2026-01-02T03:04:05+01:00", "1.10", "", " x "],
     "v varchar(9)": ["007", "1.0"],
     "c char(5)": ["ab"],

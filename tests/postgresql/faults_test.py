@@ -9,6 +9,7 @@ import decimal
 import itertools
 import logging
 import threading
+import types
 import uuid
 from collections import namedtuple
 from pathlib import Path
@@ -367,6 +368,11 @@ async def test_text_that_would_be_cut_off(db: Any, engine: PostgresqlEngine) -> 
 async def test_parameters_that_cannot_be_sent(db: Any) -> None:
     """Too many parameters, a lone surrogate, what nobody can adapt: an error, and the connection goes on; so does closing."""
     marks = ",".join("?" * 65_536)  # nothing else for each: reading the text is what takes long
+
+    class Mute:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
     circle: dict[str, Any] = {}
     circle["self"] = circle
     nested: list[Any] = []
@@ -380,6 +386,7 @@ async def test_parameters_that_cannot_be_sent(db: Any) -> None:
         ("INSERT INTO item (value) VALUES (?)", ({"amount": decimal.Decimal(1)},)),
         ("INSERT INTO item (value) VALUES (?)", (circle,)),
         ("INSERT INTO item (value) VALUES (?)", (nested,)),
+        ("INSERT INTO item (value) VALUES (?)", (Mute(),)),
     ]
     with anyio.fail_after(HANG):
         for call in (db.execute, db.fetch_all):
@@ -875,6 +882,19 @@ async def test_a_password_that_is_not_encoded(make_db: Any, caplog: pytest.LogCa
         assert "percent-encode" in str(caught.value)
 
 
+@pytest.mark.any_loop
+async def test_a_connection_string_in_the_place_of_a_part(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Under `host`, `dbname` and the like it is refused with where it belongs, and no part of it is shown."""
+    caplog.set_level(logging.DEBUG)
+    for text in ("postgresql://app:hunter2@127.0.0.1:1/orders", "host=127.0.0.1 port=1 user=app password = hunter2"):
+        for key in ("host", "dbname", "user", "application_name", "options"):
+            db = await make_db(schema=False, reconnect_timeout=0, **{key: text})
+            with pytest.raises(errors.ConnectionFailedError, match=f"{key} is a whole connection string") as caught:
+                await db.fetch_value("SELECT 1")
+            said = f"{caught.value} {caught.value!r} {caught.value.path} {caught.value.__cause__} {caplog.text}"
+            assert "hunter2" not in said, key
+
+
 async def test_uris_that_are_right(make_db: Any) -> None:
     """An encoded password, an `@` in an option's value, sockets and several hosts are taken as they are."""
     server = shared()
@@ -960,11 +980,18 @@ async def test_query_files_are_left_as_they_are(db: Any, tmp_path: Path) -> None
         "-- name: tell$\nSELECT $$at 12:hh$$ || E'it\\'s :hh' || (ARRAY['a', 'b', 'c'])[1:2]::text || :x;\n"
         "-- name: make#\nCREATE FUNCTION clock() RETURNS text LANGUAGE sql AS $f$ SELECT to_char(now(), 'HH24:mi :ss') $f$;\n"
         "-- name: add!\nINSERT INTO item (value) VALUES ($$:hh$$ || :x);\n"
+        "-- name: literal$\n-- What it is.\nSELECT $$a:b.c /* kept */  \n-- kept :d.e$$ || E'\\':f.g /* kept */' || :x;\n"
+        "-- name: sliced$\nSELECT/* a /* nested */ :comment.more */(t.v)[t.lo:t.hi]::text || :job.name -- :end.of\n"
+        "FROM (SELECT ARRAY[1, 2, 3] AS v, 1 AS lo, 2 AS hi) t;\n"
     )
     queries = __import__("database.postgresql").postgresql.load_queries(tmp_path / "q.sql")
     told = "at 12:hhit's :hh{a,b}!"
     assert await db.fetch_value(queries.tell, {"x": "!"}) == told
     assert await queries.tell(db, x="!") == told
+    literal = "a:b.c /* kept */  \n-- kept :d.e':f.g /* kept */!"
+    assert await db.fetch_value(queries.literal, {"x": "!"}) == await queries.literal(db, x="!") == literal
+    assert queries.literal.__doc__ == "What it is."
+    assert await queries.sliced(db, job=types.SimpleNamespace(name="!")) == "{1,2}!"
     await queries.make(db)
     assert ":" in await db.fetch_value("SELECT clock()")
     assert await queries.add(db, x="1") == 1
@@ -1136,7 +1163,9 @@ async def test_errors_of_record_classes_arrive_as_they_were_raised(
 # --- servers, roles, connections -------------------------------------------------------------------------------------
 
 
-async def test_a_second_process_starts_beside_a_long_transaction(make_db: Any, engine: PostgresqlEngine) -> None:
+async def test_a_second_process_starts_beside_a_long_transaction(
+    make_db: Any, engine: PostgresqlEngine, tmp_path: Path
+) -> None:
     """Where all that `init_sql` makes is there, nothing waits for a lock, and a role that may create nothing connects."""
     schema = engine.schemas["default"]
     role = f"reader_{schema}"
@@ -1153,6 +1182,13 @@ async def test_a_second_process_starts_beside_a_long_transaction(make_db: Any, e
                 db = await make_db(schema=False, init_sql=None)
                 assert await db.fetch_value("SELECT count(*) FROM job_runs") == 0
         db = await make_db(schema=False, init_sql=None, user=role)
+        assert await db.fetch_value("SELECT count(*) FROM job_runs") == 0
+        await engine.public.close_all()
+        (tmp_path / "init.sql").write_text(
+            f"CREATE SCHEMA IF NOT EXISTS {schema}; CREATE EXTENSION IF NOT EXISTS plpgsql;"
+            "CREATE TABLE IF NOT EXISTS jobs (a int)"
+        )
+        db = await make_db(schema=False, init_sql=str(tmp_path / "init.sql"), user=role)
         assert await db.fetch_value("SELECT count(*) FROM job_runs") == 0
         await engine.public.close_all()
         look.execute(f"DROP INDEX {schema}.job_runs_by_job")
