@@ -32,6 +32,7 @@ from typing import Any, cast
 __all__ = [
     "Document",
     "Exact",
+    "Written",
     "csv_text",
     "fits",
     "from_csv",
@@ -76,10 +77,9 @@ def json_text(value: Any) -> str:
     except (TypeError, ValueError):  # there is something in it that JSON does not know
         pass
     if isinstance(value, dict):
-        items = cast("dict[Any, Any]", value).items()
-        return (
-            f"{{{', '.join(f'{json.dumps(str(name), ensure_ascii=False)}: {_inner(each)}' for name, each in items)}}}"
-        )
+        pairs: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType]
+        shown = (f"{json.dumps(str(name), ensure_ascii=False)}: {_inner(each)}" for name, each in pairs.items())
+        return f"{{{', '.join(shown)}}}"
     return f"[{', '.join(map(_inner, cast('list[Any]', value)))}]"
 
 
@@ -153,6 +153,16 @@ class Exact(str):
     __slots__ = ()
 
 
+class Written(float):
+    """A number that a float holds, but that is written otherwise: `1.10`."""
+
+    __slots__ = ("token",)
+    token: str
+
+    def __repr__(self) -> str:
+        return self.token
+
+
 class Document(str):
     """An array or object of JSON's, as it was written."""
 
@@ -165,7 +175,9 @@ def _float(token: str) -> Any:
         return number
     if math.isinf(number) or Decimal(token) != Decimal(repr(number)):
         return Exact(token)
-    return number
+    written = Written(token)
+    written.token = token
+    return written
 
 
 _decoder = json.JSONDecoder(parse_float=_float)

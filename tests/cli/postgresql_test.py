@@ -436,14 +436,15 @@ def test_values_that_python_would_change(cli: Cli, base: Base) -> None:
     """Intervals, rows, and arrays of numbers, bytes and infinities come back as they were; JSON is valid JSON."""
     base.outside.execute(
         "CREATE TYPE pair AS (a INT, b TEXT); CREATE TABLE item (id INT, i INTERVAL, n NUMERIC[], f FLOAT8[], b BYTEA[],"
-        " p PAIR, t TEXT[], d TIMESTAMPTZ[], e INTERVAL[]); CREATE TABLE other (LIKE item)"
+        " p PAIR, t TEXT[], d TIMESTAMPTZ[], e INTERVAL[], r INT4RANGE, j JSONB, js JSON[], m NUMERIC);"
+        "CREATE TABLE other (LIKE item)"
     )
     for number, values in enumerate(
         [
             "'1 year 2 mons -3 days', '{1.10,NaN,NULL}', '{NaN,Infinity,-Infinity,0.1}', NULL, '(1,\"x y\")', NULL, NULL,"
-            " '{1 mon}'",
+            " '{1 mon}', 'empty', '{\"k\": 1.10}', ARRAY['{\"a\": 1.10}', NULL]::JSON[], 1.10",
             "NULL, '{{12345678901234567890.123},{2}}', '{}', ARRAY['\\x00ff', '']::BYTEA[], NULL, '{9e999,NaN,NULL,\"\"}',"
-            " '{infinity,2026-01-01 00:00:00+00}', NULL",
+            " '{infinity,2026-01-01 00:00:00+00}', NULL, '(,)', '\"1\"', NULL, 'NaN'",
         ]
     ):
         base.outside.execute(f"INSERT INTO item VALUES ({number}, {values})")  # type: ignore[call-overload]

@@ -187,6 +187,11 @@ def test_copy_command(
         assert f"copy parent: 1000 of {ROWS} rows" in err
         assert main([*arguments, "--table", "nowhere"]) == 2
         assert "nowhere" in capsys.readouterr().err
+        with sqlite3.connect(tmp_path / "source.db") as connection:
+            connection.execute("INSERT INTO pair VALUES ('a', 999, x'00')")
+        connection.close()
+        assert main([*arguments, "--table", "pair"]) == 1  # found under way, in one value
+        assert "table 'pair', column 'note': a BLOB cannot become text" in capsys.readouterr().err
         assert engine.outside("SELECT count(*) FROM parent") == [(ROWS,)]
     finally:
         anyio.run(close_all)
