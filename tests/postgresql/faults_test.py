@@ -710,6 +710,15 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
             )
             assert tuple(await db.fetch_one(STATE)) == wanted, sql
     assert engine.outside("SELECT count(*) FROM item") == [(len(refused) + len(allowed),)]
+    for sent in (
+        b"SET search_path = elsewhere",
+        b"LISTEN news",
+        b"SELECT pg_advisory_lock(7)",
+    ):  # libpq's own functions
+        for inside in (False, True):
+            async with db.transaction() if inside else contextlib.nullcontext():
+                await db.run(lambda connection, sent=sent: connection.pgconn.exec_(sent) and None)
+            assert tuple(await db.fetch_one(STATE)) == wanted, (sent, inside)
     for path in ("SET LOCAL search_path = 'pg_temp'", "SELECT set_config('search_path', 'pg_temp', true)"):
         async with db.transaction():
             await db.execute(path)
