@@ -195,11 +195,11 @@ class RawConnection(psycopg.Connection[Any]):
     """Whether the savepoint `run` is there, so that `commit()` and `rollback()` have a meaning."""
 
     @property
-    def pgconn(self) -> pq.abc.PGconn:  # type: ignore[override]
-        """libpq's connection. What the function sends with its functions is looked at by nobody."""
+    def pgconn(self) -> pq.abc.PGconn:
+        """Libpq's connection. What the function sends with its functions is looked at by nobody."""
         if self.lent and not self.vouched and self.session is not None:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if not caller.startswith("psycopg"):
+            caller = sys._getframe(1).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
+            if not str(caller).startswith("psycopg"):
                 self.session.stained = True
         return self._libpq
 

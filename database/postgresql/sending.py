@@ -72,13 +72,16 @@ WITH written AS (
 SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relname = ANY($1::text[]) AND (relkind IN ('v', 'f') OR relrowsecurity)
         AND relnamespace NOT IN (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname IN ('pg_catalog', 'information_schema')))
     OR EXISTS (SELECT FROM written WHERE proname = ANY($1::text[]))
-    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_operator ON oprcode = written.oid)
-    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_cast ON castfunc = written.oid)
+    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_operator o ON oprcode = written.oid
+        WHERE strpos($2::text, oprname) > 0 AND (pg_operator_is_visible(o.oid) OR 'operator' = ANY($1::text[])))
+    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_cast ON castfunc = written.oid
+        JOIN pg_catalog.pg_type t ON t.oid = casttarget WHERE castcontext = 'i' OR typname = ANY($1::text[]))
     OR EXISTS (SELECT FROM pg_catalog.pg_type t JOIN pg_catalog.pg_constraint ON contypid = t.oid
         WHERE typname = ANY($1::text[]))
 """
 """Whether any of these names may be a view, a foreign table, a table with policies, a domain with a check, a function that is
-written as `row.name` or has the name of one of the server's own; or operators or casts call such functions.
+written as `row.name` or has the name of one of the server's own; or whether an operator in the text, or a cast, calls such
+a one.
 """
 
 INNOCENT_SECONDS = 60.0
@@ -212,7 +215,7 @@ class Sender(Levels):
         now = time.perf_counter()
         names = plan.suspects
         if names and now > plan.innocent_until - INNOCENT_SECONDS / 2:
-            if self.run(_HIDDEN_PLAN, (list(names),)).get_value(0, 0) == b"f":
+            if self.run(_HIDDEN_PLAN, (list(names), plan.sql)).get_value(0, 0) == b"f":
                 plan.innocent_until = now + INNOCENT_SECONDS
             else:
                 plan.suspects, plan.innocent_until = (), 0.0
@@ -221,7 +224,7 @@ class Sender(Levels):
         """Asks the server, now and then, whether nothing is lost if only the first rows of a SELECT are computed."""
         now = time.perf_counter()
         if now > plan.harmless_until:
-            if self.run(_HIDDEN_PLAN, (names_of(plan.sql),)).get_value(0, 0) != b"f":
+            if self.run(_HIDDEN_PLAN, (names_of(plan.sql), plan.sql)).get_value(0, 0) != b"f":
                 return False
             plan.harmless_until = now + INNOCENT_SECONDS
         return True
@@ -503,4 +506,4 @@ def is_reshaped(error: psycopg.Error) -> bool:
 
 
 _FOREIGN_PLAN = Plan(_FOREIGN, None, 1)
-_HIDDEN_PLAN = Plan(_HIDDEN, None, 1)
+_HIDDEN_PLAN = Plan(_HIDDEN, None, 2)
