@@ -427,7 +427,9 @@ class Connection(Sender):
             if statement is None or isinstance(error, errors.DatabaseError):
                 return error
             if isinstance(error, (BindError, UnicodeEncodeError, OverflowError)):
-                return errors.QueryExecutionError(hide(str(error), parameters), sql=text, parameters=parameters)
+                message = hide(str(error), parameters)
+                errors.without_text(error)
+                return errors.QueryExecutionError(message, sql=text, parameters=parameters)
             return error
         state = error.sqlstate
         readonly = self.readonly or bool(self.restricted)
