@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import warnings
 from typing import Any
@@ -10,6 +11,10 @@ import pytest
 
 from tests.contract.support import Engine
 from tests.sqlite3.run_test import SENDS, is_clean
+
+with contextlib.suppress(ImportError), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import numpy  # now: it cannot be imported twice, and once failed in the middle of a test  # noqa: F401
 
 pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
