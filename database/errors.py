@@ -153,6 +153,13 @@ class DatabaseCorruptError(QueryExecutionError):
     """The file is damaged or is no database."""
 
 
+def without_text(error: BaseException) -> None:
+    """Takes the text out of an error that says it cannot be encoded: it will be a cause, and is shown whole by `repr()`."""
+    if isinstance(error, UnicodeEncodeError):
+        error.object = ""
+        error.args = (error.encoding, "", error.start, error.end, error.reason)
+
+
 def redact(parameters: object) -> str:
     """Describes parameters without their values: `<2 values>` or `<id, name>`."""
     if parameters is None:

@@ -6,10 +6,10 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from database.cli.support import Status, fail, quote, remark
-from database.cli.values import Document, Exact, fits, from_csv, json_text
+from database.cli.values import Document, Exact, Written, fits, from_csv, json_text
 from database.engine.statement import READ
 from database.errors import QueryExecutionError
 from database.session.database import Database
@@ -33,6 +33,20 @@ class Column:
     type: str
     generated: bool
     key: bool
+
+
+class Exactly(NamedTuple):
+    """A query for a file.
+
+    Attributes:
+        query: Its text.
+        names: The columns' names, if those of the query are others.
+        documents: Columns that are JSON as the server writes it.
+    """
+
+    query: str
+    names: list[str] | None = None
+    documents: frozenset[int] = frozenset()
 
 
 class Dialect(Protocol):
@@ -92,8 +106,8 @@ class Dialect(Protocol):
         """How the type that `values.suiting` names is written here."""
         ...
 
-    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
-        """The query for CSV: the same rows, of which the text tells everything; and the columns' names, if it has others."""
+    async def exact(self, db: Database, query: str, params: Any) -> Exactly:
+        """The query for a file: the same rows, of which the text tells everything."""
         ...
 
 
@@ -163,8 +177,8 @@ class _Sqlite:
     def type(self, name: str) -> str:
         return name
 
-    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
-        return query, None
+    async def exact(self, db: Database, query: str, params: Any) -> Exactly:
+        return Exactly(query)
 
 
 class _Postgresql:
@@ -263,7 +277,13 @@ class _Postgresql:
         if plain:
             return _finite if number else None
         if column.type in ("json", "jsonb"):
-            return lambda value: str(value) if isinstance(value, (Document, Exact)) else json_text(value)
+            return lambda value: (
+                str(value)
+                if isinstance(value, (Document, Exact))
+                else repr(value)
+                if isinstance(value, Written)
+                else json_text(value)
+            )
         truths = ("true", "false") if column.type == "boolean" else ("1", "0")
 
         def convert(value: Any) -> Any:
@@ -284,12 +304,13 @@ class _Postgresql:
             "TEXT": "text",
         }.get(name, "jsonb")
 
-    async def exact(self, db: Database, query: str, params: Any) -> tuple[str, list[str] | None]:
+    async def exact(self, db: Database, query: str, params: Any) -> Exactly:
         # JSON as the server writes it: of a value in Python nobody can tell the string "1" from the number, nor 1.10 from 1.1.
+        # Intervals as well, whose months and years Python has no type for, ranges, and rows within rows.
         statement = db.engine.analyse(query)
         pieces = list(self.split(query))
         if statement.kind != READ or statement.verb not in ("SELECT", "TABLE", "VALUES") or len(pieces) != 1:
-            return query, None
+            return Exactly(query)
         inner = pieces[0].strip().rstrip(";")
 
         def look(connection: Any) -> list[tuple[str, int]]:
@@ -299,19 +320,29 @@ class _Postgresql:
         try:
             columns = await db.run(look, readonly=True)
         except QueryExecutionError:  # the export itself will say what is wrong with it
-            return query, None
-        if not any(oid in _JSON for _, oid in columns):
-            return query, None
+            return Exactly(query)
+        rows = await db.fetch_all(_COMPOSITE, {"oids": [oid for _, oid in columns]})
+        casts = _CASTS | dict.fromkeys((row[0] for row in rows), "text")
+        if not any(oid in casts for _, oid in columns):
+            return Exactly(query)
         names = [f"c{number}" for number in range(len(columns))]
         shown = [
-            f"CAST({name} AS text)" if oid in _JSON else name for name, (_, oid) in zip(names, columns, strict=True)
+            f"CAST({name} AS {casts[oid]})" if oid in casts else name
+            for name, (_, oid) in zip(names, columns, strict=True)
         ]
         wrapped = f"SELECT {', '.join(shown)} FROM (\n{inner}\n) q({', '.join(names)})"  # noqa: S608  - the user's own query
-        return wrapped, [name for name, _ in columns]
+        documents = frozenset(number for number, (_, oid) in enumerate(columns) if oid in _JSON)
+        return Exactly(wrapped, [name for name, _ in columns], documents)
 
 
 _JSON = (114, 3802)
 """json and jsonb."""
+_CASTS = {**dict.fromkeys((*_JSON, 1186), "text"), **dict.fromkeys((199, 3807, 1187), "text[]")}
+"""As what columns are exported whose values Python would change: JSON, intervals, and arrays of these."""
+_COMPOSITE = (
+    "SELECT oid::int8 FROM pg_catalog.pg_type WHERE oid = ANY(CAST(:oids AS oid[]))"
+    " AND (typtype IN ('c', 'r', 'm') OR oid = 2249)"
+)
 
 _DEFINITIONS = """
 SELECT CASE
@@ -360,7 +391,8 @@ def _array(value: Any) -> str:
     if not text.startswith("["):
         return text
     try:
-        return _literal(json.loads(text))
+        # Numbers as they are written: a float would make 1.1 of 1.10, and nothing of 1e999.
+        return _literal(json.loads(text, parse_float=Exact, parse_int=Exact, parse_constant=Exact))
     except ValueError:
         return text  # `[1:2]={…}` is the server's own, too
 
@@ -371,7 +403,7 @@ def _literal(value: Any) -> str:
         return f"{{{','.join(map(_literal, parts))}}}"
     if value is None:
         return "NULL"
-    text = value if isinstance(value, str) else json_text(value)
+    text = _finite(str(value)) if isinstance(value, Exact) else value if isinstance(value, str) else json_text(value)
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -79,9 +79,7 @@ async def _export(
             total = await db.fetch_value(f"SELECT count(*) FROM {quote(table)}")  # noqa: S608  - quoted
     elif len(query.split()) == 1:
         fail(f"there is no table {query!r}", "or give a whole SELECT, in quotes", Status.USAGE)
-    names: list[str] | None = None
-    if kind == "csv":
-        query, names = await dialect.exact(db, query, params)
+    query, names, documents = await dialect.exact(db, query, params)
     with _output(writing) as file, progress("export", None, total) as bar:
         task = bar.tasks[0].id
         count = 0
@@ -94,7 +92,7 @@ async def _export(
                     write = (
                         _csv_writer(file, columns, writing.null, delimiter)
                         if kind == "csv"
-                        else _json_writer(file, columns)
+                        else _json_writer(file, columns, documents)
                     )
                 pending.append(row)
                 if len(pending) == CHUNK:
@@ -145,7 +143,7 @@ def _csv_writer(file: IO[str], names: list[str], null: str, delimiter: str) -> A
     return write
 
 
-def _json_writer(file: IO[str], names: list[str]) -> Any:
+def _json_writer(file: IO[str], names: list[str], documents: frozenset[int]) -> Any:
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         fail(f"two columns are named {twice!r}", "give one of them another name: SELECT … AS …", Status.USAGE)
@@ -154,11 +152,18 @@ def _json_writer(file: IO[str], names: list[str]) -> Any:
 
     def write(rows: list[Any]) -> None:
         for row in rows:
-            file.write(
-                "{" + ", ".join(label + json_text(value) for label, value in zip(labels, row, strict=True)) + "}\n"
+            texts = (
+                _line(value) if number in documents and value is not None else json_text(value)
+                for number, value in enumerate(row)
             )
+            file.write("{" + ", ".join(label + text for label, text in zip(labels, texts, strict=True)) + "}\n")
 
     return write
+
+
+def _line(document: str) -> str:
+    """JSON on one line; its strings hold no line ends."""
+    return document.replace("\r", " ").replace("\n", " ")
 
 
 @contextmanager

@@ -240,7 +240,7 @@ class _Inserter:
                         self.stored += await self.db.run(_copy, way.copy, parameters)
                     else:
                         self.stored += (await self.db.execute_many(way.sql, parameters)).rowcount
-            except errors.QueryExecutionError:
+            except (errors.QueryExecutionError, UnicodeEncodeError):
                 await self._find_culprit(way.sql, rows, way.converters)
                 raise
         self.read += len(records)

@@ -35,6 +35,7 @@ from database.cli.support import (
     err,
     error_block,
     fail,
+    local,
     out,
     remark,
     run,
@@ -89,7 +90,11 @@ async def _main(target: Target, readonly: bool, commands: list[str], mode: str) 
         elif sys.stdin.isatty() and sys.stdout.isatty():
             await _interactive(session)
         else:
-            await session.feed(sys.stdin.read())
+            try:
+                text = sys.stdin.read()
+            except UnicodeDecodeError as error:
+                fail(f"standard input: not {error.encoding}: {error.reason}")
+            await session.feed(text)
     except _Quit:
         pass
     finally:
@@ -245,7 +250,7 @@ class _Session:
 
     async def _read(self, name: str) -> None:
         try:
-            text = await anyio.Path(os.path.expanduser(name)).read_text("utf-8")
+            text = await anyio.Path(os.path.expanduser(local(name))).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"{name}: {getattr(error, 'strerror', None) or error}")
         await self.feed(text)
@@ -279,8 +284,8 @@ class _Session:
             writer.writerows([csv_text(value) for value in row] for row in rows)
         elif self.mode == "json":
             for row in rows:
-                pairs = dict(zip(names, row, strict=True))
-                shown = (f"{json_text(name)}: {json_text(_plain(value))}" for name, value in pairs.items())
+                pairs = zip(names, row, strict=True)  # of which two may have one name
+                shown = (f"{json_text(name)}: {json_text(_plain(value))}" for name, value in pairs)
                 print(f"{{{', '.join(shown)}}}")
         elif self.mode == "line":
             width = max(map(len, names))

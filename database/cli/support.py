@@ -42,6 +42,7 @@ __all__ = [
     "fail",
     "guarded",
     "in_thread",
+    "local",
     "out",
     "out_json",
     "quote",
@@ -143,6 +144,15 @@ def utf8(text: str) -> str:
     except UnicodeEncodeError:
         return os.fsencode(text).decode("utf-8", "surrogateescape")
     return text
+
+
+def local(name: str) -> str:
+    """A file's name as the locale has it, which may know no such letters: the other way round."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    return name
 
 
 @functools.cache

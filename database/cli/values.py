@@ -32,6 +32,7 @@ from typing import Any, cast
 __all__ = [
     "Document",
     "Exact",
+    "Written",
     "csv_text",
     "fits",
     "from_csv",
@@ -54,7 +55,7 @@ def csv_text(value: Any, null: str = "") -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "9e999" if value > 0 else "-9e999"  # which SQLite reads as infinity; `inf` would be text
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return json_text(value)
     return value
 
 
@@ -69,7 +70,27 @@ def json_text(value: Any) -> str:
             return '"NaN"'
     if isinstance(value, Decimal):
         return str(value) if value.is_finite() else json.dumps(str(value))
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if not isinstance(value, (dict, list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return _plain.encode(value)
+    except (TypeError, ValueError):  # there is something in it that JSON does not know
+        pass
+    if isinstance(value, dict):
+        pairs: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType]
+        shown = (f"{json.dumps(str(name), ensure_ascii=False)}: {_inner(each)}" for name, each in pairs.items())
+        return f"{{{', '.join(shown)}}}"
+    return f"[{', '.join(map(_inner, cast('list[Any]', value)))}]"
+
+
+_plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def _inner(value: Any) -> str:
+    """A value within an array: bytes as the server writes them, which it also reads."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return json.dumps(csv_text(value))
+    return json_text(value)
 
 
 # Reading CSV
@@ -135,6 +156,16 @@ class Exact(str):
     __slots__ = ()
 
 
+class Written(float):
+    """A number that a float holds, but that is written otherwise: `1.10`."""
+
+    __slots__ = ("token",)
+    token: str
+
+    def __repr__(self) -> str:
+        return self.token
+
+
 class Document(str):
     """An array or object of JSON's, as it was written."""
 
@@ -147,7 +178,9 @@ def _float(token: str) -> Any:
         return number
     if math.isinf(number) or Decimal(token) != Decimal(repr(number)):
         return Exact(token)
-    return number
+    written = Written(token)
+    written.token = token
+    return written
 
 
 _decoder = json.JSONDecoder(parse_float=_float)

@@ -119,6 +119,8 @@ def way(source: Column, target: Column) -> Way:
     if target.engine != "postgresql":
         if source.engine != "postgresql":
             return Way(name, "?", None)
+        if source.kind == "float" and target.affinity == "TEXT":  # SQLite itself would write fifteen digits of it
+            return Way(f"CAST({name} AS text)", "?", None)
         if source.kind != "other":
             return Way(name, "?", None)
         parse = _TIMES.get(source.type)
@@ -159,7 +161,7 @@ def _as_server_text(kind: str) -> Callable[[Any], Any]:
         if isinstance(value, bytes):
             if kind == "uuid" and len(value) == 16:
                 return str(UUID(bytes=value))
-            raise errors.ConfigurationError(f"a BLOB cannot become {kind}: change the column's type on the target")
+            raise errors.DatabaseError(f"a BLOB cannot become {kind}: change the column's type on the target")
         return repr(value) if isinstance(value, float) else str(value)
 
     return convert
@@ -205,7 +207,7 @@ def _to_boolean(value: Any) -> Any:
 
 def _to_text(value: Any) -> Any:
     if isinstance(value, bytes):
-        raise errors.ConfigurationError("a BLOB cannot become text: make the column BYTEA on the target")
+        raise errors.DatabaseError("a BLOB cannot become text: make the column BYTEA on the target")
     return repr(value) if isinstance(value, (int, float)) else value
 
 

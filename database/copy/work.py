@@ -394,9 +394,9 @@ class _Copying:
         for number, convert in self.changes:
             try:
                 values[number] = convert(values[number])
-            except errors.ConfigurationError as error:
+            except errors.DatabaseError as error:
                 column = self.table.columns[number]
-                raise errors.ConfigurationError(f"table {self.table.name!r}, column {column!r}: {error}") from None
+                raise errors.DatabaseError(f"table {self.table.name!r}, column {column!r}: {error}") from None
         return tuple(values)
 
     def _key_as_read(self) -> list[str]:

@@ -25,7 +25,7 @@ from database.engine.statement import CONTROL, OTHER, READ, WRITE, Statement
 from database.postgresql.plan import Insert, Plan
 from database.postgresql.tokens import Token, end_of_comment, scan, tokens_of
 
-__all__ = ["Made", "analyse", "check_text", "made_by", "plan_of", "split", "words_of"]
+__all__ = ["Made", "analyse", "check_text", "made_by", "names_of", "plan_of", "split", "words_of"]
 
 HIGHEST_PARAMETERS: Final = 65535
 """The protocol counts parameters in sixteen bits."""
@@ -63,8 +63,8 @@ _HARMLESS = frozenset(
     jsonb_object_agg jsonb_object_keys jsonb_path_exists jsonb_path_query jsonb_pretty jsonb_set jsonb_strip_nulls
     jsonb_typeof justify_days lag last_value lead least left length ln log lower lpad ltrim make_date make_interval
     make_timestamp max md5 min mod now nth_value ntile nullif octet_length percent_rank percentile_cont
-    percentile_disc pg_advisory_xact_lock pg_backend_pid pg_cancel_backend pg_is_in_recovery pg_relation_size
-    pg_sleep pg_table_size pg_terminate_backend pg_total_relation_size pg_try_advisory_xact_lock pg_typeof pi
+    percentile_disc pg_backend_pid pg_is_in_recovery pg_relation_size
+    pg_sleep pg_table_size pg_total_relation_size pg_typeof pi
     plainto_tsquery power quote_ident quote_literal random rank regexp_match regexp_matches regexp_replace
     regexp_split_to_array regexp_split_to_table repeat replace reverse right round row_number row_to_json rpad rtrim
     setweight sign similarity split_part sqrt starts_with statement_timestamp stddev string_agg string_to_array
@@ -74,13 +74,8 @@ _HARMLESS = frozenset(
     """.split()  # noqa: SIM905  - two hundred words
 )
 
-_TIED = frozenset(
-    {
-        *("age", "now", "transaction_timestamp", "txid_current", "current_setting"),
-        *("pg_advisory_xact_lock", "pg_try_advisory_xact_lock", "pg_cancel_backend", "pg_terminate_backend"),
-    }
-)
-"""Of these, what tells of the transaction, stays with it, or is not to be asked twice."""
+_TIED = frozenset({"age", "now", "transaction_timestamp", "txid_current", "current_setting"})
+"""Of these, what tells of the transaction."""
 
 _MOMENTS = frozenset({"CURRENT_DATE", "CURRENT_TIME", "CURRENT_TIMESTAMP", "LOCALTIME", "LOCALTIMESTAMP"})
 
@@ -96,6 +91,12 @@ _DOING = frozenset(
         "lo_put",
         "lo_from_bytea",
         "pg_logical_emit_message",
+        "pg_advisory_xact_lock",
+        "pg_advisory_xact_lock_shared",
+        "pg_try_advisory_xact_lock",
+        "pg_try_advisory_xact_lock_shared",
+        "pg_cancel_backend",
+        "pg_terminate_backend",
     ]
 )
 """Functions of the server's own that do something, but leave nothing on the connection."""
@@ -118,6 +119,8 @@ _TEMPORARY = (
     "a temporary table would stay on one connection of the pool: make it within a transaction (`async with"
     " db.transaction()`), at whose end it goes"
 )
+_ENCODING = re.compile(r"[eE]?'client_encoding'", re.IGNORECASE)
+_TEMPORARY_SCHEMA = re.compile(r"pg_temp(_\d+)?")
 _HELD = "a cursor WITH HOLD would stay on one connection of the pool: `async with db.stream(…)` reads row by row"
 
 
@@ -257,9 +260,11 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
         plan.stains = plan.acts = True
         return
     if verb == "CREATE" and any(word in ("FUNCTION", "PROCEDURE", "AGGREGATE") for word in words[:5]):
-        plan.stains = any(token.text == "PG_TEMP" for token in tokens)
+        plan.stains = any(map(_is_temporary_schema, tokens))
         plan.refusal = _TEMPORARY if plan.stains else None
         return
+    if verb == "SET":  # LOCAL
+        _localises(plan, tokens)
     made = verb == "CREATE" and "AS" not in words  # what stands before a parenthesis is a table, a type, a column
     unknown: list[str] = []
     before: Token | None = None
@@ -268,20 +273,24 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
         if name is not None:
             if name in _STAINING:
                 plan.acts = True
+                if name == "set_config":
+                    _localises(plan, tokens)
                 if name != "set_config" or not _is_local(tokens, index + 1):
                     plan.stains = True
                     plan.refusal = _STAINING[name] or None
             elif name in _DOING:
                 plan.acts = True
-            elif name not in _HARMLESS and not made and (before is None or before.text not in ("INTO", "AS", "TABLE")):
+            elif (
+                (name not in _HARMLESS or _is_of_a_schema(tokens, index))
+                and not made
+                and (before is None or before.text not in ("INTO", "AS", "TABLE"))
+            ):
                 unknown.append(name)
-        elif token.kind == "word" and (
-            token.text == "PG_TEMP"
-            or (
-                token.text in ("TEMP", "TEMPORARY")
-                and before is not None
-                and before.text in ("CREATE", "REPLACE", "LOCAL", "GLOBAL", "INTO")
-            )
+        elif _is_temporary_schema(token) or (
+            token.kind == "word"
+            and token.text in ("TEMP", "TEMPORARY")
+            and before is not None
+            and before.text in ("CREATE", "REPLACE", "LOCAL", "GLOBAL", "INTO")
         ):
             plan.stains, plan.refusal = True, _TEMPORARY
         elif token.text == "PG_SETTINGS" or (token.kind == "quoted" and _unquoted(token.text) == "pg_settings"):
@@ -291,6 +300,32 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
             plan.stains, plan.refusal = True, _HELD
         before = token
     plan.calls = tuple(dict.fromkeys(unknown))
+
+
+def _is_temporary_schema(token: Token) -> bool:
+    if token.kind == "quoted":
+        return _TEMPORARY_SCHEMA.fullmatch(_unquoted(token.text)) is not None
+    return token.kind == "word" and _TEMPORARY_SCHEMA.fullmatch(token.text.lower()) is not None
+
+
+def _is_of_a_schema(tokens: list[Token], index: int) -> bool:
+    """Whether a function is called by the name of a schema that is not the server's own."""
+    if index < 2 or tokens[index - 1].text != "." or tokens[index - 2].kind not in ("word", "quoted"):
+        return False
+    schema = tokens[index - 2]
+    return (_unquoted(schema.text) if schema.kind == "quoted" else schema.text.lower()) != "pg_catalog"
+
+
+def _localises(plan: Plan, tokens: list[Token]) -> None:
+    """The statement gives its transaction a setting; where tables are made then, they may be temporary ones."""
+    for token in tokens:
+        if token.text in ("CLIENT_ENCODING", "NAMES") or (token.kind == "string" and _ENCODING.fullmatch(token.text)):
+            raise errors.QueryExecutionError(
+                "client_encoding is UTF8, in which everything is sent; nothing was executed: what is to be stored in another"
+                " encoding is bytea (convert_to)"
+            )
+    plan.shapes = plan.sets = True
+    plan.stains = plan.stains or any(token.kind == "string" and "pg_temp" in token.text.lower() for token in tokens)
 
 
 def _suspects(tokens: list[Token]) -> tuple[str, ...]:
@@ -304,6 +339,17 @@ def _suspects(tokens: list[Token]) -> tuple[str, ...]:
         elif token.kind == "quoted":
             names.add(_unquoted(token.text))
     return tuple(sorted(names))
+
+
+def names_of(sql: str) -> list[str]:
+    """All names in a statement, its keywords among them, as the catalog has them."""
+    return sorted(
+        {
+            token.text.lower() if token.kind == "word" else _unquoted(token.text)
+            for token in tokens_of(sql)
+            if token.kind in ("word", "quoted")
+        }
+    )
 
 
 def _called(tokens: list[Token], index: int) -> str | None:

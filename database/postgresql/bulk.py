@@ -21,6 +21,7 @@ import itertools
 import json
 import re
 import uuid
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from psycopg import pq
 
 from database.engine.statement import Result, Statement
 from database.postgresql.failures import MISTYPED, STALE, clean, made_from
-from database.postgresql.plan import Insert, Plan, reshaped
+from database.postgresql.plan import Insert, Plan
 from database.postgresql.sending import Sender, is_reshaped, widen
 from database.postgresql.values import bind, coerced, coercion, is_plain
 
@@ -42,6 +43,9 @@ COPY_FROM = 200
 """Rows from which COPY is worth asking for."""
 
 _FATAL = pq.ExecStatus.FATAL_ERROR
+
+_CHANGING = frozenset({bytearray, memoryview, array})
+"""Types whose values may be others later. As `execute` does, they are taken for their bytes."""
 
 _Sent = tuple[Any, tuple[int, ...], Any]
 
@@ -70,7 +74,7 @@ def _rows(connection: Sender, plan: Plan, rows: Iterable[Any]) -> Iterator[Seque
         ):  # nothing of it can change
             yield row
         else:
-            yield [bytes(value) if type(value) is bytearray else value for value in bind(plan, row, adapters)]
+            yield [bytes(value) if type(value) in _CHANGING else value for value in bind(plan, row, adapters)]
 
 
 def execute_many(connection: Sender, statement: Statement, rows: Any) -> Result:
@@ -392,7 +396,7 @@ def _batch(connection: Sender, items: Any) -> int:
         raise refusal
     for statement, _params, (_payload, types, _formats), values in sent:
         if statement.hint.shapes:
-            reshaped()
+            connection.noticed(statement.hint)
         widen(statement.hint, types, values)
     connection.succeeded()
     return len(items)

@@ -121,8 +121,7 @@ class Connection(Sender):
                 raise read_only(text)
             plan = Plan(text, None, 0)  # placeholders are the script's own: there are no parameters
             known: Plan = statement.hint
-            plan.calls, plan.acts, plan.stains, plan.shapes = known.calls, known.acts, known.stains, known.shapes
-            plan.alone = known.alone
+            plan.take_from(known)
             if known.refusal is not None and not self.began:
                 raise errors.QueryExecutionError(f"{known.refusal}; nothing was executed", sql=text)
             plans.append(plan)
@@ -148,8 +147,9 @@ class Connection(Sender):
         """Executes a statement of which only the first row is wanted.
 
         A cursor computes no more than that, but takes a round trip more. Not where the statement does anything, for it is to
-        be done to the end; nor where it is known to be quick as it is, or had one row the last time: a server far away
-        makes every statement slow. Nothing is cancelled for this: a cancellation would undo what was done.
+        be done to the end (what hides behind a view or an operator is found out where there are more rows); nor where it is
+        known to be quick as it is, or had one row the last time: a server far away makes every statement slow. Nothing is
+        cancelled for this: a cancellation would undo what was done.
         """
         plan: Plan = statement.hint
         seconds = plan.seconds
@@ -174,6 +174,9 @@ class Connection(Sender):
         try:
             name = self._declare(plan, params, "first")
             result = self.run(Plan(f"FETCH FORWARD 2 FROM {name}", None, 0), ())
+            if result.ntuples > 1 and not self.only_reads(plan):
+                plan.acts = True
+                self.run(Plan(f"MOVE FORWARD ALL FROM {name}", None, 0), ())
             if own:
                 self.commit()
             else:
@@ -242,7 +245,7 @@ class Connection(Sender):
                 with contextlib.suppress(psycopg.Error):
                     self.rollback()
             raise
-        self.streams[key] = name.encode()
+        self.streams[key] = name.encode(), statement, params
 
     def read_stream(self, key: Any, size: Any, record_class: Any) -> list[Any]:
         """The next rows; fewer than asked for at the end, when the cursor has been closed."""
@@ -252,11 +255,13 @@ class Connection(Sender):
         if isinstance(source, list):
             found, self.streams[key] = source[:size], source[size:]
             return found if record_class is None or not found else self.made(found[0].keys(), found, record_class)
+        name, statement, params = source
         try:
-            result = self.run(Plan(f"FETCH FORWARD {int(size)} FROM {source.decode()}", None, 0), ())
+            result = self.run(Plan(f"FETCH FORWARD {int(size)} FROM {name.decode()}", None, 0), ())
             found = self.load(result, 0, result.ntuples, record_class)
         except BaseException:
             self.streams.pop(key, None)
+            self.failing = statement, params  # whose values the server may quote
             raise
         if len(found) < size:
             self.close_stream(key)
@@ -265,8 +270,10 @@ class Connection(Sender):
     def close_stream(self, key: Any, _params: Any = None, _extra: Any = None) -> None:
         """Stops reading."""
         source = self.streams.pop(key, None)
-        if isinstance(source, bytes) and self.began:
-            self.prefix.append(b"CLOSE " + source)  # with whatever comes next; at the latest, the transaction closes it
+        if isinstance(source, tuple) and self.began:
+            self.prefix.append(
+                b"CLOSE " + source[0]
+            )  # with whatever comes next; at the latest, the transaction closes it
 
     # The rest
 
@@ -420,7 +427,9 @@ class Connection(Sender):
             if statement is None or isinstance(error, errors.DatabaseError):
                 return error
             if isinstance(error, (BindError, UnicodeEncodeError, OverflowError)):
-                return errors.QueryExecutionError(hide(str(error), parameters), sql=text, parameters=parameters)
+                message = hide(str(error), parameters)
+                errors.without_text(error)
+                return errors.QueryExecutionError(message, sql=text, parameters=parameters)
             return error
         state = error.sqlstate
         readonly = self.readonly or bool(self.restricted)

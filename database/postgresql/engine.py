@@ -121,6 +121,10 @@ _LOOK = {
     " c.relnamespace = quote_ident(coalesce($2::text, current_schema()))::regnamespace)",
     "FUNCTION": "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.proname = $1 AND p.prosrc = $3 AND"
     " p.pronamespace = quote_ident(coalesce($2::text, current_schema()))::regnamespace)",
+    "SCHEMA": "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname = $1 AND $2::text IS NULL AND $3::text IS"
+    " NULL)",
+    "EXTENSION": "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension e WHERE e.extname = $1 AND $2::text IS NULL AND"
+    " $3::text IS NULL)",
     "TRIGGER": "SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid"
     " WHERE t.tgname = $1 AND $3::text IS NULL AND"
     " c.relnamespace = quote_ident(coalesce($2::text, current_schema()))::regnamespace)",

@@ -62,6 +62,7 @@ class Levels(Wire):
         "fresh",
         "guarded",
         "local",
+        "localised",
         "prefix",
         "readonly",
         "rereads",
@@ -89,6 +90,8 @@ class Levels(Wire):
         """Whether transactions are read-only by default, for the time of one."""
         self.stained = False
         """Whether a statement may have left something on the connection that its next user must not find."""
+        self.localised = False
+        """Whether the transaction may have settings of its own (SET LOCAL), on which it depends how values are written."""
         self.ticket: tuple[Any, Any] | None = None
         """The number of the transaction whose COMMIT is under way, and of which instance of the server's."""
         super().__init__(connect, progress)
@@ -103,6 +106,15 @@ class Levels(Wire):
     def forget_names(self) -> None:
         """Nothing is prepared on the server."""
         raise NotImplementedError
+
+    def read_anew(self) -> None:
+        """Values may be written in another way from now on: another time zone, another style of dates."""
+        raise NotImplementedError
+
+    def localise(self) -> None:
+        """The transaction has been given settings of its own, until its end or that of the savepoint before."""
+        self.localised = True
+        self.read_anew()
 
     def guard(self) -> None:
         """Before a function gets the connection in a read-only transaction: whatever transaction it may begin is so, too."""
@@ -127,6 +139,7 @@ class Levels(Wire):
             if self.stained:
                 self.stained = self.guarded = False
                 self.forget_names()
+                self.read_anew()
                 self.simple([b"DISCARD ALL"])
             elif self.guarded:
                 self.guarded = False
@@ -175,7 +188,11 @@ class Levels(Wire):
         self.fresh = False
         """Whether nothing has been executed since it was set."""
         self.prefix = []
-        self.streams: dict[Any, list[Any] | bytes] = {}
+        if self.localised:
+            self.localised = False
+            self.read_anew()
+        self.streams: dict[Any, list[Any] | tuple[bytes, Any, Any]] = {}
+        """Rows that have been read already; or the cursor's name, and the statement with its parameters."""
 
     @property
     def in_transaction(self) -> bool:
@@ -343,6 +360,8 @@ class Levels(Wire):
         else:  # whatever waits has happened inside the level
             self.prefix = [b"ROLLBACK TO SAVEPOINT level_%d" % number, b"RELEASE SAVEPOINT level_%d" % number]
         self.saved = self.fresh = False
+        if self.localised:
+            self.read_anew()
 
     def restrict(self, readonly: bool) -> None:
         """See `Connection`. A savepoint bounds it: at its end the transaction may write again."""
@@ -357,6 +376,8 @@ class Levels(Wire):
             else:
                 # Not RELEASE: that would fail, had the last statement failed.
                 self.prefix = [b"ROLLBACK TO SAVEPOINT restricted", b"RELEASE SAVEPOINT restricted"]
+            if self.localised:
+                self.read_anew()
 
     def save(self) -> None:
         """Before a statement of a transaction: whatever comes of it, the transaction goes on."""

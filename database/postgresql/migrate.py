@@ -55,7 +55,18 @@ _EXISTS = Plan(
 _READ = Plan(f"SELECT number, name, checksum, applied_at, seconds FROM {TABLE} ORDER BY number", None, 0)
 _WRITE = Plan(f"INSERT INTO {TABLE} (number, name, checksum, seconds) VALUES ($1, $2, $3, $4)", None, 4)
 _TRY = Plan("SELECT pg_try_advisory_lock($1::int, hashtext(current_schema()))", None, 1)
+_LOCKED = Plan(
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted"
+    " AND classid::bigint = $1::int AND objid::bigint = hashtext(current_schema())::bigint & 4294967295)",
+    None,
+    1,
+)
 _UNLOCK = Plan("SELECT pg_advisory_unlock($1::int, hashtext(current_schema()))", None, 1)
+
+_AS_CONFIGURED = tuple(
+    Plan(f"RESET {setting}", None, 0) for setting in ("SESSION AUTHORIZATION", "ROLE", "search_path")
+)
+"""Before the record is written: a file may say SET LOCAL search_path."""
 
 _BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?(?:\*/|\Z))*", re.DOTALL)
 _ALONE = re.compile(r"\s*--\s*no transaction\b", re.IGNORECASE)
@@ -95,7 +106,8 @@ def migrate(connection: Connection, order: Order, _params: Any = None, _extra: A
     finally:
         if connection.began:
             connection.rollback()
-        connection.run(_UNLOCK, (_LOCK,))
+        if connection.value(connection.run(_LOCKED, (_LOCK,)), False):
+            connection.run(_UNLOCK, (_LOCK,))
 
 
 def _lock(connection: Connection, deadline: float, order: Order) -> None:
@@ -126,9 +138,13 @@ def _begin(connection: Connection, *, patient: bool) -> None:
 
 
 def _apply(connection: Connection, migrations: tuple[Migration, ...], order: Order, deadline: float) -> MigrationReport:
-    record = applied(connection)
     done: list[Migration] = []
-    for migration in _wanted(migrations, record, order):
+    while True:
+        record = applied(connection)
+        left = _wanted(migrations, record, order)
+        if not left:
+            return MigrationReport(tuple(done), len(record))
+        migration = left[0]
         if _ALONE.match(migration.sql):
             seconds = _run_alone(connection, migration)
         else:
@@ -137,7 +153,10 @@ def _apply(connection: Connection, migrations: tuple[Migration, ...], order: Ord
         _logger.info("migration %s applied in %.3f s", migration.name, seconds)
         if order.progress is not None:
             order.progress(migration, seconds)
-    return MigrationReport(tuple(done), len(record) + len(done))
+        if not connection.value(connection.run(_LOCKED, (_LOCK,)), False):
+            # The connection was put right behind a DO or a function, and with all else that was on it the lock has gone.
+            # Whoever has it meanwhile goes on with the next file, hence the record is read again.
+            _lock(connection, deadline, order)
 
 
 def _insist(connection: Connection, migration: Migration, deadline: float) -> float:
@@ -163,14 +182,20 @@ def _insist(connection: Connection, migration: Migration, deadline: float) -> fl
 def _run(connection: Connection, migration: Migration) -> float:
     """One file, inside the open transaction."""
     began = time.perf_counter()
+    changed = False
     for text, offset in _statements(migration):
         try:
-            _execute(connection, text)
+            changed = _execute(connection, text) or changed
         except Exception as error:
             raise _failed(
                 connection, migration, offset, error, "the migration was rolled back, nothing of it is kept"
             ) from error
     seconds = time.perf_counter() - began
+    if changed:
+        for setting in _AS_CONFIGURED:
+            connection.run(setting, ())
+        if connection.local is not None:
+            connection.run(Plan(connection.local.decode(), None, 0), ())
     connection.run(_WRITE, (migration.number, migration.name, migration.checksum, seconds))
     return seconds
 
@@ -209,7 +234,8 @@ def _statements(migration: Migration) -> list[tuple[str, int]]:
     return found
 
 
-def _execute(connection: Connection, text: str) -> None:
+def _execute(connection: Connection, text: str) -> bool:
+    """Executes one statement; gives whether the connection may have other settings since."""
     statement = analysis.analyse(text)
     if statement.kind == CONTROL:
         raise control_error(statement.verb)
@@ -217,8 +243,9 @@ def _execute(connection: Connection, text: str) -> None:
     known: Plan = statement.hint
     if known.refusal is not None:
         raise MigrationError(known.refusal)
-    plan.alone, plan.shapes, plan.stains, plan.acts = known.alone, known.shapes, known.stains, known.acts
+    plan.take_from(known)
     connection.run(plan, ())
+    return plan.sets or plan.stains
 
 
 def _try(connection: Connection, migrations: tuple[Migration, ...], order: Order) -> MigrationReport:

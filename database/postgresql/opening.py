@@ -77,6 +77,11 @@ def parameters(settings: PostgresqlSettings, role: Role = "shared") -> dict[str,
         "target_session_attrs": settings.target_session_attrs,
         "application_name": settings.application_name,
     }
+    for key in _PARTS:
+        if _is_conninfo(getattr(settings, key)):
+            raise errors.ConnectionFailedError(
+                describe(settings), f"{key} is a whole connection string: it belongs under `conninfo`"
+            )
     if _is_unencoded(settings.conninfo) or _is_unencoded(settings.replicas):
         raise errors.ConnectionFailedError(describe(settings), ENCODE)
     try:
@@ -95,6 +100,9 @@ def parameters(settings: PostgresqlSettings, role: Role = "shared") -> dict[str,
         merged.setdefault("target_session_attrs", "read-write")
     merged.setdefault("application_name", "jobu-database")
     merged.setdefault("connect_timeout", settings.connect_timeout)
+    merged["client_encoding"] = (
+        "UTF8"  # that is what is sent, whatever the environment says, or the database's own encoding is
+    )
     # A connection that a firewall has forgotten is noticed within minutes, not after the system's two hours.
     for key, value in (("keepalives_idle", 60), ("keepalives_interval", 10), ("keepalives_count", 3)):
         merged.setdefault(key, value)
@@ -167,10 +175,23 @@ def describe(settings: PostgresqlSettings) -> str:
     if not _is_unencoded(settings.conninfo):  # its parts would be the password's
         with contextlib.suppress(psycopg.Error):
             known = conninfo_to_dict(settings.conninfo or "")
-    host = settings.host or known.get("host") or "localhost"
+    host = _part(settings.host) or known.get("host") or "localhost"
     port = settings.port or known.get("port")
-    dbname = settings.dbname or known.get("dbname") or settings.name
+    dbname = _part(settings.dbname) or _part(known.get("dbname")) or settings.name
     return f"postgresql://{host}{f':{port}' if port else ''}/{dbname}"
+
+
+_PARTS = ("host", "dbname", "user", "application_name", "options")
+"""Settings that are a part of a connection string, and are shown."""
+
+
+def _part(text: str | None) -> str | None:
+    return None if _is_conninfo(text) else text
+
+
+def _is_conninfo(text: str | None) -> bool:
+    """Whether a connection string stands where a part of one belongs: a password may be in it."""
+    return text is not None and re.search(r"://|\bpassword\s*=", text) is not None
 
 
 def _is_unencoded(conninfo: str | None) -> bool:

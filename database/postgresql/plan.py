@@ -60,7 +60,9 @@ class Plan:
             empty if it is certain that it does, or its answer depends on when the transaction has begun.
         innocent_until: Until when (`time.perf_counter()`) it is known that it reads and leaves no trace, not even in its
             transaction.
-        shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong.
+        shapes: Whether it may give a table another shape, so that what was learnt of other statements may be wrong; or `sets`.
+        sets: Whether it gives the transaction a setting of its own, on which it may depend how values are written.
+        harmless_until: Until when (`time.perf_counter()`) it is known that nothing is lost if only its first rows are computed.
         learnt_at: How many such statements there had been when something was learnt of this one.
     """
 
@@ -70,6 +72,7 @@ class Plan:
         "calls",
         "coercions",
         "count",
+        "harmless_until",
         "innocent_until",
         "insert",
         "learnt_at",
@@ -80,6 +83,7 @@ class Plan:
         "refusal",
         "returning",
         "seconds",
+        "sets",
         "shapes",
         "sql",
         "stains",
@@ -101,11 +105,16 @@ class Plan:
         self.wide: frozenset[int] = frozenset()
         self.calls: tuple[str, ...] = ()
         self.suspects: tuple[str, ...] = ()
-        self.innocent_until = 0.0
-        self.acts = self.alone = self.stains = self.shapes = self.nameless = False
+        self.innocent_until = self.harmless_until = 0.0
+        self.acts = self.alone = self.stains = self.shapes = self.sets = self.nameless = False
         self.many = True
         self.learnt_at = 0
         self.refusal: str | None = None
+
+    def take_from(self, other: Plan) -> None:
+        """Takes over what another plan, of the same statement, says of what it does."""
+        self.calls, self.acts, self.stains = other.calls, other.acts, other.stains
+        self.shapes, self.sets, self.alone = other.shapes, other.sets, other.alone
 
     def check_shapes(self) -> None:
         """Forgets what was learnt if a table may have another shape since."""

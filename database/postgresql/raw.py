@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakSet
 
 import psycopg
+from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
 
@@ -172,6 +174,9 @@ class Owner(Protocol):
     def simple(self, parts: list[bytes]) -> Any:
         """Sends SQL of the package's own, and waits for it."""
 
+    def localise(self) -> None:
+        """The transaction has been given settings of its own."""
+
 
 class RawConnection(psycopg.Connection[Any]):
     """psycopg's connection, whose waits the worker can leave, and which is the function's while that runs."""
@@ -188,6 +193,19 @@ class RawConnection(psycopg.Connection[Any]):
     """Whether what is executed has been looked at."""
     savepoint = False
     """Whether the savepoint `run` is there, so that `commit()` and `rollback()` have a meaning."""
+
+    @property
+    def pgconn(self) -> pq.abc.PGconn:
+        """Libpq's connection. What the function sends with its functions is looked at by nobody."""
+        if self.lent and not self.vouched and self.session is not None:
+            caller = sys._getframe(1).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
+            if not str(caller).startswith("psycopg"):
+                self.session.stained = True
+        return self._libpq
+
+    @pgconn.setter
+    def pgconn(self, made: pq.abc.PGconn) -> None:
+        self._libpq = made
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Drives one of psycopg's generators as the session drives its own statements."""
@@ -212,7 +230,9 @@ class RawConnection(psycopg.Connection[Any]):
                 plan: Plan = statement.hint
                 if plan.stains or plan.calls:
                     session.stained = True
-                if plan.shapes:
+                if plan.sets:
+                    session.localise()
+                elif plan.shapes:
                     reshaped()
 
     def cursor(self, *args: Any, **options: Any) -> Any:

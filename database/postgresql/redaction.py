@@ -8,6 +8,7 @@ left out altogether.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -43,7 +44,8 @@ def _scalars(parameters: Any, depth: int = 0) -> Iterator[str]:
     elif hasattr(parameters, "__dict__") and depth == 0:
         yield from _scalars(vars(parameters), depth + 1)
     else:
-        yield str(parameters)
+        with contextlib.suppress(Exception):  # a class of the user's
+            yield str(parameters)
 
 
 def _values(parameters: Any) -> list[str]:

@@ -14,6 +14,7 @@ gives makes this module forget what it knows of the statement, and send it once 
 
 from __future__ import annotations
 
+import datetime
 import json
 import struct
 import time
@@ -28,10 +29,11 @@ from psycopg.types.json import JsonbDumper
 from database import errors
 from database.engine.adapting import Adapters
 from database.engine.statement import Statement
+from database.postgresql.analysis import names_of
 from database.postgresql.failures import MISTYPED, STALE, made_from, mark_alone
 from database.postgresql.levels import Levels
 from database.postgresql.plan import Plan, reshaped
-from database.postgresql.values import bind, coerced, coercion
+from database.postgresql.values import BindError, bind, coerced, coercion
 
 if TYPE_CHECKING:
     from database.postgresql.raw import RawConnection
@@ -49,36 +51,52 @@ _INT2, _INT4, _INT8 = 21, 23, 20
 _pack4 = struct.Struct("!i").pack
 _pack8 = struct.Struct("!q").pack
 
-_FOREIGN = (
-    "SELECT DISTINCT proname FROM pg_catalog.pg_proc WHERE proname = ANY(ARRAY(SELECT json_array_elements_text($1::json)))"
-    " AND (prolang NOT IN (SELECT oid FROM pg_catalog.pg_language WHERE lanname IN ('internal', 'c')))"
-)
-"""Which of the functions of these names are written in SQL or in a procedural language, so that nobody knows what they do."""
+_FOREIGN = """
+SELECT bool_or(l.lanname NOT IN ('internal', 'c')) FROM pg_catalog.pg_proc p
+LEFT JOIN pg_catalog.pg_aggregate a ON a.aggfnoid = p.oid
+JOIN pg_catalog.pg_proc f ON f.oid IN (p.oid, a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggmtransfn, a.aggmfinalfn)
+JOIN pg_catalog.pg_language l ON l.oid = f.prolang
+WHERE p.proname = ANY(ARRAY(SELECT json_array_elements_text($1::json)))
+HAVING bool_or(l.lanname NOT IN ('internal', 'c') OR f.provolatile = 'v')
+"""
+"""Whether any function of these names is written in SQL or in a procedural language, or is an aggregate made of such, so that
+nobody knows what it does. False where there is none, but one of the server's own that may do something (it is VOLATILE); no
+row where there is not even that.
+"""
 
 _HIDDEN = """
 WITH written AS (
     SELECT oid, proname FROM pg_catalog.pg_proc WHERE pronamespace <> 'pg_catalog'::regnamespace
-    AND prolang NOT IN (SELECT oid FROM pg_catalog.pg_language WHERE lanname IN ('internal', 'c'))
+    AND (prokind = 'a' OR prolang NOT IN (SELECT oid FROM pg_catalog.pg_language WHERE lanname IN ('internal', 'c')))
 )
-SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relname = ANY($1::text[]) AND (relkind IN ('v', 'f') OR relrowsecurity))
+SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relname = ANY($1::text[]) AND (relkind IN ('v', 'f') OR relrowsecurity)
+        AND relnamespace NOT IN (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname IN ('pg_catalog', 'information_schema')))
     OR EXISTS (SELECT FROM written WHERE proname = ANY($1::text[]))
-    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_operator ON oprcode = written.oid)
-    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_cast ON castfunc = written.oid)
+    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_operator o ON oprcode = written.oid
+        WHERE strpos($2::text, oprname) > 0 AND (pg_operator_is_visible(o.oid) OR 'operator' = ANY($1::text[])))
+    OR EXISTS (SELECT FROM written JOIN pg_catalog.pg_cast ON castfunc = written.oid
+        JOIN pg_catalog.pg_type t ON t.oid = casttarget WHERE castcontext = 'i' OR typname = ANY($1::text[]))
+    OR EXISTS (SELECT FROM pg_catalog.pg_type t JOIN pg_catalog.pg_constraint ON contypid = t.oid
+        WHERE typname = ANY($1::text[]))
 """
-"""Whether any of these names may be a view, a foreign table, a table with policies, or a function written as `row.name`; or
-operators or casts call such functions.
+"""Whether any of these names may be a view, a foreign table, a table with policies, a domain with a check, a function that is
+written as `row.name` or has the name of one of the server's own; or whether an operator in the text, or a cast, calls such
+a one.
 """
 
 INNOCENT_SECONDS = 60.0
 """How long it is believed that a table has not become a view."""
 
-_TIMES = (1082, 1083, 1114, 1184, 1186, 1266)
+_NOTHING = datetime.timedelta()
+_INTERVAL = 1186
+
+_TIMES = (1082, 1083, 1114, 1184, _INTERVAL, 1266)
 """date, time, timestamp, timestamptz, interval, timetz."""
 
 
-def _lenient(strict: Any) -> type[Loader]:
+def _lenient(strict: Any, *, interval: bool) -> type[Loader]:
     class Lenient(Loader):
-        """What Python's type cannot hold (infinity, a date BC, 24:00) comes as the server writes it."""
+        """What Python's type cannot hold (infinity, BC, 24:00) or psycopg cannot read (other styles) is the server's text."""
 
         def __init__(self, oid: int, context: Any = None) -> None:
             super().__init__(oid, context)
@@ -87,10 +105,17 @@ def _lenient(strict: Any) -> type[Loader]:
         def load(self, data: Any) -> Any:
             try:
                 return self._load(data)
-            except (psycopg.DataError, OverflowError, ValueError):
+            except (psycopg.DataError, OverflowError, ValueError, NotImplementedError):
                 return bytes(data).decode()
 
-    return Lenient
+    class Interval(Lenient):
+        """psycopg takes an infinite one for none at all."""
+
+        def load(self, data: Any) -> Any:
+            found = super().load(data)
+            return bytes(data).decode() if found == _NOTHING and bytes(data)[-8:] == b"infinity" else found
+
+    return Interval if interval else Lenient
 
 
 class Sender(Levels):
@@ -121,7 +146,7 @@ class Sender(Levels):
         adapters = raw.adapters
         adapters.register_dumper(dict, JsonbDumper)
         for oid in _TIMES:
-            adapters.register_loader(oid, _lenient(adapters.get_loader(oid, pq.Format.TEXT)))
+            adapters.register_loader(oid, _lenient(adapters.get_loader(oid, pq.Format.TEXT), interval=oid == _INTERVAL))
         self.transformer = Transformer(raw)
         super().adopt(raw)
 
@@ -130,12 +155,28 @@ class Sender(Levels):
         self.prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
         self.dropped: list[bytes] = []
 
+    def read_anew(self) -> None:
+        """See `Levels`. psycopg looks at the settings when it first meets a type, and never again."""
+        self.transformer = Transformer(self.raw)
+
+    def noticed(self, plan: Plan) -> None:
+        """After a statement that may make wrong what is known here."""
+        if not plan.sets:
+            reshaped()
+        elif self.began:
+            self.localise()
+
     def dump(self, values: Sequence[Any], plan: Plan) -> tuple[Any, tuple[int, ...], Any]:
         """The values as they are sent: payload, types, formats."""
         if not values:
             return None, (), None
         transformer = self.transformer
-        payload: Any = transformer.dump_sequence(values, [_AUTO] * len(values))
+        try:
+            payload: Any = transformer.dump_sequence(values, [_AUTO] * len(values))
+        except (TypeError, ValueError, RecursionError) as error:  # JSON in a circle, a number of too many digits
+            if isinstance(error, UnicodeEncodeError):
+                raise
+            raise BindError(f"a parameter cannot be sent: {error}") from error
         types = transformer.types or ()
         formats = transformer.formats
         if _INT2 in types or (plan.wide and _INT4 in types):
@@ -166,17 +207,27 @@ class Sender(Levels):
             plan.calls = names
             raise
         if found.ntuples:
-            plan.acts = plan.stains = True
+            plan.acts = True
+            plan.stains = plan.stains or found.get_value(0, 0) == b"t"
 
     def look_at_names(self, plan: Plan) -> None:
         """Asks the server, now and then, whether what a statement reads are tables, so that it does nothing but to read."""
         now = time.perf_counter()
         names = plan.suspects
         if names and now > plan.innocent_until - INNOCENT_SECONDS / 2:
-            if self.run(_HIDDEN_PLAN, (list(names),)).get_value(0, 0) == b"f":
+            if self.run(_HIDDEN_PLAN, (list(names), plan.sql)).get_value(0, 0) == b"f":
                 plan.innocent_until = now + INNOCENT_SECONDS
             else:
                 plan.suspects, plan.innocent_until = (), 0.0
+
+    def only_reads(self, plan: Plan) -> bool:
+        """Asks the server, now and then, whether nothing is lost if only the first rows of a SELECT are computed."""
+        now = time.perf_counter()
+        if now > plan.harmless_until:
+            if self.run(_HIDDEN_PLAN, (names_of(plan.sql), plan.sql)).get_value(0, 0) != b"f":
+                return False
+            plan.harmless_until = now + INNOCENT_SECONDS
+        return True
 
     def admit(self, plan: Plan) -> None:
         """Before a statement that may leave something on the connection."""
@@ -220,7 +271,7 @@ class Sender(Levels):
                 self.put_right()
             raise
         if plan.shapes:
-            reshaped()
+            self.noticed(plan)
         if timed:
             plan.took(time.perf_counter() - started)
         if self.beginning is None or not self.rereads or sql is not None or started > plan.innocent_until:
@@ -455,4 +506,4 @@ def is_reshaped(error: psycopg.Error) -> bool:
 
 
 _FOREIGN_PLAN = Plan(_FOREIGN, None, 1)
-_HIDDEN_PLAN = Plan(_HIDDEN, None, 1)
+_HIDDEN_PLAN = Plan(_HIDDEN, None, 2)

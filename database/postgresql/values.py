@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, datetime
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -229,7 +230,8 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, (date, time_of_day)):
         return value.isoformat()
     if isinstance(value, (int, float, Decimal, UUID)):
-        return str(value)
+        with suppress(ValueError):  # a number of too many digits (sys.set_int_max_str_digits)
+            return str(value)
     return value
 
 

@@ -183,6 +183,7 @@ def explain(
     if not isinstance(error, classes.Error):
         if not isinstance(error, TypeError):
             message = f"a parameter cannot be stored: {message}"
+        errors.without_text(error)
     elif primary == sqlite3.SQLITE_CONSTRAINT:
         kind = errors.IntegrityError
     elif _is_in_its_own_way(error, code):

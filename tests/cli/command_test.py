@@ -172,15 +172,17 @@ def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path, pytestconfig
     with closing(sqlite3.connect(shop)) as db:
         db.execute("UPDATE customer SET name = '이름 😀' WHERE id = 2")
         db.commit()
+    (shop.parent / "이름.sql").write_text("SELECT '값';", "utf-8")
     sql = "SELECT '이름', name FROM customer WHERE id = 2"
     commands = [
         (["check", "--quick"], "+ SQLite"),
         (["check", "--quick", "--json"], '"verdict": '),
         (["stats"], "customer"),
+        (["shell", "--command", ".read 이름.sql"], "\\uac12"),
         (["shell", "--command", sql], "\\uc774"),
         (["shell", "--command", sql, "--mode", "json"], None),
-        (["export", sql, "--format", "jsonl"], None),
         (["shell", "--command", "SELECT '이름' FROM nowhere"], ""),
+        (["export", sql, "--format", "jsonl"], None),
     ]
     for arguments, expected in commands[:: 3 if pytestconfig.getoption("quick") else 1]:
         command = process(*arguments, env=plain)

@@ -432,6 +432,43 @@ def test_json_through_csv(cli: Cli, base: Base) -> None:
     assert "does not exist" in cli("export", "SELECT nope FROM item").err
 
 
+def test_values_that_python_would_change(cli: Cli, base: Base) -> None:
+    """Intervals, rows, and arrays of numbers, bytes and infinities come back as they were; JSON is valid JSON."""
+    base.outside.execute(
+        "CREATE TYPE pair AS (a INT, b TEXT); CREATE TABLE item (id INT, i INTERVAL, n NUMERIC[], f FLOAT8[], b BYTEA[],"
+        " p PAIR, t TEXT[], d TIMESTAMPTZ[], e INTERVAL[], r INT4RANGE, j JSONB, js JSON[], m NUMERIC);"
+        "CREATE TABLE other (LIKE item)"
+    )
+    for number, values in enumerate(
+        [
+            "'1 year 2 mons -3 days', '{1.10,NaN,NULL}', '{NaN,Infinity,-Infinity,0.1}', NULL, '(1,\"x y\")', NULL, NULL,"
+            " '{1 mon}', 'empty', '{\"k\": 1.10}', ARRAY['{\"a\": 1.10}', NULL]::JSON[], 1.10",
+            "NULL, '{{12345678901234567890.123},{2}}', '{}', ARRAY['\\x00ff', '']::BYTEA[], NULL, '{9e999,NaN,NULL,\"\"}',"
+            " '{infinity,2026-01-01 00:00:00+00}', NULL, '(,)', '\"1\"', NULL, 'NaN'",
+        ]
+    ):
+        base.outside.execute(f"INSERT INTO item VALUES ({number}, {values})")  # type: ignore[call-overload]
+    everything = "SELECT other::text FROM other ORDER BY id"
+    wanted = base.rows(everything.replace("other", "item"))
+    for name in ("a.csv", "a.jsonl"):
+        assert cli("export", "item", "-o", name).status == 0
+        outcome = cli("import", name, "other")
+        assert outcome.status == 0, outcome.err
+        assert base.rows(everything) == wanted, name
+        base.outside.execute("TRUNCATE other")
+    for command in (
+        ("export", "item", "--format", "jsonl"),
+        ("shell", "--mode", "json", "--command", "SELECT * FROM item"),
+    ):
+        for line in cli(*command).out.splitlines():
+            json.loads(line, parse_constant=pytest.fail)
+    (base.directory / "b.jsonl").write_text('{"id": 1}\n{"t": "\\ud800"}\n')
+    outcome = cli("import", "b.jsonl", "other")
+    assert outcome.status == 1
+    assert "b.jsonl:2: " in outcome.err
+    assert base.rows("SELECT count(*) FROM other") == [(0,)]
+
+
 def test_bench_does_not_measure_something_else(cli: Cli, base: Base, tmp_path: Path) -> None:
     """A server's figures are not SQLite's: it says what it measures, unless a folder is named."""
     outcome = cli("bench", "--seconds", "0.05", "--rounds", "1")

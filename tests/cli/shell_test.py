@@ -49,6 +49,15 @@ def test_statements(typed: Any, shop: Path) -> None:
     assert "1 row changed, last row id 3" in outcome.err
 
 
+def test_input_that_is_no_text(cli: Cli, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard input of another encoding is an error with a sentence, and nothing is executed."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"DELETE FROM customer; SELECT '\xff';"), "utf-8"))
+    outcome = cli("shell")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err == "error: standard input: not utf-8: invalid start byte\n"
+    assert len(rows(shop, "SELECT * FROM customer")) == 2
+
+
 def test_an_error_ends_it(typed: Any, shop: Path) -> None:
     """Without a terminal the first error ends the shell, with status 1, and an open transaction is rolled back."""
     outcome = typed('BEGIN; DELETE FROM "order"; SELECT nope; DELETE FROM customer;')
@@ -94,6 +103,7 @@ def test_modes(typed: Any, shop: Path) -> None:
     assert [json.loads(line)["name"] for line in lines] == ["Ada", "Bo"]
     line = typed("SELECT 9e999 AS up, -9e999 AS down, x'00' AS b", "--mode", "json").out
     assert line == '{"up": 1e999, "down": -1e999, "b": "\\\\x00"}\n'
+    assert typed("SELECT 1 AS a, 2 AS a", "--mode", "json").out == '{"a": 1, "a": 2}\n'
     assert "     id = 2\n   name = Bo\npicture = NULL\n" in typed(f".mode line\n{sql}").out
     assert typed(".mode what").status == 1
     assert typed("", "--mode", "what").status == 2

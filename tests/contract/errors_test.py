@@ -82,6 +82,20 @@ async def test_parameters_are_redacted(db: Any) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.any_loop
+async def test_text_that_cannot_be_encoded_is_not_shown(db: Any) -> None:
+    """Half of a surrogate pair is named with its place; the text around it is in no message and no cause."""
+    insert, row = "INSERT INTO jobs (name) VALUES (:name)", {"name": f"{SECRET}\ud800"}
+    for call in (db.execute(insert, row), db.execute_many(insert, [row]), db.fetch_all("SELECT :name", row)):
+        with pytest.raises(errors.QueryExecutionError, match=f"position {len(SECRET)}") as caught:
+            await call
+        error: BaseException | None = caught.value
+        while error is not None:
+            assert SECRET not in f"{error} {error!r}".replace(repr(row), "")
+            error = error.__cause__ or error.__context__
+
+
+@pytest.mark.anyio
 @in_turn("call", ["execute", "execute_many", "offload", "transaction", "run", "fetch", "batch"])
 async def test_the_same_on_every_path(db: Any, engine: Engine, call: str) -> None:
     """Every way to write raises the same class with code and cause, and without values in its text."""

@@ -187,6 +187,11 @@ def test_copy_command(
         assert f"copy parent: 1000 of {ROWS} rows" in err
         assert main([*arguments, "--table", "nowhere"]) == 2
         assert "nowhere" in capsys.readouterr().err
+        with sqlite3.connect(tmp_path / "source.db") as connection:
+            connection.execute("INSERT INTO pair VALUES ('a', 999, x'00')")
+        connection.close()
+        assert main([*arguments, "--table", "pair"]) == 1  # found under way, in one value
+        assert "table 'pair', column 'note': a BLOB cannot become text" in capsys.readouterr().err
         assert engine.outside("SELECT count(*) FROM parent") == [(ROWS,)]
     finally:
         anyio.run(close_all)
@@ -198,6 +203,7 @@ HARD = {
     "big bigint": ["-9223372036854775808", "9223372036854775807"],
     "truth boolean": ["true", "false"],
     "f double precision": ["0.1", "1e300", "-2", "Infinity"],
+    "g double precision": ["NaN", "-0", "1.2345678901234568e+17", "5e-324", "-Infinity"],
     "t text": ['{"b": 1, "a": 2}', "2026-01-02T03:04:05+01:00", "1.10", "", " x "],
     "v varchar(9)": ["007", "1.0"],
     "c char(5)": ["ab"],

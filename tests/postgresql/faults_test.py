@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import datetime
 import decimal
 import itertools
 import logging
 import threading
+import types
 import uuid
 from collections import namedtuple
 from pathlib import Path
@@ -21,7 +23,7 @@ import psycopg.sql
 import pytest
 
 from database import errors
-from tests.contract.support import gather, usable
+from tests.contract.support import case, gather, usable
 from tests.postgresql.engine import PostgresqlEngine, oracle
 from tests.postgresql.server import shared
 
@@ -105,6 +107,53 @@ async def test_one_row_of_a_select_that_writes(db: Any, engine: PostgresqlEngine
             assert engine.outside("SELECT last_value FROM counter") == [(3000,)], (method, inside)
 
 
+@pytest.mark.any_loop
+async def test_one_row_of_a_select_that_hides_what_it_does(db: Any, engine: PostgresqlEngine) -> None:
+    """So it is where a view, an operator, a cast, a domain, an aggregate or a name of the server's own hides a function."""
+    await db.execute_script(
+        "CREATE TABLE seen (n int); CREATE SEQUENCE counter;"
+        "CREATE FUNCTION note(n int) RETURNS int LANGUAGE sql AS 'INSERT INTO seen VALUES (n) RETURNING n';"
+        "CREATE VIEW noting AS SELECT note(i) AS n FROM generate_series(1, 50) i; CREATE VIEW over AS SELECT * FROM noting;"
+        "CREATE FUNCTION log(text text) RETURNS int LANGUAGE sql AS 'SELECT note(1)';"
+        "CREATE FUNCTION stamp(item item) RETURNS int LANGUAGE sql AS 'SELECT note(1)';"
+        "CREATE FUNCTION same(a int, b int) RETURNS bool LANGUAGE sql AS 'SELECT note(a) = a';"
+        "CREATE OPERATOR === (LEFTARG = int, RIGHTARG = int, FUNCTION = same);"
+        "CREATE FUNCTION step(a int, b int) RETURNS int LANGUAGE sql AS 'SELECT note(b)';"
+        "CREATE AGGREGATE noted(int) (SFUNC = step, STYPE = int, INITCOND = '0');"
+        "CREATE DOMAIN checked AS int CHECK (note(VALUE) = VALUE)"
+    )
+    await db.execute("INSERT INTO item (value) SELECT 'x' FROM generate_series(1, 50)")
+    rows = "FROM generate_series(1, 50) i"
+    for sql in (
+        "SELECT n FROM noting",
+        'TABLE "over"',
+        f"SELECT log(i::text) {rows}",
+        f"SELECT {engine.schemas['default']}.log(i::text) {rows}",
+        "SELECT item.stamp FROM item",
+        f"SELECT i === 1 {rows}",
+        f"SELECT noted(i) {rows} GROUP BY i",
+        f"SELECT i::checked {rows}",
+    ):
+        for inside in (False, True):
+            for method in (db.fetch_one, db.fetch_value):
+                with case(sql=sql, inside=inside, method=method.__name__):
+                    await db.execute("TRUNCATE seen")
+                    async with db.transaction() if inside else contextlib.nullcontext():
+                        await method(sql)
+                    assert engine.outside("SELECT count(*) FROM seen") == [(50,)]
+        await db.execute(f"CREATE TABLE other{sum(map(ord, sql))} (a int)")  # nothing that was learnt is to be of help
+    async with db.transaction():  # what the server's own functions do is not done by half either
+        await db.fetch_value(f"SELECT pg_advisory_xact_lock(i) {rows}")
+        held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        assert await db.fetch_value(held) == 50
+        await db.fetch_one(f"SELECT lo_create(0) {rows}")
+        await db.fetch_one(
+            "SELECT lo_put(oid, 0, 'x') FROM pg_largeobject_metadata WHERE lomowner = current_user::regrole"
+        )
+        assert await db.fetch_value("SELECT count(DISTINCT loid) FROM pg_largeobject") >= 50
+        await db.rollback()
+
+
 # --- many rows -----------------------------------------------------------------------------------------------------
 
 ZONE = datetime.timezone(datetime.timedelta(hours=9))
@@ -145,7 +194,10 @@ async def test_many_rows_are_what_one_row_is(db: Any) -> None:
         ("char(5)", ["ab"]),
         ("date", [moment]),
         ("bool", [True, 1]),
-        ("bytea", [b"\\x00\xff", bytearray(b"ab"), memoryview(b"abcd")]),
+        (
+            "bytea",
+            [b"\\x00\xff", bytearray(b"ab"), memoryview(b"abcd"), memoryview(b"abcdef")[::2], array.array("b", b"xy")],
+        ),
         ("jsonb", [{"a": 1}]),
     ]
     refused = [
@@ -220,6 +272,34 @@ async def test_many_rows_obey_rules_triggers_and_views(db: Any, engine: Postgres
     await usable(db)
 
 
+@pytest.mark.any_loop
+async def test_many_rows_obey_policies(make_db: Any, engine: PostgresqlEngine) -> None:
+    """Row-level security holds for few rows and for many, which COPY would not be told of."""
+    db = await make_db()
+    schema = engine.schemas["default"]
+    role = f"tenant_{schema}"
+    look = oracle()
+    await db.execute_script(
+        "CREATE TABLE owned (v text, who text DEFAULT current_user); ALTER TABLE owned ENABLE ROW LEVEL SECURITY;"
+        "CREATE POLICY own ON owned USING (who = current_user) WITH CHECK (v <> 'theirs')"
+    )
+    look.execute(
+        f"CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA {schema} TO {role}; GRANT ALL ON {schema}.owned TO {role}"
+    )
+    try:
+        db = await make_db(schema=False, user=role)
+        insert = "INSERT INTO owned (v) VALUES (?)"
+        for count in (1, 250):
+            await db.execute_many(insert, [("mine",)] * count)
+            with pytest.raises(errors.QueryExecutionError) as caught:
+                await db.execute_many(insert, [("mine",)] * count + [("theirs",)])
+            assert caught.value.code_name == "insufficient_privilege"
+        assert engine.outside("SELECT v, who, count(*) FROM owned GROUP BY 1, 2") == [("mine", role, 251)]
+    finally:
+        await engine.public.close_all()
+        look.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 async def test_many_rows_are_taken_when_they_are_handed_over(db: Any) -> None:
     """A generator that uses one list, dict or bytearray for all its rows; and what it raises comes as it is."""
     await db.execute("CREATE TABLE t (v int, b bytea)")
@@ -288,11 +368,25 @@ async def test_text_that_would_be_cut_off(db: Any, engine: PostgresqlEngine) -> 
 async def test_parameters_that_cannot_be_sent(db: Any) -> None:
     """Too many parameters, a lone surrogate, what nobody can adapt: an error, and the connection goes on; so does closing."""
     marks = ",".join("?" * 65_536)  # nothing else for each: reading the text is what takes long
+
+    class Mute:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    circle: dict[str, Any] = {}
+    circle["self"] = circle
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
     statements: list[tuple[str, Any]] = [
         ("INSERT INTO item (value) VALUES (?)", ("\ud800",)),
         ("INSERT INTO item (value) VALUES (?)", ("a\0b",)),
         ("INSERT INTO item (value) VALUES (?)", (object(),)),
         ("INSERT INTO item (value) VALUES ($70000)", ("x",)),
+        ("INSERT INTO item (value) VALUES (?)", ({"amount": decimal.Decimal(1)},)),
+        ("INSERT INTO item (value) VALUES (?)", (circle,)),
+        ("INSERT INTO item (value) VALUES (?)", (nested,)),
+        ("INSERT INTO item (value) VALUES (?)", (Mute(),)),
     ]
     with anyio.fail_after(HANG):
         for call in (db.execute, db.fetch_all):
@@ -531,6 +625,7 @@ SELECT current_setting('search_path'), current_setting('work_mem'), current_user
     (SELECT count(*) FROM pg_prepared_statements WHERE name NOT LIKE '\\_db\\_%'),
     (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),
     (SELECT count(*) FROM pg_listening_channels()), to_regclass('pg_temp.left_behind'),
+    (SELECT count(*) FROM pg_proc WHERE pronamespace = pg_my_temp_schema()), to_regtype('pg_temp.left_behind'),
     (SELECT count(*) FROM pg_cursors WHERE is_holdable), current_setting('default_transaction_read_only')
 """
 
@@ -546,13 +641,17 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
         " $$ BEGIN EXECUTE 'SET SESSION AUTHORIZATION pg_monitor'; RETURN 1; END $$;"
         "CREATE FUNCTION keep() RETURNS int LANGUAGE plpgsql AS"
         " $$ BEGIN EXECUTE 'PREPARE kept AS SELECT 1'; RETURN 1; END $$;"
+        "CREATE FUNCTION adds(a int, b int) RETURNS int LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM set_config('work_mem', '1MB', false); RETURN b; END $$;"
+        "CREATE AGGREGATE adding(int) (SFUNC = adds, STYPE = int, INITCOND = '0');"
+        "CREATE FUNCTION log(text text) RETURNS int LANGUAGE sql AS 'SELECT poison()';"
         "CREATE PROCEDURE spoil() LANGUAGE plpgsql AS $$ BEGIN SET work_mem = '1MB'; END $$"
     )
     wanted = tuple(await db.fetch_one(STATE))
     refused = [
         "CREATE TEMP TABLE left_behind (a int)",
         "create or replace temporary view left_behind as select 1",
-        "CREATE TABLE pg_temp.left_behind (a int)",
+        'CREATE TABLE "pg_temp".left_behind (a int)',
         "SELECT 1 AS a INTO TEMP left_behind",
         "SELECT set_config('search_path', 'elsewhere', false)",
         "SELECT pg_catalog.set_config('work_mem', '1MB', :local::bool IS NULL)",
@@ -561,6 +660,8 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
         "DECLARE held CURSOR WITH HOLD FOR SELECT 1",
         "UPDATE pg_settings SET setting = '1234' WHERE name = 'work_mem'",
         "SELECT U&\"set\\005fconfig\"('work_mem', '1MB', false)",
+        'CREATE FUNCTION "pg_temp".left_behind() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$',
+        'CREATE TYPE U&"pg\\005ftemp".left_behind AS (a int)',
     ]
     allowed = [
         "DO $$ BEGIN SET work_mem = '1MB'; END $$",
@@ -571,6 +672,8 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
         "SELECT become()",
         "SELECT turn()",
         "SELECT keep()",
+        "SELECT adding(1)",
+        f"SELECT {engine.schemas['default']}.log('x')",
     ]
     params = {"local": None}
     for sql in [*refused, *allowed]:
@@ -607,6 +710,20 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
             )
             assert tuple(await db.fetch_one(STATE)) == wanted, sql
     assert engine.outside("SELECT count(*) FROM item") == [(len(refused) + len(allowed),)]
+    for sent in (
+        b"SET search_path = elsewhere",
+        b"LISTEN news",
+        b"SELECT pg_advisory_lock(7)",
+    ):  # libpq's own functions
+        for inside in (False, True):
+            async with db.transaction() if inside else contextlib.nullcontext():
+                await db.run(lambda connection, sent=sent: connection.pgconn.exec_(sent) and None)
+            assert tuple(await db.fetch_one(STATE)) == wanted, (sent, inside)
+    for path in ("SET LOCAL search_path = 'pg_temp'", "SELECT set_config('search_path', 'pg_temp', true)"):
+        async with db.transaction():
+            await db.execute(path)
+            await db.execute("CREATE TABLE left_behind (a int)")
+        assert tuple(await db.fetch_one(STATE)) == wanted, path
     pid = await db.fetch_value("SELECT pg_backend_pid()")
     async with db.transaction():
         await db.execute("SELECT set_config('work_mem', '1MB', true)")
@@ -617,10 +734,73 @@ async def test_a_connection_is_as_configured_afterwards(make_db: Any, engine: Po
     assert tuple(await db.fetch_one(STATE)) == wanted
 
 
+@pytest.mark.any_loop
+async def test_values_are_read_as_they_are_written(make_db: Any) -> None:
+    """SET LOCAL of what values look like holds to the end of its transaction or level, and not a moment longer."""
+    db = await make_db(pool_size=1)
+    values = "SELECT timestamptz '2026-02-03 04:05:06+00' AS at, interval '1 day' AS long, date '2026-02-03' AS day"
+    usual = tuple(await db.fetch_one(values))
+    assert usual[1:] == (datetime.timedelta(days=1), datetime.date(2026, 2, 3))
+    local = {
+        "timezone": ("Asia/Seoul", "at", "2026-02-03 13:05:06+09:00"),
+        "datestyle": ("German", "at", "03.02.2026 04:05:06 UTC"),
+        "intervalstyle": ("iso_8601", "long", "P1D"),
+    }
+
+    async def read(name: str, column: str, seen: str, how: str) -> None:
+        value = local[name][0]
+        if how == "SET":
+            await db.execute(f"SET LOCAL {name} = '{value}'")
+        elif how == "run":
+            await db.run(lambda connection: connection.execute(f"SET LOCAL {name} = '{value}'"))
+        else:
+            await db.fetch_value(f"SELECT set_config('{name}', :value, true)", {"value": value})
+        assert str((await db.fetch_one(values))[column]) == seen
+
+    for name, (_, column, seen) in local.items():
+        for how in ("SET", "set_config", "run"):
+            for anew in (False, True):  # whether these types are met for the first time
+                with case(name=name, how=how, anew=anew):
+                    if anew:
+                        await db.close()
+                    async with db.transaction():
+                        await read(name, column, seen, how)
+                    assert tuple(await db.fetch_one(values)) == usual
+                    with contextlib.suppress(LookupError):
+                        async with db.transaction():
+                            await db.execute("INSERT INTO item (value) VALUES ('x')")
+                            with contextlib.suppress(LookupError):
+                                async with db.transaction():
+                                    await read(name, column, seen, how)
+                                    raise LookupError
+                            assert tuple(await db.fetch_one(values)) == usual
+                            await read(name, column, seen, how)
+                            raise LookupError
+                    found = tuple(await db.fetch_one(values))
+                    assert (found, str(found[0].tzinfo)) == (usual, str(usual[0].tzinfo))
+    for sql in ("SET LOCAL client_encoding = 'LATIN1'", "SELECT set_config('client_encoding', 'LATIN1', true)"):
+        async with db.transaction():
+            with pytest.raises(errors.QueryExecutionError, match="UTF8"):
+                await db.execute(sql)
+
+
+@pytest.mark.any_loop
+async def test_the_encoding_is_what_is_sent(make_db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever encoding the environment or the connection string names, texts are stored as they are."""
+    from psycopg.conninfo import make_conninfo
+
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    for conninfo in (shared().conninfo(tcp=True), make_conninfo(shared().conninfo(tcp=True), client_encoding="LATIN1")):
+        db = await make_db(schema=False, conninfo=conninfo)
+        assert await db.fetch_value("SELECT 'é한' || :text || octet_length('é한')", {"text": "ü"}) == "é한ü5"
+
+
 # --- values in messages --------------------------------------------------------------------------------------------
 
 
-async def test_no_value_in_messages(db: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_value_in_messages(
+    db: Any, engine: PostgresqlEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What the server quotes of parameters is in no message, no cause and no log, whichever way the statement went."""
     caplog.set_level(logging.DEBUG)
     await db.execute_script(
@@ -643,7 +823,23 @@ async def test_no_value_in_messages(db: Any, caplog: pytest.LogCaptureFixture) -
         ("SELECT CAST(CAST(:v AS text) AS numeric(3))", "98765432109876"),
     ]
     for sql, value in statements:
+        (tmp_path / "q.sql").write_text(f"-- name: ask\n{sql};\n-- name: first^\n{sql};\n-- name: act!\n{sql};\n")
+        queries = engine.public.load_queries(tmp_path / "q.sql")
+
+        async def streamed(sql: str = sql, value: Any = value) -> None:
+            async with db.stream(sql, {"v": value}) as rows:
+                async for _ in rows:
+                    pass
+
+        async def called(queries: Any = queries, value: Any = value) -> None:
+            async for _ in queries.ask(db, v=value):
+                pass
+
         ways: list[Any] = [
+            streamed,
+            called,
+            lambda queries=queries, value=value: queries.first(db, v=value),
+            lambda queries=queries, value=value: queries.act(db, v=value),
             lambda sql=sql, value=value: db.execute(sql, {"v": value}),
             lambda sql=sql, value=value: db.execute_many(sql, [{"v": value}]),
             lambda sql=sql, value=value: db.run(lambda connection: connection.execute(sql, {"v": value})),
@@ -695,6 +891,19 @@ async def test_a_password_that_is_not_encoded(make_db: Any, caplog: pytest.LogCa
         assert "percent-encode" in str(caught.value)
 
 
+@pytest.mark.any_loop
+async def test_a_connection_string_in_the_place_of_a_part(make_db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Under `host`, `dbname` and the like it is refused with where it belongs, and no part of it is shown."""
+    caplog.set_level(logging.DEBUG)
+    for text in ("postgresql://app:hunter2@127.0.0.1:1/orders", "host=127.0.0.1 port=1 user=app password = hunter2"):
+        for key in ("host", "dbname", "user", "application_name", "options"):
+            db = await make_db(schema=False, reconnect_timeout=0, **{key: text})
+            with pytest.raises(errors.ConnectionFailedError, match=f"{key} is a whole connection string") as caught:
+                await db.fetch_value("SELECT 1")
+            said = f"{caught.value} {caught.value!r} {caught.value.path} {caught.value.__cause__} {caplog.text}"
+            assert "hunter2" not in said, key
+
+
 async def test_uris_that_are_right(make_db: Any) -> None:
     """An encoded password, an `@` in an option's value, sockets and several hosts are taken as they are."""
     server = shared()
@@ -731,6 +940,9 @@ async def test_numbers_have_room(db: Any) -> None:
             row = await db.fetch_one(insert)
         assert list(row) == ["infinity", "-infinity", "0044-03-15 BC", "24:00:00"]
     assert await db.fetch_value("SELECT count(*) FROM times") == 2
+    if await db.run(lambda connection: connection.info.server_version) >= 170_000:
+        endless = "SELECT interval 'infinity', interval '-infinity', ARRAY[interval 'infinity', '0']"
+        assert list(await db.fetch_one(endless)) == ["infinity", "-infinity", ["infinity", datetime.timedelta()]]
     assert await db.fetch_value("SELECT date '2026-01-02'") == datetime.date(2026, 1, 2)
 
 
@@ -777,11 +989,18 @@ async def test_query_files_are_left_as_they_are(db: Any, tmp_path: Path) -> None
         "-- name: tell$\nSELECT $$at 12:hh$$ || E'it\\'s :hh' || (ARRAY['a', 'b', 'c'])[1:2]::text || :x;\n"
         "-- name: make#\nCREATE FUNCTION clock() RETURNS text LANGUAGE sql AS $f$ SELECT to_char(now(), 'HH24:mi :ss') $f$;\n"
         "-- name: add!\nINSERT INTO item (value) VALUES ($$:hh$$ || :x);\n"
+        "-- name: literal$\n-- What it is.\nSELECT $$a:b.c /* kept */  \n-- kept :d.e$$ || E'\\':f.g /* kept */' || :x;\n"
+        "-- name: sliced$\nSELECT/* a /* nested */ :comment.more */(t.v)[t.lo:t.hi]::text || :job.name -- :end.of\n"
+        "FROM (SELECT ARRAY[1, 2, 3] AS v, 1 AS lo, 2 AS hi) t;\n"
     )
     queries = __import__("database.postgresql").postgresql.load_queries(tmp_path / "q.sql")
     told = "at 12:hhit's :hh{a,b}!"
     assert await db.fetch_value(queries.tell, {"x": "!"}) == told
     assert await queries.tell(db, x="!") == told
+    literal = "a:b.c /* kept */  \n-- kept :d.e':f.g /* kept */!"
+    assert await db.fetch_value(queries.literal, {"x": "!"}) == await queries.literal(db, x="!") == literal
+    assert queries.literal.__doc__ == "What it is."
+    assert await queries.sliced(db, job=types.SimpleNamespace(name="!")) == "{1,2}!"
     await queries.make(db)
     assert ":" in await db.fetch_value("SELECT clock()")
     assert await queries.add(db, x="1") == 1
@@ -953,7 +1172,9 @@ async def test_errors_of_record_classes_arrive_as_they_were_raised(
 # --- servers, roles, connections -------------------------------------------------------------------------------------
 
 
-async def test_a_second_process_starts_beside_a_long_transaction(make_db: Any, engine: PostgresqlEngine) -> None:
+async def test_a_second_process_starts_beside_a_long_transaction(
+    make_db: Any, engine: PostgresqlEngine, tmp_path: Path
+) -> None:
     """Where all that `init_sql` makes is there, nothing waits for a lock, and a role that may create nothing connects."""
     schema = engine.schemas["default"]
     role = f"reader_{schema}"
@@ -970,6 +1191,13 @@ async def test_a_second_process_starts_beside_a_long_transaction(make_db: Any, e
                 db = await make_db(schema=False, init_sql=None)
                 assert await db.fetch_value("SELECT count(*) FROM job_runs") == 0
         db = await make_db(schema=False, init_sql=None, user=role)
+        assert await db.fetch_value("SELECT count(*) FROM job_runs") == 0
+        await engine.public.close_all()
+        (tmp_path / "init.sql").write_text(
+            f"CREATE SCHEMA IF NOT EXISTS {schema}; CREATE EXTENSION IF NOT EXISTS plpgsql;"
+            "CREATE TABLE IF NOT EXISTS jobs (a int)"
+        )
+        db = await make_db(schema=False, init_sql=str(tmp_path / "init.sql"), user=role)
         assert await db.fetch_value("SELECT count(*) FROM job_runs") == 0
         await engine.public.close_all()
         look.execute(f"DROP INDEX {schema}.job_runs_by_job")

@@ -117,3 +117,37 @@ async def test_auto_migrate_and_a_baseline(make_db: Any, engine: PostgresqlEngin
     db = await make_db(schema=False, migrations=str(folder), auto_migrate=True)
     with pytest.raises(errors.MigrationError, match="0003_wrong"):
         await db.fetch_value("SELECT 1")
+
+
+async def test_what_a_migration_leaves_on_the_connection(make_db: Any, engine: PostgresqlEngine, folder: Path) -> None:
+    """What DO, a function or SET LOCAL has set is gone with its file; the record is written where it belongs; and each
+    file is applied once by whoever comes, although the lock goes with all else that was on the connection.
+    """
+    db = await make_db(schema=False, migrations=str(folder), pool_size=4)
+    poison = "PERFORM set_config('work_mem', '1234kB', false), set_config('search_path', 'pg_catalog', false);"
+    more = [
+        f"DO $$ BEGIN {poison} END $$;",
+        f"CREATE FUNCTION poison() RETURNS int LANGUAGE plpgsql AS $$ BEGIN {poison} RETURN 1; END $$;",
+        "SELECT poison();",
+        "SET LOCAL search_path = pg_catalog; SET LOCAL ROLE pg_monitor; SELECT 1;",
+        "-- no transaction\nSELECT poison();",
+        "SELECT set_config('search_path', 'pg_temp', true); CREATE TABLE left_behind (a int);",
+    ]
+    for number, sql in enumerate(more, 3):
+        (folder / f"{number:04}_more.sql").write_text(f"{sql}")
+    (folder / "0009_last.sql").write_text(
+        "CREATE TABLE seen AS SELECT current_setting('work_mem') AS m, current_user::text AS u"
+    )
+    state = (
+        "SELECT current_setting('work_mem'), current_setting('search_path'), current_user::text,"
+        " to_regclass('pg_temp.left_behind')::text"
+    )
+    before = await gather(*[lambda: db.fetch_one(state)] * 8)
+    await db.migrate(dry_run=True)
+    reports = await gather(*[db.migrate] * 4)
+    assert sum(len(report.applied) for report in reports) == 9, reports
+    assert {report.version for report in reports} == {9}
+    assert await gather(*[lambda: db.fetch_one(state)] * 8) == before
+    assert engine.outside("SELECT m, u FROM seen") == [(before[0][0], before[0][2])]
+    assert engine.outside("SELECT count(*) FROM database_migrations") == [(9,)]
+    assert engine.outside("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
