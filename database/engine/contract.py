@@ -157,6 +157,8 @@ class Backend:
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
         log: The write-ahead log, if the pool is to keep it short.
+        files: What it has open, in whatever form the engine knows it: pools that have something in common share locks and
+            a log. Any thread may call.
         excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a connection keeps a lock
             just now. None where they do not.
         max_idle: Seconds after which a connection that nobody uses is closed, as long as there are others; 0: never.
@@ -178,6 +180,7 @@ class Backend:
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
     log: Log | None = None
+    files: Callable[[], frozenset[Any]] = frozenset
     excludes: Callable[[Any], bool] | None = None
     as_is: bool = False
     single_writer: bool = True
