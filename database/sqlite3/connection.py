@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from time import perf_counter
 from typing import Any
 
 from database import errors
@@ -38,6 +39,7 @@ from database.sqlite3.failures import (
     explain,
     is_broken,
     is_busy,
+    is_foreign,
     is_undecodable,
     of_one_connection,
     read_only,
@@ -46,12 +48,17 @@ from database.sqlite3.lending import ENDED_BY_ITSELF
 from database.sqlite3.levels import Levels
 from database.sqlite3.library import classes
 from database.sqlite3.raw import Lent
-from database.sqlite3.values import Chunk, Feed, Row, bind
+from database.sqlite3.values import Chunk, Feed, Row, bind, interrupted
 
 __all__ = ["Connection"]
 
 REMEMBERED = 500
 """Texts of INSERTs of which it is known whether their table has row ids; and no long ones."""
+
+FIRST = 16
+"""Records that are made, by code of the user's, before it is looked whether anybody still waits; then twice as many."""
+SLOW = 0.005
+"""Seconds after which it is only that many again."""
 
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
@@ -330,11 +337,27 @@ class Connection(Levels):
     # User code
 
     def _records(self, names: list[str], rows: list[Any], record_class: Any, stream: int | None = None) -> list[Any]:
-        try:
-            if stream is None:
-                return records(names, rows, record_class)
+        before = 0
+        if stream is not None:
             before = self._counts.get(stream, 0)
             self._counts[stream] = before + len(rows)
+        if len(rows) <= FIRST:
+            return self._made(names, rows, record_class, before)
+        made: list[Any] = []
+        size, begun = FIRST, 0
+        while True:
+            began = perf_counter()
+            made += self._made(names, rows[begun : begun + size], record_class, before + begun)
+            begun += size
+            if begun >= len(rows):
+                return made
+            size = FIRST if perf_counter() - began > SLOW else size * 2
+            # On the loop's thread nobody can have called it off, and it is not for a clock to have it done twice.
+            if self.raw.is_here() and self._progress():
+                raise interrupted()
+
+    def _made(self, names: list[str], rows: list[Any], record_class: Any, before: int) -> list[Any]:
+        try:
             return records(names, rows, record_class, before=before)
         except BaseException as error:
             self._users = error
@@ -405,7 +428,8 @@ class Connection(Levels):
             time.sleep(0)
 
         def run(target: sqlite3.Connection) -> None:
-            self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
+            # One snapshot for all steps: no write of others starts the copy anew.
+            self.begin_patiently(self._patience, readonly=True)
             try:
                 self.raw.module.Connection.backup(self.raw, target, pages=pages, progress=step)
             finally:
@@ -428,10 +452,13 @@ class Connection(Levels):
             _, sql, parameters = failure
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
+        if statement is not None and is_foreign(error):
+            return error
+        adapters = self._adapters
         if not isinstance(error, classes.Error):
             if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, *classes.Warning)):
                 return error
-            return explain(error, text, parameters, which)
+            return explain(error, text, parameters, which, adapters)
         if self._unopened is not None and is_broken(error):
             return self._unopened
         primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -444,7 +471,7 @@ class Connection(Levels):
             return self._forbidden(statement, text)
         if primary == sqlite3.SQLITE_READONLY and self._restricted and not is_busy(error):
             return read_only(text)
-        return explain(error, text, parameters, which)
+        return explain(error, text, parameters, which, adapters)
 
     def _forbidden(self, statement: Statement | None, text: str | None) -> BaseException:
         if statement is not None and statement.kind == CONTROL:

@@ -296,6 +296,10 @@ class Lending(_Connection):
 
     # For cursors
 
+    def is_here(self) -> bool:
+        """Whether the caller runs on the connection's own thread."""
+        return get_ident() == self._thread
+
     def check(self) -> None:
         """Refuses whoever is not entitled to use the connection now."""
         if get_ident() != self._thread:

@@ -20,7 +20,7 @@ from database.engine.adapting import NATIVE, NONE, Adapters, adapted
 from database.engine.rows import table
 from database.sqlite3.analysis import placeholders
 
-__all__ = ["Chunk", "Feed", "Row", "bind", "row_class"]
+__all__ = ["Chunk", "Feed", "Row", "bind", "interrupted", "row_class"]
 
 
 class _RowMethods:
@@ -279,6 +279,8 @@ def _names(params: Any) -> Sequence[str] | None:
 
 MANY = 500
 """Rows that are looked at together."""
+FEW = 16
+"""Rows whose values have to be converted first, by code of the user's perhaps, between two looks at whether anybody waits."""
 
 
 class Feed:
@@ -322,7 +324,7 @@ class Feed:
         rows: Iterator[Any] = iter(self._rows)
         while chunk := list(islice(rows, MANY)):
             if self._gone():
-                raise _interrupted()
+                raise interrupted()
             self._before += self._size
             self._size = len(chunk)
             self._chunk = iter(chunk)
@@ -334,8 +336,11 @@ class Feed:
                 values = chain.from_iterable(map(_values_of, chunk))
             if values is not None and _is_native(map(type, values)):
                 yield self._chunk
-            else:
-                yield map(bind, self._chunk, repeat(sql), repeat(self._adapters))
+                continue
+            for _ in range(0, len(chunk), FEW):
+                if self._gone():
+                    raise interrupted()
+                yield map(bind, islice(self._chunk, FEW), repeat(sql), repeat(self._adapters))
 
     def _one_by_one(self) -> Iterator[Any]:
         sql, gone = self._sql, self._gone
@@ -353,13 +358,13 @@ class Feed:
                 self.raised = error
                 raise
             if gone():
-                raise _interrupted()
+                raise interrupted()
             self._before += 1
             self._last = row
             yield bind(row, sql, self._adapters)
 
 
-def _interrupted() -> sqlite3.OperationalError:
+def interrupted() -> sqlite3.OperationalError:
     """What SQLite says, had it been asked while a statement ran."""
     error = sqlite3.OperationalError("interrupted")
     error.sqlite_errorcode = sqlite3.SQLITE_INTERRUPT
