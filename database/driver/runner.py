@@ -246,7 +246,9 @@ class Runner:
 
     def _open(self) -> BaseException | None:
         try:
-            self.connection = self._last = self.backend.connect(self.role, self._progress)
+            connection = self.connection = self._last = self.backend.connect(self.role, self._progress)
+            if self._deadline is not None:
+                connection.patiently = lambda step: self.patiently(self.current, step)
         except BaseException as error:
             if not isinstance(error, DatabaseError):
                 failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")

@@ -56,6 +56,10 @@ class Connection(Protocol):
     plain: bool
     """Whether a statement of plain values calls nothing of the user's, and logs nothing: no function that he registered."""
 
+    patiently: Callable[[Callable[[], None]], None] | None
+    """Runs a step of a script again and again while somebody else holds a lock. Set by who runs it, where there is
+    `Backend.excludes`: the connection itself cannot know that a lock is this process's own."""
+
     @property
     def in_transaction(self) -> bool:
         """Whether the *database* says that a transaction is open; it can end one by itself."""

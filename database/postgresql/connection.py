@@ -70,6 +70,8 @@ class Connection(Sender):
 
     __slots__ = ()
 
+    patiently: Callable[[Callable[[], None]], None] | None = None
+    """See `Connection`."""
     plain = False
     """The server's notices may come with every statement, and are logged."""
 

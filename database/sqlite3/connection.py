@@ -20,6 +20,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -66,7 +67,7 @@ _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__n
 class Connection(Levels):
     """See `database.engine.contract.Connection`."""
 
-    __slots__ = ("_adapters", "_connect", "_failing", "_patience", "_users")
+    __slots__ = ("_adapters", "_connect", "_failing", "_patience", "_users", "patiently")
 
     def __init__(
         self,
@@ -92,6 +93,8 @@ class Connection(Levels):
         """What has just failed, and which of many it was, where the request does not say it."""
         self._users: BaseException | None = None
         """What the user's own code has just raised."""
+        self.patiently: Callable[[Callable[[], None]], None] | None = None
+        """See `Connection`."""
         super().__init__(
             raw, lock, progress, readonly=readonly, identities=identities, row_class=row_class, reopen=reopen
         )
@@ -235,25 +238,41 @@ class Connection(Levels):
                 if self._progress():
                     raise Interrupted
                 statement = analysis.analyse(text)
-                if statement.hint == HINT_VACUUM:
-                    self._vacuum(statement, None)
-                    continue
-                patience = Patience(0 if self.raw.in_transaction else self._patience, self._progress)
-                while True:  # outside of a transaction each statement is its own, and waits for its own lock
-                    try:
-                        cursor.execute(text)
-                        if cursor.description is not None:
-                            cursor.fetchall()
-                        break
-                    except classes.OperationalError as error:
-                        if is_undecodable(error):
-                            break
-                        patience.wait(error)
+                try:
+                    self._step_of_script(cursor, statement)
+                except classes.OperationalError as error:
+                    if not is_busy(error) or self.raw.in_transaction:
+                        raise
+                    # Outside of a transaction each statement is its own, and waits for its own lock.
+                    wait = self.patiently or self._wait
+                    wait(partial(self._step_of_script, cursor, statement))
         except Exception:
             self._failing = statement or sql, None, ""
             raise
         finally:
             cursor.close()
+
+    def _step_of_script(self, cursor: sqlite3.Cursor, statement: Statement) -> None:
+        if statement.hint == HINT_VACUUM:
+            self._vacuum(statement, None)
+            return
+        cursor.execute(statement.sql)
+        if cursor.description is not None:
+            try:
+                cursor.fetchall()
+            except classes.OperationalError as error:
+                if not is_undecodable(error):
+                    raise
+
+    def _wait(self, step: Callable[[], None]) -> None:
+        """Tries a step until other processes have let it, `busy_timeout` is used up, or nobody waits any more."""
+        patience = Patience(self._patience, self._progress)
+        while True:
+            try:
+                step()
+                return
+            except classes.OperationalError as error:
+                patience.wait(error)
 
     def fetch_all(self, statement: Statement, params: Any, record_class: Any) -> list[Any]:
         """All rows."""
@@ -462,7 +481,8 @@ class Connection(Levels):
         if self._unopened is not None and is_broken(error):
             return self._unopened
         primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if primary == sqlite3.SQLITE_AUTH:
+        forbidden, self.raw.forbidden = self.raw.forbidden, False
+        if primary == sqlite3.SQLITE_AUTH and not forbidden:
             refused, self._refused = self._refused, None
             if self.denied():
                 return Alone()

@@ -149,6 +149,8 @@ class Lending(_Connection):
     """Whether a statement of plain values calls nothing of the user's on it."""
     failure: tuple[BaseException, str, Any] | None = None
     """What a function's last failed statement was."""
+    forbidden = False
+    """Whether it was the user's authorizer that has just refused something."""
     cached = 0
     """Characters of SQL that have been prepared since the statement cache was emptied last."""
 
@@ -211,7 +213,11 @@ class Lending(_Connection):
         else:
 
             def both(*arguments: Any) -> int:
-                return cast("int", guard(*arguments) or authorizer(*arguments))
+                found: int = guard(*arguments)
+                if not found:
+                    found = authorizer(*arguments)
+                    self.forbidden = found == sqlite3.SQLITE_DENY
+                return found
 
             super().set_authorizer(both)
         progress, steps = self._progress

@@ -168,6 +168,8 @@ async def _told_at_once(db: Any) -> None:
         lambda: db.execute(sql),
         lambda: db.fetch_value(f"{sql} RETURNING id"),
         lambda: db.execute_many("INSERT INTO jobs (name) VALUES (?)", [("in vain",)]),
+        lambda: db.execute_script(f"SELECT 1; {sql}"),
+        lambda: db.execute_script("VACUUM"),
         lambda: db.run(lambda connection: connection.execute(sql).rowcount),
         lambda: transactional(db.execute)(sql),
         lambda: transactional(in_parts)(),
