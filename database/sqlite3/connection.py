@@ -471,11 +471,11 @@ class Connection(Levels):
             _, sql, parameters = failure
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
-        if statement is not None and is_foreign(error):
-            return error
         adapters = self._adapters
         if not isinstance(error, classes.Error):
             if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, *classes.Warning)):
+                return error
+            if is_foreign(error):
                 return error
             return explain(error, text, parameters, which, adapters)
         if self._unopened is not None and is_broken(error):
