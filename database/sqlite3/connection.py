@@ -23,13 +23,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from time import perf_counter
 from typing import Any
 
 from database import errors
 from database.engine.adapting import AS_IS, Adapters, taken
 from database.engine.contract import Alone, Interrupted
-from database.engine.records import of_statement, records
+from database.engine.records import FIRST, in_pieces, of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
@@ -49,17 +48,12 @@ from database.sqlite3.lending import ENDED_BY_ITSELF
 from database.sqlite3.levels import Levels
 from database.sqlite3.library import classes
 from database.sqlite3.raw import Lent
-from database.sqlite3.values import Chunk, Feed, Row, bind, interrupted
+from database.sqlite3.values import Chunk, Feed, Row, bind
 
 __all__ = ["Connection"]
 
 REMEMBERED = 500
 """Texts of INSERTs of which it is known whether their table has row ids; and no long ones."""
-
-FIRST = 16
-"""Records that are made, by code of the user's, before it is looked whether anybody still waits; then twice as many."""
-SLOW = 0.005
-"""Seconds after which it is only that many again."""
 
 _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__new__  # pyright: ignore
 
@@ -360,20 +354,12 @@ class Connection(Levels):
         if stream is not None:
             before = self._counts.get(stream, 0)
             self._counts[stream] = before + len(rows)
-        if len(rows) <= FIRST:
+        # On the loop's thread nobody can have called it off, and it is not for a clock to have it done twice.
+        if len(rows) <= FIRST or not self.raw.is_here():
             return self._made(names, rows, record_class, before)
-        made: list[Any] = []
-        size, begun = FIRST, 0
-        while True:
-            began = perf_counter()
-            made += self._made(names, rows[begun : begun + size], record_class, before + begun)
-            begun += size
-            if begun >= len(rows):
-                return made
-            size = FIRST if perf_counter() - began > SLOW else size * 2
-            # On the loop's thread nobody can have called it off, and it is not for a clock to have it done twice.
-            if self.raw.is_here() and self._progress():
-                raise interrupted()
+        return in_pieces(
+            lambda piece, begun: self._made(names, piece, record_class, before + begun), rows, self._progress
+        )
 
     def _made(self, names: list[str], rows: list[Any], record_class: Any, before: int) -> list[Any]:
         try:

@@ -20,7 +20,7 @@ from database.engine.adapting import NATIVE, NONE, Adapters, adapted
 from database.engine.rows import table
 from database.sqlite3.analysis import placeholders
 
-__all__ = ["Chunk", "Feed", "Row", "bind", "interrupted", "row_class"]
+__all__ = ["Chunk", "Feed", "Row", "bind", "row_class"]
 
 
 class _RowMethods:
@@ -324,7 +324,7 @@ class Feed:
         rows: Iterator[Any] = iter(self._rows)
         while chunk := list(islice(rows, MANY)):
             if self._gone():
-                raise interrupted()
+                raise _interrupted()
             self._before += self._size
             self._size = len(chunk)
             self._chunk = iter(chunk)
@@ -339,7 +339,7 @@ class Feed:
                 continue
             for _ in range(0, len(chunk), FEW):
                 if self._gone():
-                    raise interrupted()
+                    raise _interrupted()
                 yield map(bind, islice(self._chunk, FEW), repeat(sql), repeat(self._adapters))
 
     def _one_by_one(self) -> Iterator[Any]:
@@ -358,13 +358,13 @@ class Feed:
                 self.raised = error
                 raise
             if gone():
-                raise interrupted()
+                raise _interrupted()
             self._before += 1
             self._last = row
             yield bind(row, sql, self._adapters)
 
 
-def interrupted() -> sqlite3.OperationalError:
+def _interrupted() -> sqlite3.OperationalError:
     """What SQLite says, had it been asked while a statement ran."""
     error = sqlite3.OperationalError("interrupted")
     error.sqlite_errorcode = sqlite3.SQLITE_INTERRUPT

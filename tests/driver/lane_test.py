@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from database import errors, transactional, transactional_readonly
+from database import errors, transactional_readonly
 from database.driver.worker import Worker
 from tests.contract.support import Engine, add, eventually, gather, usable, waiting
 
@@ -208,72 +208,6 @@ async def test_a_reader_leaves_its_queue_when_it_is_somebodys_turn(make_db: Any,
         await eventually(lambda: db.stats().queued == 3)
         go_on.set()
     assert order == [kind, *["read"] * 3]
-    await usable(db)
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "what", ["list", "in a transaction", "offload", "batch", "objects", "records", "written records"]
-)
-async def test_slow_values_are_not_waited_for(db: Any, engine: Engine, what: str) -> None:
-    """A cancelled call stops soon, too, where it is code of the user's that takes its time: what makes a value that can be
-    stored, and what makes a record of a row.
-    """
-    if engine.name != "sqlite3":
-        pytest.skip("a server's rows are sent together")
-    made = 0
-    begun = threading.Event()
-
-    def slow(*_: Any, **__: Any) -> str:
-        nonlocal made
-        made += 1
-        begun.set()
-        threading.Event().wait(0.01)
-        return f"name {made}"
-
-    class Slow:
-        pass
-
-    class Item:
-        name = property(slow)
-
-    db.adapt(Slow, slow)
-    insert = "INSERT INTO jobs (name) VALUES (:name)"
-    rows = (
-        "WITH RECURSIVE c (name) AS (VALUES (1) UNION ALL SELECT name + 1 FROM c WHERE name < 400) SELECT name FROM c"
-    )
-    items: list[Any] = [Item() if what == "objects" else {"name": Slow()} for _ in range(400)]
-
-    async def call() -> None:
-        if what == "in a transaction":
-            async with db.transaction():
-                await db.execute_many(insert, items)
-        elif what == "offload":
-            await transactional(offload=True)(db.execute_many)(insert, items)
-        elif what == "batch":
-            async with db.batch() as batch:
-                for item in items:
-                    await batch.execute(insert, item)
-        elif what == "records":
-            await db.fetch_all(rows, record_class=slow)
-        elif what == "written records":
-            await db.fetch_all(f"INSERT INTO item (value) {rows} RETURNING value", record_class=slow)
-        else:
-            await db.execute_many(insert, items)
-
-    scope = anyio.CancelScope()
-    async with anyio.create_task_group() as group:
-
-        async def cancel() -> None:
-            await eventually(begun.is_set)
-            scope.cancel()
-
-        group.start_soon(cancel)
-        with scope:
-            await call()
-    await eventually(lambda: not db.stats().writer_in_use and not db.stats().readers_in_use, "they are free again")
-    assert made < 100
-    assert engine.committed() == []
     await usable(db)
 
 
