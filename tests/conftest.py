@@ -180,6 +180,11 @@ def searched(item: pytest.Item) -> bool:
     return getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None) is not None
 
 
+def shortened(item: pytest.Item) -> bool:
+    """Whether `--quick` does less of it."""
+    return searched(item) or item.get_closest_marker("shortened") is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what must differ on PostgreSQL (`tests/postgresql/differences.py` says why, and where the tests are)
     and, when it shall be quick, what repeats others (`tests/selection.py`).
@@ -187,7 +192,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out = {item for item in items if differs(item)}
     if config.getoption("beyond_quick"):
         beyond = set(repetitions([item for item in items if item not in out]))
-        out |= {item for item in items if item not in beyond and not searched(item)}
+        out |= {item for item in items if item not in beyond and not shortened(item)}
     elif config.getoption("quick"):
         out |= set(repetitions([item for item in items if item not in out]))
         for test in {item.obj for item in items if searched(item)}:
@@ -243,7 +248,10 @@ async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
         for name in engine.databases if "audit" in settings else engine.databases[:1]:
             handle = engine.public.get_db(name)
             if schema:
+                pool = handle.pool()
+                timeout, pool.timeout = pool.timeout, HANGING  # a short one is for what the test does, not for opening
                 await handle.execute_script(engine.schema)
+                pool.timeout = timeout
             if handle not in handles:
                 handles.append(handle)
         return engine.public.get_db()

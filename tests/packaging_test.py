@@ -61,6 +61,7 @@ def test_mine(): assert database.MINE == 1
 """
 
 
+@pytest.mark.slow
 def test_a_project_with_a_database_of_its_own(unpacked: Path, tmp_path: Path) -> None:
     """A `database.py` or `database/` of the project's stays its own; the plugin says so once, and only its fixtures fail."""
     quick = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio", "-p", "no:faker"]

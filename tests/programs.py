@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
     "asyncio", "trio", "anyio._backends._asyncio", "anyio._backends._trio", "uvloop", "yaml", "aiosql", "sqlite3",
     "database.cli", "database.sqlite3.engine", "database.sqlite3.opening", "fastapi", "starlette.testclient",
-    "opentelemetry.sdk.trace",
+    "opentelemetry.sdk.trace", "pytest", "_pytest.pytester", "_pytest.doctest", "_pytest.junitxml",
 )  # fmt: skip
 """What takes long to import, where it is installed."""
 
@@ -89,12 +89,14 @@ def pseudo_terminal() -> tuple[int, int]:
         pytest.skip(f"there are no pseudo-terminals here: {error}")
 
 
-def run(arguments: list[str], folder: Path, *, timeout: float = 120) -> tuple[int, str, str]:
-    """Runs `python -W error ARGUMENTS` in a folder: its status, output and errors. The arguments are `-c CODE …`, `FILE …`
-    or, for a module, which is imported as nothing has been before, `-m MODULE …`.
+def run(
+    arguments: list[str], folder: Path, *, timeout: float = 120, environment: dict[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Runs `python -W error ARGUMENTS` in a folder: its status, output and errors. The arguments are `-c CODE …`, `FILE …`,
+    `-m pytest …` (see `PYTEST`) or, for any other module, which is imported as nothing has been before, `-m MODULE …`.
     """
-    if not hasattr(os, "fork") or arguments[0] == "-m":
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    environment = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    if not hasattr(os, "fork") or (arguments[0] == "-m" and arguments[1] != "pytest"):
         done = subprocess.run(
             [sys.executable, "-W", "error", *arguments],
             cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
@@ -104,7 +106,10 @@ def run(arguments: list[str], folder: Path, *, timeout: float = 120) -> tuple[in
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    request = {"arguments": arguments, "folder": str(folder), "streams": list(map(str, streams)), "timeout": timeout}
+    request = {
+        "arguments": arguments, "folder": str(folder), "streams": list(map(str, streams)), "timeout": timeout,
+        "environment": environment,
+    }  # fmt: skip
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = server.stdout.readline()
@@ -128,7 +133,11 @@ def _server() -> subprocess.Popen[str]:
 def _main(arguments: list[str]) -> None:
     """In a child: becomes the program."""
     sys.path[0] = ""
-    if arguments[0] == "-c":
+    if arguments[0] == "-m":
+        # Pytest reads its plugins' sources anew, to explain what fails in them; here they have been imported before.
+        sys.argv = [arguments[1], "-W", "ignore::pytest.PytestAssertRewriteWarning", *arguments[2:]]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         module = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(arguments[1], "<string>", "exec"), module.__dict__)
@@ -144,6 +153,8 @@ def _become(request: dict[str, Any], server: int) -> list[str]:
         os._exit(1)
     os.setsid()
     os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
     for descriptor, stream in zip((1, 2), request["streams"], strict=True):
         opened = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(opened, descriptor)

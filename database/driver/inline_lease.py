@@ -36,7 +36,7 @@ from database.driver.roles import Owner
 from database.driver.worker import WAKE, Worker
 from database.engine.adapting import AS_IS
 from database.engine.contract import Connection, Operation
-from database.engine.statement import Statement
+from database.engine.statement import READ, Statement
 
 __all__ = ["InlineLease"]
 
@@ -82,6 +82,10 @@ class InlineLease(Lease):
         request.home = self
         if self._waiting is not None:
             self.hand_on()
+        elif not self.readonly and getattr(request.subject, "kind", None) != READ:
+            self._sent += 1
+            super().submit(request)
+            return
         elif self._runs(request):
             return
         self._send(request)
@@ -142,8 +146,11 @@ class InlineLease(Lease):
         self._hand_over()
 
     def given(self, worker: Worker) -> None:
-        """See `Claimant`. Begins here in the loop's next turn, if that is possible: the worker need not be woken."""
-        if self._sent == 1 and worker.resting and worker.connection is not None and self._may_begin():
+        """See `Claimant`. A read-only transaction begins here in the loop's next turn, if possible: no worker is woken.
+
+        Another's BEGIN wakes the worker, and takes the first statement along.
+        """
+        if self.readonly and self._sent == 1 and worker.resting and worker.connection is not None and self._may_begin():
             request = self.mailbox.get_nowait()
             if self._inline.is_quick(request) and request.controls is None and not self._inline.full:
                 self._sent = 0
@@ -360,13 +367,11 @@ class InlineLease(Lease):
 
     def _rests(self, worker: Worker) -> None:
         self._served = self._taken
-        super()._rests(worker)
+        worker.resting = True
 
-    def _next(self, worker: Worker) -> Request:
-        self._served = self._taken
-        request = super()._next(worker)
+    def _wakes(self, worker: Worker) -> None:
+        super()._wakes(worker)
         self._taken += 1
-        return request
 
     def _end(self, worker: Worker, connection: Connection | None, request: Request) -> None:
         failure, self._failure = self._failure, None

@@ -238,16 +238,16 @@ class Lease:
         mailbox = self.mailbox
         get, empty = mailbox.get, mailbox.empty
         lends = worker.lent is not None
-        if lends:
-            get = partial(self._next, worker)
         request: Request | None = None
         try:
             while not self.ended:
+                if lends:
+                    self._rests(worker)  # before it answers: who is woken finds the connection free
                 if worker.answers and empty():
-                    if lends:
-                        self._rests(worker)  # first: who is woken by the answers finds the connection free
                     worker.flush()
                 request = get()
+                if lends:
+                    self._wakes(worker)
                 if request.kind >= COMMIT:
                     self._end(worker, connection, request)
                 elif self.doom is not None:
@@ -274,12 +274,15 @@ class Lease:
             worker.finish(lambda: self.pool.free(worker))
 
     def _rests(self, worker: Worker) -> None:
-        """All that the worker has taken is done."""
+        """All that the worker has taken is done: the connection is lent until it takes the next request."""
         worker.resting = True
 
-    def _next(self, worker: Worker) -> Request:
-        """The next request, where the connection may be lent while there is none."""
-        return worker.wait_at(self.mailbox)
+    def _wakes(self, worker: Worker) -> None:
+        """It has taken one."""
+        lent = worker.lent
+        assert lent is not None
+        with lent:  # waits for the loop's thread to be done
+            worker.resting = False
 
     def _answer_the_rest(self) -> list[Request]:
         """Refuses what came too late, for nobody reads this mailbox any more; gives it, to be woken.

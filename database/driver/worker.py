@@ -222,15 +222,6 @@ class Worker(Runner):
             self._kept = item
         return held
 
-    def wait_at(self, mailbox: SimpleQueue[Request]) -> Request:
-        """Waits for the next request of the lease that it attends to, where the connection is lent meanwhile."""
-        assert self.lent is not None
-        self.resting = True
-        request = mailbox.get()
-        with self.lent:
-            self.resting = False
-        return request
-
     def _take_back(self) -> bool:
         """Whether the connection is this thread's again, without its having been woken."""
         lent = self.lent

@@ -192,9 +192,12 @@ class Binding:
         return [*self._pools.values(), *self._replica_pools.values()]
 
     def stats(self) -> PoolStats:
-        """The running event loop's pool's statistics; where it has none, those of all loops' together."""
+        """The running event loop's statistics, its replicas' pool's with its pool's; where it has none, all loops' together."""
         pool = self.opened()
-        return PoolStats.of(tuple(self._pools.values())) if pool is None else pool.stats()
+        if pool is None:
+            return PoolStats.of(tuple(self.pools()))
+        replicas = self.opened_replicas()
+        return pool.stats() if replicas is None else PoolStats.of((pool, replicas))
 
     def forget_pools(self, *, closing: bool = False) -> None:
         """In a forked child: the pools are the parent's. With `closing`: only of those that are about to be closed."""

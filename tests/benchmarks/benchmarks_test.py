@@ -43,7 +43,8 @@ def measured() -> Results:
     )
 
 
-@pytest.mark.parametrize("backend", ["asyncio", pytest.param("trio", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_every_workload_is_answered_rightly_by_raw_and_by_this_package(tmp_path: Path, backend: str) -> None:
     results = _runner(tmp_path, BASE, backend).run(ALL_WORKLOADS)
     assert [sample for sample in results.samples if sample.error] == []

@@ -11,6 +11,7 @@ from . import compare
 from .cold import ROOT
 
 
+@pytest.mark.slow
 def test_every_operation_is_answered_rightly_and_gives_a_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,7 +164,8 @@ def test_words() -> None:
     assert clean("a\nb", lines=False) == "a␊b"
 
 
-def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path) -> None:
+@pytest.mark.shortened
+def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path, pytestconfig: pytest.Config) -> None:
     """Under an ASCII locale every command says what it has to say: likenesses and numbers of characters, no traceback."""
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     plain.pop("PYTHONIOENCODING", None)
@@ -172,7 +173,7 @@ def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path) -> None:
         db.execute("UPDATE customer SET name = '이름 😀' WHERE id = 2")
         db.commit()
     sql = "SELECT '이름', name FROM customer WHERE id = 2"
-    for arguments, expected in (
+    commands = [
         (["check", "--quick"], "+ SQLite"),
         (["check", "--quick", "--json"], '"verdict": '),
         (["stats"], "customer"),
@@ -180,7 +181,8 @@ def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path) -> None:
         (["shell", "--command", sql, "--mode", "json"], None),
         (["export", sql, "--format", "jsonl"], None),
         (["shell", "--command", "SELECT '이름' FROM nowhere"], ""),
-    ):
+    ]
+    for arguments, expected in commands[:: 3 if pytestconfig.getoption("quick") else 1]:
         command = process(*arguments, env=plain)
         try:
             out, err = command.communicate(timeout=60)

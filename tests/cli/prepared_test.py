@@ -17,7 +17,8 @@ from tests.cli.conftest import files
 
 Cli = Callable[..., Any]
 
-KEY = "open 'sesame'"
+KEY = f"x'{'5e5a3e' * 10}c0de'"
+"""A key itself, with its quotes, and no passphrase from which SQLCipher would derive one for a tenth of a second each time."""
 
 
 def prepare(connection: Any) -> None:

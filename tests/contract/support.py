@@ -101,6 +101,8 @@ class Engine:
     refusing_trigger: str = REFUSING_TRIGGER
     driver_error: type[Exception] = sqlite3.IntegrityError
     pool_size: int = 2
+    replica: bool = False
+    """Whether read-only transactions run on another server."""
     writers: frozenset[str] = frozenset({"database-default-writer"})
     """The workers that may execute a write."""
     public: types.ModuleType = field(init=False)

@@ -66,17 +66,9 @@ class Service:
 
     def run(self, *arguments: object, config: bool = True) -> subprocess.CompletedProcess[str]:
         command = self.command(*arguments, *(["--config", self.config] if config else []))
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
+        status, out, err = programs.run(command[3:], self.folder, environment=self.environment)
+        assert "Traceback" not in err, err
+        return subprocess.CompletedProcess(command, status, out, err)
 
     @contextlib.contextmanager
     def started(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:

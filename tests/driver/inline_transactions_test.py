@@ -335,13 +335,15 @@ async def test_closing_ends_what_sleeps(db: Any) -> None:
 
 async def test_exhaustion_names_who_holds_a_sleeping_reader(make_db: Any) -> None:
     """The report says what was begun where, since when; and the reader is free again behind it."""
-    db = await make_db(inline_reads=True, pool_size=1, pool_timeout=0.05)
+    db = await make_db(inline_reads=True, pool_size=1)
     await add(db, "a")
     await known(db, NAME)
+    timeout, db.pool().timeout = db.pool().timeout, 0.05
     async with db.transaction(readonly=True):
         await db.fetch_value(NAME, (1,))
         with db.detached(), pytest.raises(errors.ConnectionPoolExhaustedError, match="inline_transactions_test"):
             await db.fetch_value(NAME, (1,))
+        db.pool().timeout = timeout
         assert await db.fetch_value(NAME, (1,)) == "a"
     await quick(db, 0)
     assert await db.fetch_value(NAME, (1,)) == "a"

@@ -101,6 +101,8 @@ class PostgresqlEngine(Engine):
     """Whether PgBouncer stands between, in transaction mode: with `POOLER=1` for all tests."""
     pooler_prepares: bool = os.environ.get("POOLER") == "prepares"
     """Whether it is told of prepared statements: with `POOLER=prepares`."""
+    replica: bool = bool(os.environ.get("REPLICA"))
+    """Whether read-only transactions run on a replica: with `REPLICA=1` for all tests."""
     writers: frozenset[str] = frozenset({"database-default-1", "database-default-2"})
     driver_error: type[Exception] = psycopg.errors.IntegrityError
 
@@ -134,10 +136,15 @@ class PostgresqlEngine(Engine):
                 "pooler_prepares": self.pooler_prepares,
                 "options": f"-c search_path={self.make(database)}",
             }
-        return {
+        section = {
             "conninfo": self.server.conninfo(tcp=True),
             "options": f"-c search_path={self.make(database)}",
         }
+        if self.replica:
+            from tests.postgresql.cluster import shared_replica
+
+            section["replicas"] = f"port={shared_replica().port}"
+        return section
 
     def settings(self, *, audit: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,11 +192,15 @@ class PostgresqlEngine(Engine):
 
     def open_files(self) -> list[str]:
         """The TCP connections that this process has to the server, or to the pooler before it."""
-        port = self.server.port
+        ports = {self.server.port}
+        if self.replica:
+            from tests.postgresql.cluster import shared_replica
+
+            ports.add(shared_replica().port)
         if self.pooler:
             from tests.postgresql.pooler import pooler
 
-            port = int(conninfo_to_dict(pooler())["port"] or 0)
+            ports = {int(conninfo_to_dict(pooler())["port"] or 0)}
         inodes: set[str] = set()
         try:
             descriptors = os.listdir("/proc/self/fd")
@@ -206,6 +217,6 @@ class PostgresqlEngine(Engine):
         with open("/proc/self/net/tcp") as table:
             for line in list(table)[1:]:
                 fields = line.split()
-                if int(fields[2].rpartition(":")[2], 16) == port and fields[9] in inodes:
+                if int(fields[2].rpartition(":")[2], 16) in ports and fields[9] in inodes:
                     found.append(fields[1])
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator
+from contextvars import Context
 from typing import Any
 
 import anyio
@@ -13,6 +14,7 @@ import pytest
 from database import errors
 from database.postgresql import close_all, configure, get_db, transactional, transactional_readonly
 from tests.contract.support import HANGING, eventually
+from tests.postgresql.cluster import replica_of
 from tests.postgresql.proxy import Proxy
 from tests.postgresql.server import Server, shared
 
@@ -35,19 +37,11 @@ class Cluster:
     def __init__(self) -> None:
         number = next(_numbers)
         self.primary = Server(f"primary-{number}", wal_level="replica", synchronous_commit="on")
-        self.replica = Server(f"replica-{number}", hot_standby="on")
         self.primary.create()
         self.primary.start()
-        source = self.primary.conninfo()
-        self.replica.run("pg_basebackup", "-D", self.replica.data, "-d", source, "-R", "-X", "stream", "-c", "fast")
-        self.replica.start()
-        with psycopg.connect(source, autocommit=True) as connection:
+        with psycopg.connect(self.primary.conninfo(), autocommit=True) as connection:
             connection.execute("CREATE TABLE note (id INT PRIMARY KEY, text TEXT)")
-            connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
-            connection.execute("SELECT pg_reload_conf()")
-        with psycopg.connect(source, autocommit=True) as connection:
-            while connection.execute("SELECT sync_state FROM pg_stat_replication").fetchone() != ("sync",):
-                connection.execute("SELECT pg_sleep(0.01)")
+        self.replica = replica_of(self.primary, f"replica-{number}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,6 +103,9 @@ async def test_reads_go_to_the_replica(cluster: Cluster) -> None:
     async with db.transaction(readonly=True):
         with pytest.raises(errors.ReadOnlyTransactionError):
             await db.execute("INSERT INTO note (id) VALUES (1)")
+        await db.fetch_value(asleep)
+        assert db.stats().readers_in_use == 1, "whoever watches the database sees both of its pools"
+        assert await anyio.to_thread.run_sync(lambda: Context().run(db.stats)) == db.stats()
     assert len(db.pools()) == 2, "one for the primary, one for the replicas, however many transactions"
 
 

@@ -221,7 +221,8 @@ def shared() -> Server:
     place = binaries()
     if isinstance(place, str):
         pytest.skip(place)
-    server = Server("shared", synchronous_commit="off")
+    replicated = bool(os.environ.get("REPLICA"))  # what is answered can then be read from the replica, too
+    server = Server("shared", synchronous_commit="remote_apply" if replicated else "off")
     server.create()
     server.start()
     return server

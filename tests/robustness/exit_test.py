@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
 
+from tests import programs
 from tests.contract.support import HANGING
-from tests.programs import PYTEST
 from tests.robustness.support import Program, leftovers
 
 OPEN = """
@@ -311,16 +308,7 @@ def test_pytest_with_scopes_of_anyio_backend(tmp_path: Path, scope: str) -> None
         """)
     (tmp_path / "test_one.py").write_text(test)
     (tmp_path / "test_two.py").write_text(test)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run(
-        [sys.executable, *PYTEST, "-W", "error", str(tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 passed" in done.stdout
-    assert done.stderr == ""
+    status, out, err = programs.run([*programs.PYTEST, str(tmp_path)], tmp_path, timeout=300)
+    assert (status, err) == (0, ""), out + err
+    assert "16 passed" in out
     assert leftovers(tmp_path / "test.db") == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import PYTEST
+from tests import programs
 
 pytest_plugins = ["pytester"]
 
@@ -52,8 +52,12 @@ class Project:
         path.write_text("".join(textwrap.dedent(part) for part in parts))
 
     def passes(self, count: int, *arguments: str) -> None:
-        result = self.pytester.runpytest_subprocess(*PYTEST[2:], *arguments, timeout=300)
-        result.assert_outcomes(passed=count)
+        self.run(*arguments).assert_outcomes(passed=count)
+
+    def run(self, *arguments: str) -> pytest.RunResult:
+        """Runs its tests in a process of their own."""
+        status, out, err = programs.run([*programs.PYTEST, *arguments], self.pytester.path, timeout=300)
+        return pytest.RunResult(status, out.splitlines(), err.splitlines(), 0)
 
     def leaves(self) -> list[str]:
         """Files that are there in the end, but for the sources."""
@@ -547,10 +551,10 @@ def test_misuse_is_explained(project: Project) -> None:
                 pass
         """,
     )
-    result = project.pytester.runpytest_subprocess(*PYTEST[2:], "-rx", timeout=300)
+    result = project.run("-rx")
     result.assert_outcomes(passed=2, xfailed=1)
     project.write("config/database.yaml", "database: {sqlite: {pathh: x}}")
-    result = project.pytester.runpytest_subprocess(*PYTEST[2:], "-k", "test_both", timeout=300)
+    result = project.run("-k", "test_both")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*config/database.yaml:1: database.sqlite.pathh: unknown key; did you mean 'path'?*"])
 
@@ -578,7 +582,9 @@ def test_it_keeps_out_of_the_way(project: Project) -> None:
             assert await db_function.fetch_value("SELECT 1") == 1
         """,
     )
-    project.passes(4)
+    project.pytester.runpytest_subprocess(*programs.PYTEST[2:], timeout=300).assert_outcomes(
+        passed=4
+    )  # a new interpreter
 
 
 def test_a_loop_that_is_paused(project: Project) -> None:

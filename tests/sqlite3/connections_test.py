@@ -749,7 +749,7 @@ SPATIALITE = next(
     (
         str(path)
         for folder in ("/usr/lib", "/usr/local/lib", "/opt/homebrew/lib")
-        for path in sorted(Path(folder).glob("**/mod_spatialite.*"))
+        for path in sorted([*Path(folder).glob("mod_spatialite.*"), *Path(folder).glob("*/mod_spatialite.*")])
         if path.suffix in (".so", ".dylib")
     ),
     None,

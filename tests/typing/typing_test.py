@@ -79,6 +79,7 @@ def test_mypy(folder: Path) -> None:
     compare(folder, found)
 
 
+@pytest.mark.slow  # as mypy
 @pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed")
 def test_pyright(folder: Path) -> None:
     """pyright, strict, does likewise."""
