@@ -60,6 +60,9 @@ async def commit(binding: Binding) -> None:
 
 async def rollback(binding: Binding) -> None:
     """See `Database.rollback`."""
+    found = binding.level()
+    if isinstance(found, Transaction) and found.undone:
+        return  # with the generator that it was begun in: clean-up code has nothing to do any more
     level = _open_level(binding)
     if level is None:
         return

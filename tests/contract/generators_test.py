@@ -253,6 +253,17 @@ async def _detached_by_a_manager(db: Any, name: str) -> Rows:
         yield 0
 
 
+async def _in_a_unit_by_hand(db: Any, name: str) -> Rows:
+    await db.begin()
+    try:
+        await add(db, name)
+        yield 0
+    except BaseException:
+        await db.rollback()  # says nothing, though all has been undone when Python gets to it
+        raise
+    await db.commit()
+
+
 async def _in_a_readonly_unit(db: Any, name: str) -> Rows:
     async with _Unit(db, readonly=True):
         await names(db)
@@ -306,6 +317,7 @@ HELD_ONLY_BY_ITS_CONSUMER = HOLDING | {
     "unit": _in_a_unit,
     "later unit": partial(_in_a_unit, unit=_LaterUnit),
     "stack": partial(_in_a_unit, unit=_Stack),
+    "unit by hand": _in_a_unit_by_hand,
     "readonly unit": _in_a_readonly_unit,
     "by a function": _by_a_function,
     "by a coroutine": _by_a_coroutine,

@@ -307,6 +307,8 @@ async def test_what_a_write_says_of_itself(db: Any) -> None:
                 "INSERT INTO both (n) VALUES (1)",
                 f"{with_rows} INSERT INTO plain (n) SELECT n FROM v",
                 f"{with_rows} INSERT INTO keyed SELECT n, n FROM v",
+                "WITH v AS (SELECT 'into' AS k) INSERT INTO keyed SELECT k, 1 FROM v",
+                'WITH "into" AS (SELECT 5 AS k) INSERT INTO keyed SELECT k, 1 FROM "into"',
                 f"{with_rows} UPDATE plain SET n = 0 WHERE id IN (SELECT n + 70 FROM v) RETURNING n",
                 f"{with_rows} DELETE FROM plain WHERE id IN (SELECT n + 700 FROM v)",
                 "WITH replace (n) AS (VALUES (1)) DELETE FROM plain",
@@ -315,8 +317,21 @@ async def test_what_a_write_says_of_itself(db: Any) -> None:
             )
         ]
 
-    wanted = [(1, 70), (1, None), (1, None), (0, None), (0, None), (3, 74), (3, None), (3, None), (0, None), (5, None)]
-    wanted += [(4, None), (1, None)]
+    wanted = [
+        (1, 70),
+        (1, None),
+        (1, None),
+        (0, None),
+        (0, None),
+        (3, 74),
+        (3, None),
+        (1, None),
+        (1, None),
+        (3, None),
+        (0, None),
+        (5, None),
+    ]
+    wanted += [(6, None), (1, None)]
     assert await results() == wanted
     assert await transactional(offload=True)(results)() == wanted
     async with db.transaction():
