@@ -106,7 +106,7 @@ def write_files(block: Block, folder: Path) -> None:
 
 def awaits_at_top(block: Block) -> bool:
     try:
-        compile(block.text, str(block), "exec")
+        compile(block.text, str(block), "exec", optimize=0)  # with its assertions, also under PYTHONOPTIMIZE
     except SyntaxError:
         compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         return True
