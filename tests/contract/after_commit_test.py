@@ -314,7 +314,7 @@ async def test_asked_for_on_the_databases_thread(audit: Any, engine: Engine) -> 
         lambda: db.run(lambda _: db.on_commit(later_too)),
         lambda: db.run(lambda _: audit.on_commit(later), readonly=True),
         lambda: db.execute_many(insert, generator()),
-        lambda: db.fetch_all("SELECT 1 AS one", record_class=record),
+        lambda: db.fetch_all("INSERT INTO item (value) VALUES ('done') RETURNING id", record_class=record),
         another,
         outside,
     ):
