@@ -105,7 +105,8 @@ class QueryExecutionError(DatabaseError):
         code: The engine's error code (SQLite: the extended result code), if there is one.
         code_name: The code's name (`"SQLITE_CONSTRAINT_UNIQUE"`), if there is one.
         outcome: Where the connection to a server was lost: `"undone"`, nothing of it is kept, so it may be run again;
-            `"unknown"`, it may have taken effect or not. Else None.
+            `"unknown"`, it may have taken effect or not. `"done"`: it has been executed, and only what it returned could not
+            be read. Else None.
     """
 
     outcome: str | None = None

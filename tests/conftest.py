@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib.util
 import logging
@@ -141,6 +142,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
         os.environ.pop("COVERAGE_PROCESS_START", None)  # this process is measured; what tests start need not be
         os.environ.pop("PYTHONOPTIMIZE", None)  # programs that tests start say with `assert` what is wrong
+        if os.environ.pop("PYTHONASYNCIODEBUG", None):  # and shall print nothing, not even what was slow
+            asyncio.coroutines._is_debug_mode = lambda: True  # type: ignore[attr-defined]
     # A shell starts what it runs in the background with SIGINT ignored, and all children inherit that, even through exec.
     # Caught and dropped, it stays without effect on this process, and becomes the default again in those that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

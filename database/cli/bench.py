@@ -61,7 +61,7 @@ class Workload:
 
         async def work(task: int) -> None:
             key = task * 199 % ITEMS
-            while time.perf_counter() < until:
+            while not counts[task] or time.perf_counter() < until:
                 key = (key + 7919) % ITEMS
                 await turn(key + 1)
                 counts[task] += 1

@@ -38,6 +38,11 @@ class Column:
 class Dialect(Protocol):
     """One engine's way."""
 
+    @property
+    def signed(self) -> bool:
+        """Whether a REAL column keeps `-0.0`."""
+        ...
+
     def named(self, name: str) -> Any:
         """SQL and parameters for: the table or view of that name, in its own spelling."""
         ...
@@ -95,6 +100,7 @@ class Dialect(Protocol):
 class _Sqlite:
     """See `Dialect`."""
 
+    signed = False
     tables = (
         "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite^_%' ESCAPE '^'"
         " AND name LIKE ? ORDER BY name"
@@ -164,6 +170,7 @@ class _Sqlite:
 class _Postgresql:
     """See `Dialect`. Values go as text, and the server reads it: so all its types can be given."""
 
+    signed = True
     tables = (
         "SELECT c.relname FROM pg_catalog.pg_class c WHERE c.relnamespace = current_schema()::regnamespace"
         " AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition AND c.relname LIKE ? ORDER BY 1"

@@ -63,7 +63,7 @@ def export_query(target: Target, query: str, params: list[str], writing: Writing
 def _number(text: str) -> Any:
     """A parameter's value: a number where it is written as one, else text."""
     kind = kind_in_csv(text)
-    return int(text) if kind == "INTEGER" else float(text) if kind in ("REAL", "WHOLE") else text
+    return int(text) if kind == "INTEGER" else float(text) if kind in ("REAL", "WHOLE", "ZERO") else text
 
 
 async def _export(

@@ -132,7 +132,10 @@ async def _begin(
             fail("without a row there is nothing to guess the columns' types from")
         if "" in kinds:
             fail("a column has no name", "give names with --columns", Status.USAGE)
-        types = {name: suiting(found, plain=source.format == "csv") for name, (_, found) in kinds.items()}
+        types = {
+            name: suiting(found, plain=source.format == "csv", signed=dialect.signed)
+            for name, (_, found) in kinds.items()
+        }
         definitions = ", ".join(
             f"{quote(spelling)} {dialect.type(types[name])}".strip() for name, (spelling, _) in kinds.items()
         )
@@ -248,13 +251,13 @@ class _Inserter:
         await self.dialect.stored(self.db, self.table, given.values())
 
     def _hold_against(self, records: list[Record], types: dict[str, str]) -> None:
-        plain = self.format == "csv"
+        plain, signed = self.format == "csv", self.dialect.signed
         for record in records:
             for name, (spelling, kinds) in _kinds([record], self.format).items():
                 kind = types.get(name)
                 if kind is None:
                     what = f"column {spelling!r} does not occur in the first {SAMPLE:,} rows"
-                elif kind and kinds and suiting({*kinds, *_HELD[kind]}, plain=plain) != kind:
+                elif kind and kinds and suiting({*kinds, *_HELD[kind]}, plain=plain, signed=signed) != kind:
                     what = f"column {spelling!r} is {kind} by its first {SAMPLE:,} rows, which would change this value"
                 else:
                     continue

@@ -104,7 +104,10 @@ def _blob(text: str) -> Any:
 
 
 def kind_in_csv(text: str) -> str:
-    """The storage class that gives this text back to the letter: INTEGER, WHOLE (a REAL as `5.0`), REAL, BLOB or TEXT."""
+    """The storage class that gives this text back to the letter: INTEGER, WHOLE (a REAL as `5.0`), ZERO, REAL, BLOB or TEXT.
+
+    ZERO is the one with a sign: see `suiting`.
+    """
     if text.startswith("\\x"):
         value = _blob(text)
         return "BLOB" if isinstance(value, bytes) and csv_text(value) == text else "TEXT"
@@ -114,7 +117,7 @@ def kind_in_csv(text: str) -> str:
             return "INTEGER" if len(text) <= 20 and str(int(text)) == text and fits(int(text)) else "TEXT"
         number = float(text)
         if str(csv_text(number)) == text:
-            return "WHOLE" if number.is_integer() else "REAL"
+            return _ZERO if text == "-0.0" else "WHOLE" if number.is_integer() else "REAL"
     return "TEXT"
 
 
@@ -204,11 +207,11 @@ def _end_of_space(line: str, position: int) -> int:
 
 
 def kind_in_json(value: Any) -> str:
-    """The storage class that holds a value as it is; EXACT for numbers that only text can hold."""
+    """The storage class that holds a value as it is; EXACT for numbers that only text can hold, ZERO for `-0.0`."""
     if isinstance(value, (bool, int)):
         return "INTEGER" if fits(value) else "EXACT"
     if isinstance(value, float):
-        return "REAL"
+        return _ZERO if value == 0.0 and math.copysign(1, value) < 0 else "REAL"
     if isinstance(value, bytes):
         return "BLOB"
     return "EXACT" if isinstance(value, Exact) else "TEXT"
@@ -216,15 +219,19 @@ def kind_in_json(value: Any) -> str:
 
 # Types
 
+_ZERO = "ZERO"
+"""The kind of `-0.0`."""
 
-def suiting(kinds: Iterable[str], *, plain: bool) -> str:
+
+def suiting(kinds: Iterable[str], *, plain: bool, signed: bool = False) -> str:
     """The type of a column that gives values of these kinds back exactly; `""` is a column without a type.
 
     Args:
         kinds: As `kind_in_csv` or `kind_in_json` says.
         plain: Whether all values arrive as text, as in CSV; then text keeps everything.
+        signed: Whether a REAL column keeps `-0.0`. SQLite's stores whole numbers as integers, of which none is that.
     """
-    found = set(kinds)
+    found = {"WHOLE" if kind == _ZERO and signed else kind for kind in kinds}
     if not found:
         return "TEXT"
     if found == {"INTEGER"}:

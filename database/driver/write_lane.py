@@ -310,9 +310,12 @@ class WriteLane(Lane):
 
 
 def _was_done(member: Request) -> bool:
-    """Whether a write has succeeded although its caller gets an error: only its rows could not be made into records."""
+    """Whether a write has succeeded although its caller gets an error: only its rows could not be read, or made records of."""
     error = member.error
-    return member.kind == STATEMENT and not (isinstance(error, (Alone, Interrupted)) or _is_the_engines(error))
+    return member.kind == STATEMENT and (
+        getattr(error, "outcome", None) == "done"
+        or not (isinstance(error, (Alone, Interrupted)) or _is_the_engines(error))
+    )
 
 
 def _is_the_engines(error: BaseException | None) -> bool:

@@ -35,6 +35,8 @@ Converter = Callable[[Any], Any]
 class Misfit(QueryExecutionError):
     """A value does not fit the field that it is for."""
 
+    outcome = "done"
+
 
 def records(names: Sequence[str], rows: Iterable[Any], record_class: Any, *, before: int = 0) -> list[Any]:
     """One record for each row.

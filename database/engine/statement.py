@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-__all__ = ["CONTROL", "OTHER", "READ", "WRITE", "Result", "Row", "Statement"]
+__all__ = ["CONTROL", "OTHER", "READ", "WHOLE", "WRITE", "Result", "Row", "Statement"]
 
 READ: Final = 0
 """Changes nothing: any reader may run it."""
@@ -19,6 +19,8 @@ OTHER: Final = 2
 """Changes the schema or the connection, or may not run in a transaction: the writer runs it alone."""
 CONTROL: Final = 3
 """BEGIN, COMMIT, SAVEPOINT, …: the package's own business."""
+WHOLE: Final = 4
+"""A WRITE that would leave a part of itself behind when it fails: outside a transaction it needs one around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Statement:
     Attributes:
         sql: Its text.
         verb: Its first keyword in capitals, of the main clause where it begins with WITH.
-        kind: READ, WRITE, OTHER or CONTROL.
+        kind: READ, WRITE, OTHER, CONTROL or WHOLE.
         returns_rows: Whether it gives rows.
         hint: What the engine wants to be told when it executes the statement.
     """

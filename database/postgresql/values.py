@@ -113,7 +113,11 @@ def _adapt(value: Any, adapters: Adapters = NONE) -> Any:
         return _adapt(value.value, adapters)
     if isinstance(value, PurePath):
         return str(value)
-    if type(value).__name__ in ("NaTType", "NAType"):  # pandas has not been imported here, and need not be
+    if type(value).__name__ in (
+        "NaTType",
+        "NAType",
+        "MaskedConstant",
+    ):  # pandas has not been imported here, and need not be
         return None
     return value
 

@@ -181,6 +181,8 @@ class Database:
         """
         binding = self.binding
         statement = binding.statements.for_many(query)
+        if type(rows) is list:
+            rows = [*rows]  # while this waits for the writer, others may add to it
         result: Result = await send_unit(binding, MANY, binding.connection.execute_many, statement, rows)
         return result
 
@@ -238,7 +240,8 @@ class Database:
         """Runs `function(connection, *args)` on the connection's own thread, in one transaction.
 
         Args:
-            function: An ordinary function. It must neither commit nor roll back (an exception rolls back), nor keep the
+            function: An ordinary function. `commit()` and `rollback()` of the connection are about what it has done so
+                far; nothing is permanent before it has returned, and an exception undoes all of it. It must not keep the
                 connection. It may be run a second time, if the group of writes that it was in had to be rolled back.
             *args: Its further arguments.
             readonly: Runs it on a reader; writes are refused.

@@ -28,7 +28,7 @@ async def backup(
     binding: Binding, path: str | os.PathLike[str], progress: Callable[[int, int, int], object] | None, origin: Origin
 ) -> None:
     """See `Database.backup`."""
-    target = str(path if isinstance(path, str) else os.fspath(path))
+    target = os.fsdecode(path)
     pool = binding.pool()
     lease = Lease(pool, origin, number=None, readonly=True, transaction=False)
     request = pool.request(SCRIPT, binding.connection.backup, target, progress, PAGES, f"backup to {target}")

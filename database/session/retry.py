@@ -119,7 +119,7 @@ def _may_have_left(request: Request) -> bool:
     error: Any = request.error
     if error is None or request.kind == SCRIPT or getattr(request.label, "committed", False):
         return True
-    if is_unknown(error):
+    if is_unknown(error) or getattr(error, "outcome", None) == "done":
         return True
     if request.kind == STATEMENT or request.kind == ALONE:
         # Of others nobody knows: interrupted while it was committed; or done, and only its rows could not be converted.

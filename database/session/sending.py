@@ -12,10 +12,10 @@ from collections.abc import Awaitable
 from sys import modules
 from typing import TYPE_CHECKING, Any, cast
 
-from database.driver.request import ALONE, MANY, SCRIPT, STATEMENT, Request
+from database.driver.request import ALONE, MANY, SCRIPT, STATEMENT, UNIT, Request
 from database.driver.wakeup import asyncio_loop, current_loop
 from database.engine.adapting import AS_IS, PLAIN
-from database.engine.statement import READ, WRITE, Statement
+from database.engine.statement import READ, WHOLE, WRITE, Statement
 from database.session.binding import Binding
 from database.session.level import Detached, Level, step_back
 from database.session.propagation import Options, reading_pool, refuse_waiting_for_itself
@@ -80,7 +80,8 @@ def send(
     else:
         if level is not None:
             refuse_waiting_for_itself(level, pool)
-        request = pool.request(STATEMENT if statement.kind == WRITE else ALONE, operation, statement, params, extra)
+        kind = STATEMENT if statement.kind == WRITE else UNIT if statement.kind == WHOLE else ALONE
+        request = pool.request(kind, operation, statement, params, extra)
         if attempts:
             note(request)
         pool.writes.submit(request)

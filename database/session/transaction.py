@@ -395,14 +395,27 @@ class Transaction(Level):
                 self.whole = False
                 with anyio.CancelScope(shield=True):
                     await self._run_between()
-            elif retry.attempts and not self.readonly and retry.is_unknown(error):
-                retry.leave_behind()
+            else:
+                if retry.attempts and not self.readonly and retry.is_unknown(error):
+                    retry.leave_behind()
+                self._lose(error)
             self.callbacks.clear()
             await self._roll_back_root()
             raise
         self.whole = False  # there may be more
         if self.callbacks:
             await self._run_between()
+
+    def _lose(self, error: BaseException) -> None:
+        """Of a root: the commit of a part has not even been tried, for a cancellation or an earlier error has undone that.
+
+        Were the next statement to go on in a new transaction, half of the whole would be kept. Whoever wants that says so,
+        by `rollback()`.
+        """
+        if not isinstance(error, Exception):
+            self.fail("a commit() of this transaction was cancelled, so the whole of it has been rolled back", None)
+        elif isinstance(error, TransactionError) and self.lease is not None and self.lease.doom is not None:
+            self.fail(str(error), error.__cause__)
 
     async def rollback(self) -> None:
         """Undoes what was done so far; the next statement goes on in a new transaction, or a new savepoint."""

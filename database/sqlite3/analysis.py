@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from database.engine.statement import CONTROL, OTHER, READ, WRITE, Statement
+from database.engine.statement import CONTROL, OTHER, READ, WHOLE, WRITE, Statement
 
 __all__ = [
     "ARGUMENT_PRAGMAS",
@@ -194,7 +194,8 @@ def analyse(sql: str) -> Statement:
             hint = HINT_WITH
         elif verb in ("INSERT", "REPLACE"):
             hint = HINT_UPSERT if "CONFLICT" in outer and "UPDATE" in outer else HINT_INSERT
-        return Statement(sql, verb, WRITE, returns_rows="RETURNING" in outer, hint=hint)
+        fails = "FAIL" in outer and outer[outer.index("FAIL") - 1] == "OR"  # which keeps what came before the failure
+        return Statement(sql, verb, WHOLE if fails else WRITE, returns_rows="RETURNING" in outer, hint=hint)
     if verb in _CONTROLS:
         return Statement(sql, verb, CONTROL, returns_rows=False)
     if verb == "PRAGMA":

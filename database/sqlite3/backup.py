@@ -57,6 +57,12 @@ def _refuse_database_in_use(target: Path, connect: Callable[[Path, str], Any]) -
     """Whoever has it open would go on with a file that has no name any more, and all that is written there is lost."""
     if target.is_dir():
         raise errors.ConnectionFailedError(str(target), _FOLDER)
+    if target.exists() and not target.is_file():
+        raise errors.ConnectionFailedError(str(target), "it is no file, and would be replaced by one: name another")
+    for each in {target, Path(os.path.realpath(target))}:
+        for suffix in ("-wal", "-shm", "-journal"):
+            if each.name.endswith(suffix) and (owner := each.with_name(each.name.removesuffix(suffix))).is_file():
+                raise errors.ConnectionFailedError(str(target), f"it belongs to the database {str(owner)!r}")
     # By device and inode: another path, a symbolic or a hard link is the same file.
     if files.is_open(target) or Path(f"{target}-wal").exists() or Path(f"{target}-journal").exists():
         raise errors.ConnectionFailedError(str(target), _IN_USE)

@@ -477,7 +477,8 @@ class Connection(Levels):
             return self._forbidden(statement, text)
         if primary == sqlite3.SQLITE_READONLY and self._restricted and not is_busy(error):
             return read_only(text)
-        return explain(error, text, parameters, which, adapters)
+        done = statement is not None and is_undecodable(error)
+        return explain(error, text, parameters, which, adapters, done=done)
 
     def _forbidden(self, statement: Statement | None, text: str | None) -> BaseException:
         if statement is not None and statement.kind == CONTROL:

@@ -24,6 +24,7 @@ from database.sqlite3.library import classes
 
 __all__ = [
     "BUSY_SLICE",
+    "KEYS_STAY",
     "UNKNOWN",
     "Patience",
     "control_error",
@@ -151,8 +152,19 @@ def is_foreign(error: BaseException) -> bool:
 _OWN_SETTINGS = frozenset({"busy_timeout", "cache_size", "foreign_keys", "journal_mode", "synchronous"})
 
 
+KEYS_STAY = "keys stay"
+"""In the place of a PRAGMA's name: dropping a table was refused."""
+
+
 def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError:
     """Why a statement that changes one connection is refused outside a transaction, and what to do instead."""
+    if what == KEYS_STAY:
+        return errors.QueryExecutionError(
+            "PRAGMA foreign_keys does nothing within a transaction, which is open around this function: dropping the table"
+            " would delete or change the rows that refer to it, and was refused. A migration (`await db.migrate()`) can"
+            " make a table anew",
+            sql=text,
+        )
     if what in ("ATTACH", "DETACH"):
         instead = "name the file in the setting `attach`, which gives it to every connection"
     elif what == "temporary":
@@ -171,7 +183,13 @@ def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError
 
 
 def explain(
-    error: BaseException, text: str | None, parameters: Any, which: str, adapters: Adapters = NONE
+    error: BaseException,
+    text: str | None,
+    parameters: Any,
+    which: str,
+    adapters: Adapters = NONE,
+    *,
+    done: bool = False,
 ) -> errors.QueryExecutionError:
     """The package's error for one of `sqlite3`'s that has come out of binding or executing.
 
@@ -181,6 +199,7 @@ def explain(
         parameters: As they were given; `UNKNOWN` if nobody can say any more.
         which: Which of many it was.
         adapters: How types of the user's are stored.
+        done: Whether the statement has been executed all the same, and only its rows cannot be read.
     """
     unsupported = _UNSUPPORTED.search(str(error))
     code: int | None = getattr(error, "sqlite_errorcode", None)
@@ -217,14 +236,16 @@ def explain(
         error.args = (message,)
     elif is_undecodable(error):
         column = message.split("'")[1] if message.count("'") > 1 else "?"
-        message = (
-            f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB). A statement that writes has"
-            " been executed all the same"
-        )
+        message = f"the column {column!r} holds TEXT that is not UTF-8: select CAST({column} AS BLOB)"
+        if done:
+            message += ". A statement that writes has been executed all the same"
         error.args = (message,)
     if which:
         message = f"{message} ({which})"
-    return kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+    explained = kind(message, sql=text, parameters=parameters, code=code, code_name=_code_name(error, code))
+    if done:
+        explained.outcome = "done"
+    return explained
 
 
 _UNSUPPORTED = re.compile(

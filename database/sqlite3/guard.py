@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from database.engine.contract import Alone
 from database.sqlite3 import analysis
+from database.sqlite3.failures import KEYS_STAY
 from database.sqlite3.raw import Lent
 
 __all__ = ["MARK", "Guard"]
@@ -73,6 +74,11 @@ _OF_TABLES: Final = frozenset(
 _SCHEMA_TABLES = frozenset({"sqlite_master", "sqlite_schema"})
 _CONTROL_ACTIONS = frozenset({sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT})
 
+
+_OF_THE_PROCESS: Final = frozenset(
+    {"data_store_directory", "hard_heap_limit", "soft_heap_limit", "temp_store_directory"}
+)
+"""PRAGMAs whose value holds for every connection of this process: no other connection makes up for them."""
 
 _WORDS: Final = {sqlite3.SQLITE_ATTACH: "ATTACH", sqlite3.SQLITE_DETACH: "DETACH"}
 
@@ -221,10 +227,16 @@ class Guard:
                 if self._shared:  # with keys, perhaps, that are checked with the commit
                     self._alone = True
                     return sqlite3.SQLITE_DENY
+                if action == sqlite3.SQLITE_DROP_TABLE and str(first).lower() in self.raw.protected:
+                    self._refused = KEYS_STAY
+                    return sqlite3.SQLITE_DENY
             if action == sqlite3.SQLITE_PRAGMA and second is not None and str(first).lower() == "writable_schema":
                 self._schema_writable = True
             if action == sqlite3.SQLITE_PRAGMA or action in _CHANGES or (schema == "temp" and action in _CREATIONS):
                 return self._judge(action, str(first).lower(), second)
+            # Of `CREATE TRIGGER temp.name ON main.table`, nothing else tells that it is a temporary one.
+            if action == sqlite3.SQLITE_INSERT and first == "sqlite_temp_master":
+                return self._judge(action, "", None)
             return sqlite3.SQLITE_OK
         # Virtual tables and table-valued functions (FTS5, json_each, pragma_table_info) ask for writes that they never
         # do when they are first used: all of them to update the schema table, where they declare their columns, R*Tree
@@ -258,7 +270,7 @@ class Guard:
             second is None or first in analysis.ARGUMENT_PRAGMAS or first in analysis.FILE_PRAGMAS
         ):
             return sqlite3.SQLITE_OK
-        if not self.raw.in_transaction:
+        if not self.raw.in_transaction or (action == sqlite3.SQLITE_PRAGMA and first in _OF_THE_PROCESS):
             self._refused = first if action == sqlite3.SQLITE_PRAGMA else _WORDS.get(action, "temporary")
             return sqlite3.SQLITE_DENY
         if self._shared:

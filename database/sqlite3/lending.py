@@ -69,6 +69,7 @@ RESTORED_PRAGMAS = frozenset(
         "checkpoint_fullfsync",
         "fullfsync",
         "ignore_check_constraints",
+        "journal_size_limit",
         "legacy_alter_table",
         "query_only",
         "read_uncommitted",
@@ -85,6 +86,13 @@ _HARMLESS_PRAGMAS = frozenset({"busy_timeout", "cache_size", "recursive_triggers
 _BASE = f"base_{os.urandom(8).hex()}"
 _KEPT = f"kept_{os.urandom(8).hex()}"
 """Names of savepoints: no function may hit upon one of them."""
+
+_ON = re.compile(r"""(?:\bON|\bTRUE|\bYES|[1-9])[\s;)'"]*\Z""", re.IGNORECASE)
+_REFERRED = (
+    'SELECT lower(k."table") FROM sqlite_master AS t, pragma_foreign_key_list(t.name) AS k'
+    " WHERE t.type = 'table' AND k.on_delete NOT IN ('NO ACTION', 'RESTRICT')"
+)
+"""Tables whose rows take others with them."""
 
 _FORGETFUL = 1000
 """Texts whose kind is remembered, at the most; and no long ones."""
@@ -153,6 +161,9 @@ class Lending(_Connection):
     """Whether it was the user's authorizer that has just refused something."""
     cached = 0
     """Characters of SQL that have been prepared since the statement cache was emptied last."""
+
+    protected: frozenset[str] = frozenset()
+    """Tables that must not be dropped now: see `_without_keys`."""
 
     _thread = 0
     _based = _kept = _began = False
@@ -257,6 +268,7 @@ class Lending(_Connection):
             self._end_strays()
         based, self._based, self._kept, self._began = self._based, False, False, False
         self._names.clear()
+        self.protected = frozenset()
         keeper = self.keeper
         if self._pragmas:
             pragmas, self._pragmas = self._pragmas, []
@@ -284,11 +296,14 @@ class Lending(_Connection):
 
     def end(self, cursor: Any) -> None:
         """Ends a cursor or a blob: what is done with it from now on is refused."""
+        if not isinstance(cursor, self.module.Cursor):
+            with contextlib.suppress(Exception):
+                cursor.close()
+            return
         with contextlib.suppress(Exception):
-            cursor.close()
-        with contextlib.suppress(TypeError):  # a class of the user's own, of another shape
-            if isinstance(cursor, self.module.Cursor):
-                cursor.__class__ = self.ended_class
+            self.module.Cursor.close(cursor)  # a class of the user's own may do something else in its `close`, or raise
+        with contextlib.suppress(TypeError):  # a class of another shape
+            cursor.__class__ = self.ended_class
 
     def _end_strays(self) -> None:
         """Ends statements of cursors that were made without asking this connection."""
@@ -354,7 +369,10 @@ class Lending(_Connection):
         what, name = analysis.control(sql)
         if what == "PRAGMA":
             keeper = self.keeper
-            if name in RESTORED_PRAGMAS and (name in _HARMLESS_PRAGMAS or keeper.writes()):
+            if name == "foreign_keys":
+                self._without_keys(sql)
+            attached = "." in sql[: re.search("[=(]", sql).start()]  # type: ignore[union-attr]  # of one file among several
+            if name in RESTORED_PRAGMAS and not attached and (name in _HARMLESS_PRAGMAS or keeper.writes()):
                 found = self.plain_cursor().execute(f"PRAGMA {name}").fetchone()
                 if found is not None and type(found[0]) is int:
                     self._pragmas.append((name, found[0]))
@@ -379,6 +397,25 @@ class Lending(_Connection):
         else:
             self._base()
             self._savepoint(what, name)
+
+    def _without_keys(self, sql: str) -> None:
+        """`PRAGMA foreign_keys` does nothing within a transaction (sqlite.org/pragma.html#pragma_foreign_keys).
+
+        Who then drops a table, in order to make it anew, takes it that the rows which refer to it stay.
+        """
+        self.protected = frozenset()
+        if _ON.search(sql):
+            return
+        factory, self.text_factory = self.text_factory, str
+        try:
+            cursor = self.plain_cursor()
+            cursor.row_factory = None
+            if cursor.execute("PRAGMA foreign_keys").fetchall() == [(1,)]:
+                self.protected = frozenset(table for (table,) in cursor.execute(_REFERRED))
+        finally:
+            self.text_factory = factory
+        if self.protected:
+            self.install()  # and what is cached is looked at again
 
     def _savepoint(self, what: str, name: str) -> None:
         folded, names = name.lower(), self._names

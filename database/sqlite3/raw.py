@@ -156,6 +156,12 @@ class Lent(Lending):
             self.check()
             return super().blobopen(*args, **kwargs)
         self.enter("")
+        if not kwargs.get("readonly") and not self.keeper.writes():  # of blobs, SQLite does not ask the authorizer
+            error = self.module.OperationalError(
+                "attempt to write a readonly database: open the blob with readonly=True"
+            )
+            error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_READONLY, "SQLITE_READONLY"
+            raise error
         blob = super().blobopen(*args, **kwargs)
         self._made.append(ref(blob))
         return blob
@@ -186,6 +192,19 @@ class Lent(Lending):
         if self.lent:
             self._limits.append((category, before))
         return before
+
+    def backup(self, *args: Any, **kwargs: Any) -> None:
+        """As `sqlite3.Connection.backup`, where no transaction that may write is open: SQLite would wait for that for ever."""
+        if not self.lent:
+            self.check()
+        else:
+            self.usable()
+            if self.keeper.writes():
+                raise self.module.NotSupportedError(
+                    "backup() cannot copy a database within a transaction that may write, which is open around this"
+                    " function: use `await db.backup(path)`, or db.run(function, readonly=True) outside of one"
+                )
+        super().backup(*args, **kwargs)
 
     def deserialize(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: what the function has done so far would be gone, and the file with it."""

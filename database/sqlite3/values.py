@@ -170,7 +170,7 @@ _adapters: dict[tuple[type, type], Any] = sqlite3.adapters
 def _plain(value: Any, kind: type) -> Any:
     """A number, a text or a moment of numpy's or pandas' as Python's own; neither is imported for that."""
     name = kind.__name__
-    if name in ("NaTType", "NAType"):
+    if name in ("NaTType", "NAType", "MaskedConstant"):
         return None
     if name == "datetime64":
         text = str(value)
@@ -230,6 +230,16 @@ class _Attributes(dict[str, Any]):
         return _adapt(value, self._adapters)
 
 
+class _Named(dict[str, Any]):
+    """Values by the names of columns, whose case does not matter, as in the row that they may come from."""
+
+    def __missing__(self, name: str) -> Any:
+        for known, value in self.items():
+            if known.lower() == name.lower():
+                return value
+        raise KeyError(name)
+
+
 def bind(params: Any, sql: str, adapters: Adapters = NONE) -> Any:
     """Parameters in a form that `sqlite3` binds: a sequence, a mapping, or an object with attributes.
 
@@ -257,7 +267,7 @@ def bind(params: Any, sql: str, adapters: Adapters = NONE) -> Any:
         return {name: _adapt(value, adapters) for name, value in mapping.items()}
     names = _names(params)
     if names is not None and placeholders(sql):
-        return {name: _adapt(value, adapters) for name, value in zip(names, params, strict=True)}
+        return _Named((name, _adapt(value, adapters)) for name, value in zip(names, params, strict=True))
     if isinstance(params, (str, bytes, bytearray, memoryview, set, frozenset, int, float, complex, type)):
         shown = f"{kind.__name__}" if not isinstance(params, type) else f"the class {params.__name__}"
         raise TypeError(
@@ -266,6 +276,11 @@ def bind(params: Any, sql: str, adapters: Adapters = NONE) -> Any:
         )
     if names is not None or isinstance(params, Sequence):
         return [_adapt(value, adapters) for value in cast("Iterable[object]", params)]
+    if hasattr(kind, "keys") and hasattr(
+        kind, "__getitem__"
+    ):  # no mapping by its class, but what `dict()` takes for one
+        found: Any = params  # its attributes are others: a pandas Series has a `name`, whatever its labels are
+        return {name: _adapt(found[name], adapters) for name in found.keys()}  # noqa: SIM118  - it may iterate over values
     return _Attributes(cast("object", params), adapters)
 
 
@@ -273,7 +288,8 @@ def _names(params: Any) -> Sequence[str] | None:
     """The names of the values, where they have both names and an order."""
     if isinstance(params, (sqlite3.Row, _RowMethods)):
         return params.keys()
-    names: Any = getattr(cast("Any", params), "_fields", None) if isinstance(params, tuple) else None
+    # SQLAlchemy's rows are no tuples, but have what a NamedTuple has.
+    names: Any = getattr(cast("Any", params), "_fields", None) if isinstance(params, Sequence) else None
     return cast("tuple[str, ...]", names) if isinstance(names, tuple) else None
 
 

@@ -211,7 +211,7 @@ class Growth:
                 nonlocal done
                 turn = first
                 await gate.wait()  # starting 10,000 tasks takes longer than what is measured
-                while clock() < until:
+                while not done or clock() < until:
                     turn += 1
                     key = chosen[turn % 10_007]
                     answer = await call(key)
@@ -223,7 +223,7 @@ class Growth:
 
             start = clock()
             if isinstance(contender, Raw):
-                while clock() < until:
+                while not done or clock() < until:
                     key = chosen[done % 10_007]
                     if call(key)[1] != store.name_of(key):
                         raise store.WrongAnswerError(f"key {key}")

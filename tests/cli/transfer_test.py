@@ -229,11 +229,11 @@ def test_import_without_a_database(cli: Cli, configure: Callable[..., Path], peo
 
 
 JSONL_VALUES = [
-    '"1.10"', '"12345"', '"007"', "1e400", "-1e999", "1e999", "9007199254740993", "0.5", "2.0", "1.10", '"a"', "5", "null",
-    "3.14159265358979323846", "18446744073709551616", '{"a": [1.10, 1e400]}', '[ 1,2 ]', '"[1]"', '{"$base64": "AP8="}',
+    '"1.10"', '"12345"', '"007"', "1e400", "-1e999", "1e999", "9007199254740993", "0.5", "2.0", "-0.0", "1.10", '"a"', "5",
+    "null", "3.14159265358979323846", "18446744073709551616", '{"a": [1.10, 1e400]}', '[ 1,2 ]', '"[1]"', '{"$base64": "AP8="}',
 ]  # fmt: skip
-CSV_VALUES = ["1.10", "12345", "007", "1e400", "9007199254740993", "0.5", "5", "5.0", "+1", "1_0", " 7", "-0", "nan", "1e5",
-    "\\x00ff", "\\xAB", "9e999", "٣", "99999999999999999999", "abc"]  # fmt: skip
+CSV_VALUES = ["1.10", "12345", "007", "1e400", "9007199254740993", "0.5", "5", "5.0", "+1", "1_0", " 7", "-0", "-0.0", "nan",
+    "1e5", "\\x00ff", "\\xAB", "9e999", "٣", "99999999999999999999", "abc"]  # fmt: skip
 
 
 def test_created_tables_give_back_what_stood_there(
@@ -252,7 +252,7 @@ def test_created_tables_give_back_what_stood_there(
         ):  # numbers that nothing but text can hold
             return json.loads(found) == token
         old, new = json.loads(token), json.loads(found)
-        return type(old) is type(new) and old == new
+        return type(old) is type(new) and repr(old) == repr(new)
 
     for number, one in enumerate(JSONL_VALUES):
         columns = [json.dumps(f"c{index}") for index in range(len(JSONL_VALUES))]

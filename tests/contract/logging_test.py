@@ -153,7 +153,7 @@ async def test_pool_and_transaction_log_likewise(make_db: Any, caplog: pytest.Lo
     """Exhaustion is on database.pool; begin, commit and rollback on
     database.transaction.
     """
-    db = await make_db(pool_timeout=0.1)
+    db = await make_db(pool_timeout=0.1, logging={"slow_transaction_ms": None})
     async with db.transaction():
         await add(db, "a")
     with pytest.raises(LookupError):

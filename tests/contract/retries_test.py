@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import anyio
@@ -97,6 +99,30 @@ async def test_without_a_transaction_of_its_own(db: Any, engine: Engine, propaga
 
     await refused()
     assert runs == 3
+
+
+async def test_a_write_whose_rows_do_not_fit(db: Any, engine: Engine) -> None:
+    """A write that is committed, and whose rows only could not be made into records, is left behind like any other."""
+
+    @dataclass
+    class Job:
+        name: datetime
+
+    runs = 0
+
+    @transactional(propagation="supports", retries=2)
+    async def work() -> None:
+        nonlocal runs
+        runs += 1
+        with pytest.raises(errors.QueryExecutionError, match="does not fit"):
+            await db.fetch_one(
+                "INSERT INTO jobs (name) VALUES (:name) RETURNING name", {"name": f"{runs}"}, record_class=Job
+            )
+        raise errors.DatabaseBusyError(BUSY)
+
+    with pytest.raises(errors.DatabaseBusyError):
+        await work()
+    assert engine.committed() == ["1"]
 
 
 async def test_work_on_another_database(audit: Any, engine: Engine) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections import UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,6 +298,24 @@ class Slotted:
         self.a, self.b = 1, 2
 
 
+class Inherited(Slotted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = 3
+
+
+class Keyed:
+    """What `dict()` takes for a mapping, as a pandas Series is; its attributes are something else."""
+
+    a = b = "an attribute"
+
+    def keys(self) -> list[str]:
+        return ["a", "b"]
+
+    def __getitem__(self, name: str) -> int:
+        return {"a": 1, "b": 2}[name]
+
+
 class Computed:
     a = 1
 
@@ -321,6 +339,9 @@ class Frozen:
         pytest.param(UserDict({"a": 1, "b": 2}), id="UserDict"),
         pytest.param(Plain(), id="object"),
         pytest.param(Slotted(), id="slots"),
+        pytest.param(Inherited(), id="slots-of-a-parent"),
+        pytest.param(SimpleNamespace(a=1, b=2), id="SimpleNamespace"),
+        pytest.param(Keyed(), id="keys"),
         pytest.param(Computed(), id="property"),
         pytest.param(Frozen(), id="dataclass"),
     ],
@@ -328,6 +349,21 @@ class Frozen:
 async def test_named_parameters(db: Any, params: Any) -> None:
     """Names are taken from a mapping or from the attributes of any object."""
     assert list(await db.fetch_one("SELECT :a, :b, :a + :b", params)) == [1, 2, 3]
+
+
+async def test_a_model_of_pydantics(db: Any) -> None:
+    """So are extra fields, and what is computed from private attributes, which pydantic keeps in places of its own."""
+    pydantic = pytest.importorskip("pydantic")
+
+    class Loose(pydantic.BaseModel, extra="allow"):  # type: ignore[name-defined, misc]
+        a: int
+        _private: int = pydantic.PrivateAttr(default=3)
+
+        @property
+        def c(self) -> int:
+            return self._private
+
+    assert list(await db.fetch_one("SELECT :a, :b, :c", Loose(a=1, b=2))) == [1, 2, 3]
 
 
 Pair = namedtuple("Pair", "a b")
@@ -341,7 +377,7 @@ async def test_positional_parameters(db: Any, params: Any) -> None:
 
 async def test_a_row_as_parameters(db: Any) -> None:
     """A row that was fetched can be the parameters of the next statement, by its names."""
-    row = await db.fetch_one("SELECT 1 AS a, 2 AS b")
+    row = await db.fetch_one('SELECT 1 AS a, 2 AS "B"')
     assert list(await db.fetch_one("SELECT :b, :a", row)) == [2, 1]
 
 

@@ -467,15 +467,18 @@ async def test_execute_takes_the_values_of_the_moment(db: Any, engine: Engine, i
     data: dict[str, Any] = {"name": "dict"}
     sequence: list[Any] = ["list"]
     job = _Job("object")
+    rows: list[Any] = [("row",)]
     async with anyio.create_task_group() as tasks:
         async with held(db) as release:
             tasks.start_soon(write, data, "INSERT INTO jobs (name) VALUES (:name)")
             tasks.start_soon(write, sequence, "INSERT INTO jobs (name) VALUES (?)")
             tasks.start_soon(write, job, "INSERT INTO jobs (name) VALUES (:name)")
-            await eventually(lambda: db.stats().waiting + db.stats().queued == 3)
+            tasks.start_soon(db.execute_many, "INSERT INTO jobs (name) VALUES (?)", rows)
+            await eventually(lambda: db.stats().waiting + db.stats().queued == 4)
             data["name"] = sequence[0] = job.name = "late"
+            rows.append(("late",))
             release.set()
-    assert engine.committed() == ["dict", "list", "object"]
+    assert engine.committed() == ["dict", "list", "object", "row"]
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "transaction"])

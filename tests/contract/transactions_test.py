@@ -5,6 +5,7 @@ databases.
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -977,6 +978,52 @@ async def test_commit_within_a_decorated_function(db: Any, engine: Engine) -> No
     with pytest.raises(Undo):
         await work(True, "c", "d")
     assert engine.committed() == ["a", "b", "c"]
+    await usable(db)
+
+
+@in_turn("why", ["cancelled", "or-rollback"])
+async def test_a_commit_within_that_is_not_even_tried(db: Any, engine: Engine, why: str) -> None:
+    """`commit` that is cancelled before it has begun, or finds the transaction rolled back already, leaves no half of the
+    whole: though the function has caught that, nothing that follows is kept, until it says `rollback`.
+    """
+    await db.execute_script(engine.refusing_trigger)
+
+    async def give_up() -> None:
+        if why == "or-rollback":
+            with pytest.raises(errors.QueryExecutionError):
+                await db.execute("INSERT INTO item (value) VALUES ('rollback')")
+            with pytest.raises(errors.TransactionError):
+                await db.commit()
+            return
+        running, go_on = threading.Event(), threading.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(db.run, lambda _: (running.set(), go_on.wait(HANGING)))
+            await eventually(running.is_set)
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await db.commit()
+            go_on.set()
+
+    @transactional
+    async def work(anew: bool) -> None:
+        await add(db, "lost")
+        db.on_commit(lambda: told.append("lost"))
+        await give_up()
+        if anew:
+            await db.rollback()
+            await add(db, "kept")
+            return
+        for call in (lambda: add(db, "refused"), lambda: names(db), db.commit):
+            with pytest.raises(errors.TransactionError):
+                await call()
+
+    told: list[str] = []
+    with pytest.raises(errors.TransactionError):
+        await work(False)
+    assert engine.committed() == []
+    await work(True)
+    assert engine.committed() == ["kept"]
+    assert told == []
     await usable(db)
 
 

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.anyio
 
 @pytest.mark.parametrize("journal_mode", ["WAL", "DELETE", "MEMORY"])
 async def test_never_over_a_database_in_use(make_db: Any, engine: Engine, journal_mode: str) -> None:
-    """A backup onto its own file or onto another open database is refused, by whatever path or link; both live on."""
+    """A backup onto its own file, onto another open database, or onto what lies beside one, is refused, by whatever path or
+    link; both live on.
+    """
     db = await make_db(journal_mode=journal_mode, audit={"journal_mode": journal_mode})
     audit = engine.public.get_db("audit")
     await db.execute("INSERT INTO item (value) VALUES ('mine')")
@@ -33,9 +35,14 @@ async def test_never_over_a_database_in_use(make_db: Any, engine: Engine, journa
         os.link(file, hard)
         soft.symlink_to(file)
         names += [hard, soft, str(soft)]
+        (beside := engine.directory / f"beside{number}").symlink_to(f"{file}-wal")
+        names += [f"{file}-wal", f"{file}-shm", f"{file}-journal", beside, os.fsencode(file)]
     for name in names:
-        with pytest.raises(errors.ConnectionFailedError, match="in use"):
+        with pytest.raises(errors.ConnectionFailedError, match="in use|belongs to"):
             await db.backup(name)
+    os.mkfifo(pipe := engine.directory / "pipe")
+    with pytest.raises(errors.ConnectionFailedError, match="no file"):
+        await db.backup(pipe)
     (engine.directory / "file").write_text("a file")
     for place in ("folder", "folder/", "file/", "new/", "new/.", "folder/.."):  # never a file that is called like it
         with pytest.raises(errors.ConnectionFailedError, match="directory"):

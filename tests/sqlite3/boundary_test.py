@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
+from array import array
+from collections import UserList, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import anyio
 import pytest
 
 from database import errors, transactional
+from database.engine.statement import Result
 from tests.contract.support import Engine, gather
 
 pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
@@ -29,12 +33,17 @@ def unlocked(engine: Engine) -> Iterator[None]:
         other.close()
 
 
+async def collect(rows: AsyncIterator[Any]) -> list[Any]:
+    return [row async for row in rows]
+
+
 async def ways(db: Any, queries: Any, sql: str, name: str) -> AsyncIterator[tuple[str, Any]]:
     """Every way to send a write that gives rows, by name."""
     yield "execute", lambda: db.execute(sql)
     yield "fetch_value", lambda: db.fetch_value(sql)
     yield "fetch_one", lambda: db.fetch_one(sql)
     yield "fetch_all", lambda: db.fetch_all(sql)
+    yield "aiosql select", lambda: collect(getattr(queries, f"{name}_select")(db))
     for operator in ("one", "value", "insert"):
         yield f"aiosql {operator}", lambda operator=operator: getattr(queries, f"{name}_{operator}")(db)
 
@@ -49,6 +58,7 @@ async def test_an_error_of_the_commit_is_the_error_of_the_write(make_db: Any, en
     file.write_text(
         "".join(
             f"-- name: {name}_one^\n{sql};\n-- name: {name}_value$\n{sql};\n-- name: {name}_insert<!\n{sql};\n"
+            f"-- name: {name}_select\n{sql};\n"
             for name, sql in (("orphans", orphans), ("big", big))
         )
     )
@@ -58,6 +68,12 @@ async def test_an_error_of_the_commit_is_the_error_of_the_write(make_db: Any, en
         with unlocked(engine), pytest.raises(errors.IntegrityError):
             await call()
         assert engine.outside("SELECT count(*) FROM child") == [(0,)], way
+
+    db = await make_db(schema=False, pragmas={"max_page_count": 12})
+    async for way, call in ways(db, queries, big, "big"):
+        with unlocked(engine), pytest.raises(errors.QueryExecutionError, match="full"):
+            await call()
+        assert engine.outside("SELECT count(*) FROM item") == [(0,)], way
 
     db = await make_db(schema=False, journal_mode="DELETE", busy_timeout=100)
     await db.open()
@@ -74,7 +90,44 @@ async def test_an_error_of_the_commit_is_the_error_of_the_write(make_db: Any, en
     async for _, call in ways(db, queries, big, "big"):
         with unlocked(engine):
             await call()
-    assert engine.outside("SELECT count(*) FROM item") == [(4 * 7,)]
+    assert engine.outside("SELECT count(*) FROM item") == [(4 * 8,)]
+
+
+async def test_or_fail_leaves_nothing_behind(db: Any, engine: Engine) -> None:
+    """`OR FAIL`, which in SQLite keeps the rows before the one that fails, is all or nothing outside of a transaction, alone
+    and in a group; inside one it means what it means in SQLite.
+    """
+    await db.execute("INSERT INTO item (id, value) VALUES (1, 'a'), (2, 'a')")
+    before = engine.outside("SELECT id, value FROM item")
+    for sql in (
+        "INSERT OR FAIL INTO item (id) VALUES (8), (9), (1)",
+        "insert or fail INTO item (id) VALUES (8), (9), (1) RETURNING id",
+        "WITH v (n) AS (VALUES (8), (9), (1)) INSERT OR FAIL INTO item (id) SELECT n FROM v",
+        "UPDATE OR /* x */ FAIL item SET id = 7",
+    ):
+        calls: list[Any] = [lambda sql=sql: db.execute(sql)]
+        if "RETURNING" in sql:
+            calls += [lambda sql=sql: db.fetch_all(sql), lambda sql=sql: db.fetch_one(sql)]
+        else:
+            calls.append(lambda sql=sql: db.execute_many(sql, [()]))
+        for call in calls:
+            with unlocked(engine), pytest.raises(errors.IntegrityError):
+                await call()
+            assert engine.outside("SELECT id, value FROM item") == before, sql
+            results = await gather(*[lambda: db.execute("INSERT INTO parent DEFAULT VALUES")] * 2, call)
+            assert [type(each) for each in results[:2]] == [Result, Result]
+            assert isinstance(results[2], errors.IntegrityError)
+            assert engine.outside("SELECT id, value FROM item") == before, sql
+    async with db.transaction():
+        with pytest.raises(errors.IntegrityError):
+            await db.execute("INSERT OR FAIL INTO item (id) VALUES (8), (1)")
+    assert engine.outside("SELECT id FROM item") == [(1,), (2,), (8,)]
+    async with db.batch() as batch:
+        await batch.execute("INSERT OR FAIL INTO item (id) VALUES (9)")
+    with pytest.raises(errors.ReadOnlyTransactionError):
+        async with db.transaction(readonly=True):
+            await db.execute("INSERT OR FAIL INTO item (id) VALUES (10)")
+    assert (await db.execute("INSERT OR FAIL INTO item (id) VALUES (30)")) == (1, 30)
 
 
 async def test_a_write_whose_rows_cannot_be_made_is_done(db: Any, engine: Engine) -> None:
@@ -284,6 +337,21 @@ async def test_text_that_is_not_utf8(db: Any, engine: Engine) -> None:
     assert await db.fetch_value("SELECT value FROM item ORDER BY id") == "good"
     engine.outside("PRAGMA wal_checkpoint(TRUNCATE)")
     assert engine.outside("SELECT id FROM item ORDER BY id") == [(1,), (42,)]
+    for blow in ("INSERT OR ROLLBACK INTO item (id) VALUES (1)", write.replace("id + 10", "1").replace("% 10", "% 5")):
+        results = await gather(  # it stays done, also where the group that it was in is rolled back
+            lambda: db.execute("INSERT INTO item (id) VALUES (0)"), lambda: db.fetch_value(write),
+            lambda blow=blow: db.execute(blow.replace("UPDATE", "UPDATE OR ROLLBACK")),
+        )  # fmt: skip
+        assert isinstance(results[1], errors.QueryExecutionError)
+        assert isinstance(results[2], errors.IntegrityError), results
+        (number,) = engine.outside("SELECT max(id) FROM item")[0]
+        assert number % 10 == 2
+        assert number > 42, "said to be done"
+        await db.execute_script("DELETE FROM item WHERE id = 0; UPDATE item SET id = 42 WHERE id > 42")
+    with pytest.raises(errors.QueryExecutionError, match="AS BLOB") as caught:
+        await db.run(lambda connection: connection.execute(write).fetchall())
+    assert "all the same" not in str(caught.value), "of a function nothing is kept"
+    assert engine.outside("SELECT id FROM item ORDER BY id") == [(1,), (42,)]
 
 
 async def test_what_a_write_says_of_itself(db: Any) -> None:
@@ -358,11 +426,23 @@ class Pair(NamedTuple):
     a: Any
 
 
+class RowOfOthers(Sequence[Any]):
+    """As SQLAlchemy's: no tuple, but with what a NamedTuple has."""
+
+    _fields = ("b", "a")
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, position: Any) -> Any:
+        return ("B", "A")[position]
+
+
 async def test_names_or_positions_as_the_sql_asks(db: Any, engine: Engine) -> None:
-    """A NamedTuple or a `Row` goes by name to `:name`, by position to `?`, in every method."""
+    """A NamedTuple or a row, also another library's, goes by name to `:name`, by position to `?`, in every method."""
     await db.execute("CREATE TABLE pair (a, b)")
     row = await db.fetch_one("SELECT 'B' AS b, 'A' AS a")
-    for params in (Pair("B", "A"), row):
+    for params in (Pair("B", "A"), row, RowOfOthers()):
         for sql, wanted in (
             ("INSERT INTO pair (a, b) VALUES (:a, :b)", ("A", "B")),
             ("INSERT INTO pair (a, b) VALUES (?, ?)", ("B", "A")),
@@ -374,8 +454,14 @@ async def test_names_or_positions_as_the_sql_asks(db: Any, engine: Engine) -> No
                 async with db.batch() as batch:
                     await batch.execute(sql, params)
 
+            async def streamed(sql: str = sql, params: Any = params) -> None:
+                async with db.transaction(), db.stream(sql.split(" --")[0] + " RETURNING a", params) as rows:
+                    await collect(rows)
+
             for call in (
                 lambda sql=sql, params=params: db.execute(sql, params),
+                lambda sql=sql, params=params: db.fetch_one(sql.split(" --")[0] + " RETURNING a", params),
+                streamed,
                 lambda sql=sql, params=params: db.execute_many(sql, [params, params]),
                 lambda sql=sql, params=params: db.execute_many(sql, iter([params])),
                 batched,
@@ -383,6 +469,23 @@ async def test_names_or_positions_as_the_sql_asks(db: Any, engine: Engine) -> No
                 await call()
                 assert set(engine.outside("SELECT a, b FROM pair")) == {wanted}, (params, sql)
                 await db.execute("DELETE FROM pair")
+
+
+class Single(NamedTuple):
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    value: Any = None
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+
+class Grown(Slotted):
+    """Has both: what its parent keeps in slots, and a `__dict__`."""
 
 
 async def test_values_are_those_of_the_moment_of_handing_over(db: Any, engine: Engine) -> None:
@@ -408,6 +511,17 @@ async def test_values_are_those_of_the_moment_of_handing_over(db: Any, engine: E
 
             shared[f"{kind} in a {name}"] = sql, params, fill
     shared["bytearray in a tuple"] = positions, (buffer,), lambda _, n: buffer.__setitem__(slice(None), b"%d" % n)
+    for kind in (UserList, deque, type("OwnList", (list,), {}), lambda values: array("q", values)):
+        shared[str(kind)] = positions, kind([0]), lambda it, n: it.__setitem__(0, n)
+    fixed = Fixed(buffer), Single(buffer)
+    for each in fixed:
+        shared[f"bytearray in {each}"] = names, each, lambda _, n: buffer.__setitem__(slice(None), b"%d" % n)
+    shared["SimpleNamespace"] = names, SimpleNamespace(), lambda it, n: setattr(it, "value", n)
+    shared["slots of a parent"] = names, Grown(), lambda it, n: setattr(it, "value", n)
+    db.adapt(list, lambda value: value[0] if isinstance(value[0], int) else value[0]["n"])
+    flat, deep = [0], [{"n": 0}]
+    shared["a list that is adapted"] = positions, (flat,), lambda _, n: flat.__setitem__(0, n)
+    shared["a document"] = names, {"value": deep}, lambda _, n: deep[0].__setitem__("n", n)
     for name, (sql, params, put) in shared.items():
 
         def rows(params: Any = params, put: Any = put) -> Iterator[Any]:
@@ -422,6 +536,7 @@ async def test_values_are_those_of_the_moment_of_handing_over(db: Any, engine: E
         stored = [int(value) for (value,) in engine.outside("SELECT value FROM item ORDER BY id")]
         assert stored == [0, 1, 2, 0, 1, 2], name
         await db.execute("DELETE FROM item")
+    db.binding.declared.adapters.clear()
 
 
 async def test_which_row_failed(db: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import warnings
 from typing import Any
@@ -10,6 +11,10 @@ import pytest
 
 from tests.contract.support import Engine
 from tests.sqlite3.run_test import SENDS, is_clean
+
+with contextlib.suppress(ImportError), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import numpy  # now: it cannot be imported twice, and once failed in the middle of a test  # noqa: F401
 
 pytestmark = [pytest.mark.anyio, pytest.mark.any_loop]
 
@@ -136,7 +141,7 @@ async def test_numbers_and_moments_of_numpy_and_pandas(db: Any, engine: Engine) 
         (numpy.datetime64(f"{moment}.123", "ns"), "2024-01-02 03:04:05.123000"),
         (numpy.datetime64(f"{moment}.123456789"), "2024-01-02 03:04:05.123456789"),
         (numpy.datetime64("2024-01-02T03"), "2024-01-02 03:00:00"), (numpy.datetime64("NaT", "s"), None),
-        (pandas.Timestamp(moment), "2024-01-02 03:04:05"), (pandas.NaT, None), (pandas.NA, None),
+        (pandas.Timestamp(moment), "2024-01-02 03:04:05"), (pandas.NaT, None), (pandas.NA, None), (numpy.ma.masked, None),
         (array.array("B", [1, 2]), b"\1\2"), (memoryview(b"abcdef")[::2], b"ace"), (memoryview(b"ab"), b"ab"),
     ]  # fmt: skip
     bad = [
