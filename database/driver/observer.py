@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from threading import Thread
 from typing import Any, Protocol
 
@@ -66,8 +67,11 @@ class Observer(Protocol):
 
 
 def aside(function: Callable[[], None]) -> None:
-    """Runs what may have to wait (a log handler) on a thread of its own, for an event loop must not. Any thread."""
+    """Runs what may have to wait (a log handler) on a thread of its own, for an event loop must not. Any thread.
+
+    In the context of the caller, as it would be run here.
+    """
     try:
-        Thread(target=function, name="database-log", daemon=True).start()
+        Thread(target=copy_context().run, args=(function,), name="database-log", daemon=True).start()
     except RuntimeError:  # the interpreter is about to end
         function()

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock, Thread, get_ident
 
@@ -47,7 +47,7 @@ from database.driver.watch import Watch, refuse
 from database.driver.worker import Servable, Worker, here
 from database.driver.write_lane import WriteLane
 from database.engine.contract import Backend, Connection, Role
-from database.errors import PoolClosedError
+from database.errors import PoolClosedError, TransactionError
 
 __all__ = ["Pool", "PoolStats"]
 
@@ -267,8 +267,12 @@ class Pool:
 
     # Waiting and holding. See `Watch`
 
-    def _deadline_of(self, runner: Runner, request: Request | None, began: float, now: float) -> float:
-        return self._watch.deadline_of(runner, request, began, now)  # there are workers before there is a watch
+    def _deadline_of(self, runner: Runner, requests: Sequence[Request], began: float, now: float) -> float:
+        return self._watch.deadline_of(runner, requests, began, now)  # there are workers before there is a watch
+
+    def own_wait(self, request: Request | None) -> TransactionError | None:
+        """See `Owner`. Any thread."""
+        return self._watch.own_wait(request)
 
     def holders(self, *, readonly: bool) -> list[str]:
         """Who holds what since when. Any thread."""
@@ -503,10 +507,7 @@ class Pool:
 
     def _rooms(self) -> list[Room]:
         """Those of all pools of this file. Any thread."""
-        description = self.backend.description
-        return [
-            pool.room for pool in process.pools() if pool.backend.description == description and pool.room is not None
-        ]
+        return [pool.room for pool in process.sharing(self.backend) if pool.room is not None]
 
     def attends(self, worker: Worker) -> bool:
         """Whether the worker attends to a transaction or a stream, and so to nothing else. Any thread."""

@@ -23,9 +23,10 @@ from typing import Any
 
 from database.driver.roles import Owner
 from database.driver.worker import Servable, Worker, here
+from database.engine.contract import Backend
 from database.errors import DatabaseError
 
-__all__ = ["add", "discard", "pools"]
+__all__ = ["add", "discard", "pools", "sharing"]
 
 FORK_SECONDS = 1.0
 """How long a fork waits for running statements to end."""
@@ -46,6 +47,12 @@ def discard(pool: Owner[Any]) -> None:
 def pools() -> list[Owner[Any]]:
     """The open pools, of all event loops. Any thread."""
     return list(_pools)
+
+
+def sharing(backend: Backend) -> list[Owner[Any]]:
+    """Of these, those that have a file in common with that backend: its own pool, and others by whatever name. Any thread."""
+    files = backend.files()
+    return [pool for pool in pools() if pool.backend is backend or not files.isdisjoint(pool.backend.files())]
 
 
 @atexit.register

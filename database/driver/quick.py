@@ -53,7 +53,9 @@ STRIKES = 40
 """From more than this on, it is the statement and not the machine."""
 
 TEXTS = 2000
-"""Texts that are remembered."""
+"""Texts that are remembered, at the most."""
+LENGTH = 10_000
+"""Characters of the longest of them: a longer one holds data, and will hardly be sent again."""
 
 
 class Quick:
@@ -107,6 +109,8 @@ class Quick:
     def _learn(self, text: str, *, quick: bool) -> None:
         known = self.texts.get(text)
         if known is None:
+            if len(text) > LENGTH:
+                return
             if len(self.texts) >= TEXTS:
                 self.texts.clear()
             self.texts[text] = [NEW - 1 if quick else RELAPSE, RELAPSE, 0]

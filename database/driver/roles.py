@@ -29,6 +29,7 @@ from database.driver.stats import PoolStats
 from database.driver.wakeup import Waker
 from database.driver.worker import Servable, Worker
 from database.engine.contract import Backend, Connection
+from database.errors import TransactionError
 
 __all__ = ["Claimant", "Owner"]
 
@@ -113,6 +114,10 @@ class Owner(Protocol[LeaseT]):
 
     def open_another(self) -> Worker | None:
         """One more connection; None where there are as many as there may be."""
+        ...
+
+    def own_wait(self, request: Request | None) -> TransactionError | None:
+        """What a request is told that waits for another pool to write, if it could only wait for itself. Any thread."""
         ...
 
     # Workers at work

@@ -33,7 +33,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from time import perf_counter
 from typing import Any
@@ -62,8 +62,9 @@ SLOW_TICKS = 8
 CLOSED = "the pool was closed while this statement ran"
 ENDED_BY_ITSELF = "the database has rolled the transaction back by itself; nothing of it is kept"
 
-Deadline = Callable[["Runner", Request | None, float, float], float]
-"""`(runner, request, began, now)`: until when a runner that has waited since `began` tries again. Runner's thread.
+Deadline = Callable[["Runner", Sequence[Request], float, float], float]
+"""`(runner, requests, began, now)`: until when a runner that has waited since `began` tries again, for those who have sent
+these requests. Runner's thread.
 
 Asked only where readers and the writer exclude one another; it raises where there is no use in waiting.
 """
@@ -245,7 +246,9 @@ class Runner:
 
     def _open(self) -> BaseException | None:
         try:
-            self.connection = self._last = self.backend.connect(self.role, self._progress)
+            connection = self.connection = self._last = self.backend.connect(self.role, self._progress)
+            if self._deadline is not None:
+                connection.patiently = lambda step: self.patiently(self.current, step)
         except BaseException as error:
             if not isinstance(error, DatabaseError):
                 failed = ConnectionFailedError(self.backend.description, f"{type(error).__name__}: {error}")
@@ -401,7 +404,7 @@ class Runner:
             raise Alone
         try:
             if keep:
-                self.commit(connection)
+                self.commit(connection, asked=self.current)
             else:
                 connection.rollback()
                 self.rollbacks += 1
@@ -470,11 +473,19 @@ class Runner:
             self.tell(request, self.observer.failure, translated)
         return translated
 
-    def patiently(self, request: Request | None, step: Any, *arguments: Any) -> Any:
+    def patiently(
+        self, request: Request | None, step: Any, *arguments: Any, asked: Request | Sequence[Request] | None = None
+    ) -> Any:
         """Runs a step again and again while somebody else holds a lock, until `busy_timeout` is used up.
 
         Between two tries the thread sleeps for a random few milliseconds: short enough that a cancellation is heeded
         at once (SQLite's own busy handler cannot be interrupted) and that no process starves behind another.
+
+        Args:
+            request: What is given up when it is cancelled.
+            step: What is tried.
+            *arguments: Its arguments.
+            asked: Whose wait it is, where nothing is given up any more: what is committed.
 
         Raises:
             Interrupted: The request was cancelled meanwhile, or its transaction ended from outside.
@@ -494,7 +505,9 @@ class Runner:
                     if not self.backend.is_busy(error):
                         raise
                     if self._deadline is not None:
-                        deadline = max(deadline, self._deadline(self, request, began, until))
+                        whose = request if asked is None else asked
+                        requests = () if whose is None else (whose,) if isinstance(whose, Request) else whose
+                        deadline = max(deadline, self._deadline(self, requests, began, until))
                     if until >= deadline:
                         raise
                 self.flush()
@@ -522,14 +535,14 @@ class Runner:
             self.patiently(request, _begin, connection, readonly)
         return connection
 
-    def commit(self, connection: Connection, size: int = 1) -> None:
-        """Commits `size` writes. Must be called with no current request, so that nothing can interrupt it."""
+    def commit(self, connection: Connection, size: int = 1, asked: Request | Sequence[Request] | None = None) -> None:
+        """Commits `size` writes of those who asked. Nothing can interrupt it but for what is current."""
         try:
             connection.commit()
         except BaseException as error:
             if not self.backend.is_busy(error):
                 raise
-            self.patiently(None, connection.commit)
+            self.patiently(None, connection.commit, asked=asked)
         self.commits += 1
         if self.threshold is not None:
             self.tell(None, self.observer.committed, size)
@@ -589,7 +602,7 @@ class Runner:
                 request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
                 return
             try:
-                self.commit(connection)
+                self.commit(connection, asked=request)
             except BaseException as error:
                 request.error = self.translate(error, request)
             else:

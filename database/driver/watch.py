@@ -17,7 +17,7 @@ handlers may block.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -234,9 +234,27 @@ class Watch:
         if next_check is not None:
             self._reading = pool.waker.call_later(max(next_check, 0.001), self._check_long_reads)
 
+    # Worker thread
+
+    def own_wait(self, request: Request | None) -> TransactionError | None:
+        """The right to write is another pool's: is it the very task that waits which has a transaction open there?"""
+        pool = self._pool
+        task = None if request is None else pool.waker.task_of(request)
+        if task is None:
+            return None
+        for other in process.sharing(pool.backend):
+            for lease in tuple(other.transactions) if other is not pool else ():
+                if lease.worker is other.writer and not lease.ended and lease.holder.is_of(task):
+                    return TransactionError(
+                        f"this could only wait for itself: database {pool.name!r} has a file in common with {other.name!r},"
+                        f" where this very task holds {lease.holder()} open, and a file has one writer at a time. Write to it"
+                        " within that transaction, or end that first"
+                    )
+        return None
+
     # Where readers and the writer exclude one another. Worker thread
 
-    def deadline_of(self, worker: Runner, request: Request | None, began: float, now: float) -> float:
+    def deadline_of(self, worker: Runner, requests: Sequence[Request], began: float, now: float) -> float:
         """Until when a worker tries again: see `Deadline`.
 
         `busy_timeout` is for other processes. This one's own connections are waited for like everything else here.
@@ -249,9 +267,9 @@ class Watch:
         held = self._locked_by(worker)
         if not held:
             return deadline
-        task = None if request is None else self._pool.waker.task_of(request)
+        tasks = [task for task in map(self._pool.waker.task_of, requests) if task is not None]
         for lease, holder in held:
-            if task is not None and lease is not None and lease.holder.is_of(task):
+            if lease is not None and any(map(lease.holder.is_of, tasks)):
                 raise TransactionError(
                     f"this could only wait for itself: without a WAL a write excludes reading, and this very task holds"
                     f" {holder} open. End that first, or set journal_mode to WAL"
@@ -273,9 +291,7 @@ class Watch:
         backend = self._pool.backend
         excludes = backend.excludes
         assert excludes is not None
-        for pool in process.pools():
-            if pool.backend.description != backend.description:
-                continue
+        for pool in process.sharing(backend):
             for other in (pool.writer, *pool.readers()):
                 connection, current = other.connection, other.current
                 if other is worker or connection is None:

@@ -23,7 +23,12 @@ from database.driver.roles import Owner
 from database.driver.runner import CLOSED, again
 from database.driver.worker import WAKE, Servable, Worker
 from database.engine.contract import Alone, Interrupted
-from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, DatabaseError, PoolClosedError
+from database.errors import (
+    ConnectionPoolExhaustedError,
+    DatabaseBusyError,
+    DatabaseError,
+    PoolClosedError,
+)
 
 __all__ = ["GROUP_SECONDS", "GROUP_SIZE", "WriteLane"]
 
@@ -160,6 +165,8 @@ class WriteLane(Lane):
         while not connection.try_lock(0.01):
             if item.cancelled:
                 error: BaseException = Interrupted()
+            elif (own := self.pool.own_wait(item.first() if isinstance(item, Lease) else item)) is not None:
+                error = own
             elif worker.hurried:
                 error = PoolClosedError(CLOSED)
             elif isinstance(item, Lease) and item.doom is not None:
@@ -246,7 +253,7 @@ class WriteLane(Lane):
         assert connection is not None
         connection.share(False)
         try:
-            worker.commit(connection, len(members))
+            worker.commit(connection, len(members), members)
         except BaseException as error:
             open_still = connection.in_transaction
             broken, busy = worker.backend.is_broken(error), worker.backend.is_busy(error)

@@ -56,6 +56,10 @@ class Connection(Protocol):
     plain: bool
     """Whether a statement of plain values calls nothing of the user's, and logs nothing: no function that he registered."""
 
+    patiently: Callable[[Callable[[], None]], None] | None
+    """Runs a step of a script again and again while somebody else holds a lock. Set by who runs it, where there is
+    `Backend.excludes`: the connection itself cannot know that a lock is this process's own."""
+
     @property
     def in_transaction(self) -> bool:
         """Whether the *database* says that a transaction is open; it can end one by itself."""
@@ -157,6 +161,8 @@ class Backend:
         dispose: Called once after the last connection has been closed.
         gauges: What can be measured of the database from outside, by name (`"wal.size"` in bytes). Any thread may call.
         log: The write-ahead log, if the pool is to keep it short.
+        files: What it has open, in whatever form the engine knows it: pools that have something in common share locks and
+            a log. Any thread may call.
         excludes: Where readers and the writer exclude one another (SQLite without a WAL): whether a connection keeps a lock
             just now. None where they do not.
         max_idle: Seconds after which a connection that nobody uses is closed, as long as there are others; 0: never.
@@ -178,6 +184,7 @@ class Backend:
     dispose: Callable[[], None] = lambda: None
     gauges: Callable[[], dict[str, float]] = dict
     log: Log | None = None
+    files: Callable[[], frozenset[Any]] = frozenset
     excludes: Callable[[Any], bool] | None = None
     as_is: bool = False
     single_writer: bool = True

@@ -18,14 +18,16 @@ from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
 from pathlib import PurePath
+from time import perf_counter
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 from uuid import UUID
 
+from database.engine.contract import Interrupted
 from database.engine.statement import Statement
 from database.errors import QueryExecutionError
 
-__all__ = ["of_statement", "records"]
+__all__ = ["FIRST", "in_pieces", "of_statement", "records"]
 
 Converter = Callable[[Any], Any]
 
@@ -72,6 +74,36 @@ def records(names: Sequence[str], rows: Iterable[Any], record_class: Any, *, bef
                 )
         made.append(record_class(**dict(zip(names, values, strict=True))))
     return made
+
+
+FIRST = 16
+"""Records that are made before it is looked whether anybody still waits for them; then twice as many."""
+SLOW = 0.005
+"""Seconds after which it is only that many again."""
+
+
+def in_pieces(make: Callable[[list[Any], int], list[Any]], rows: list[Any], gone: Callable[[], bool]) -> list[Any]:
+    """Makes records of many rows: a class of the user's may take its time for each.
+
+    Args:
+        make: Makes records of some of them; is told how many come before these.
+        rows: All of them.
+        gone: Whether nobody waits any more.
+
+    Raises:
+        Interrupted: So it is.
+    """
+    made: list[Any] = []
+    size, begun = FIRST, 0
+    while True:
+        began = perf_counter()
+        made += make(rows[begun : begun + size], begun)
+        begun += size
+        if begun >= len(rows):
+            return made
+        size = FIRST if perf_counter() - began > SLOW else size * 2
+        if gone():
+            raise Interrupted
 
 
 def of_statement(error: BaseException, sql: Any, parameters: Any) -> BaseException:

@@ -346,6 +346,8 @@ def _batch(connection: Sender, items: Any) -> int:
     for number, (statement, params) in enumerate(items):
         plan: Plan = statement.hint
         try:
+            if number % 16 == 0 and connection.progress():  # code of the user's may take its time for each
+                raise psycopg.errors.QueryCanceled("the caller has gone")
             plan.check_shapes()
             connection.admit(plan)
             values = bind(plan, params, connection.adapters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import psycopg
@@ -18,7 +18,7 @@ from psycopg import pq
 from database import errors
 from database.driver.request import Request
 from database.engine.adapting import taken
-from database.engine.records import of_statement, records
+from database.engine.records import FIRST, in_pieces, of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.postgresql import analysis, bulk
@@ -70,6 +70,8 @@ class Connection(Sender):
 
     __slots__ = ()
 
+    patiently: Callable[[Callable[[], None]], None] | None = None
+    """See `Connection`."""
     plain = False
     """The server's notices may come with every statement, and are logged."""
 
@@ -218,13 +220,17 @@ class Connection(Sender):
             return Rows(transformer.load_rows(start, end, row_class(names)))
         return self.made(names, transformer.load_rows(start, end, tuple), record_class)
 
-    def made(self, names: Sequence[str], rows: Iterable[Any], record_class: Any) -> list[Any]:
+    def made(self, names: Sequence[str], rows: list[Any], record_class: Any) -> list[Any]:
         """Rows as the user's class has them; what that raises goes to the caller as it is."""
-        try:
-            return records(names, rows, record_class)
-        except BaseException as error:
-            self.theirs = error
-            raise
+
+        def make(piece: list[Any], before: int) -> list[Any]:
+            try:
+                return records(names, piece, record_class, before=before)
+            except BaseException as error:
+                self.theirs = error
+                raise
+
+        return make(rows, 0) if len(rows) <= FIRST else in_pieces(make, rows, self.progress)
 
     # Streams: a cursor on the server, known by a number
 

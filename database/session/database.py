@@ -300,9 +300,7 @@ class Database:
             replica: Whether a read-only transaction may run on a replica, if there are any.
         """
         options = options_of(isolation, replica)
-        return TransactionContext(
-            self.binding, _origin_in_generators("db.transaction()", 1), readonly, timeout, propagation, options
-        )
+        return TransactionContext(self.binding, _origin("db.transaction()", 1), readonly, timeout, propagation, options)
 
     async def begin(self, readonly: bool = False) -> Transaction:
         """Begins a transaction that `commit()` or `rollback()` ends; within one, a nested level of it.
@@ -310,8 +308,8 @@ class Database:
         It belongs to this task and to tasks started from now on. If the task ends first, it is rolled back with a
         warning.
         """
-        origin = _origin_in_generators("db.begin()", 1, outlives=True)
-        return await manual.begin(self.binding, origin, readonly=readonly)
+        held = generators.around(sys._getframe(1), outlives=True)  # pyright: ignore[reportPrivateUsage]
+        return await manual.begin(self.binding, _origin("db.begin()", 1), held, readonly=readonly)
 
     async def commit(self) -> None:
         """Commits what `begin()` began; inside a decorated function, what was done so far.
@@ -345,7 +343,7 @@ class Database:
 
     def detached(self) -> AbstractContextManager[None]:
         """`with db.detached():` steps outside the current transaction: for tasks that outlive it."""
-        return detached(self.binding.current, generators.around(sys._getframe(1)))  # pyright: ignore[reportPrivateUsage]
+        return detached(self.binding.current, of_user=True)
 
     def batch(self, size: int = 1000) -> Batch:
         """Many writes, sent together and committed every `size`: `async with db.batch() as batch: ...`.
@@ -524,13 +522,3 @@ class Database:
 def _origin(what: str, depth: int) -> Origin:
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who calls
     return Origin(what, frame.f_code, frame.f_lineno)
-
-
-def _origin_in_generators(what: str, depth: int, *, outlives: bool = False) -> Origin:
-    """The same for what ends with the generators that it is begun in: who takes it has them watched, and forgets them."""
-    origin = _origin(what, depth + 1)
-    frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]
-    code = frame.f_code
-    if outlives or code.co_flags & generators.ASYNC_GENERATOR or code.co_filename == generators.CONTEXTLIB:
-        origin.generators = generators.around(frame, outlives=outlives)
-    return origin

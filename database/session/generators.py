@@ -23,13 +23,20 @@ import weakref
 from types import AsyncGeneratorType, FrameType
 from typing import Any, Final, Protocol, TypeAlias
 
-__all__ = ["ASYNC_GENERATOR", "CONTEXTLIB", "Generators", "around", "watch"]
+__all__ = ["Generators", "around", "enters", "watch"]
 
 ASYNC_GENERATOR: Final = inspect.CO_ASYNC_GENERATOR
 CONTEXTLIB: Final = contextlib.__file__
 
 AnyGenerator: TypeAlias = AsyncGeneratorType[Any, Any]
 Generators: TypeAlias = tuple[AnyGenerator, ...]
+
+
+def enters(frame: FrameType) -> bool:
+    """Whether what is begun in this frame may have to be watched: most frames are those of ordinary coroutines."""
+    code = frame.f_code
+    return bool(code.co_flags & ASYNC_GENERATOR) or code.co_name == "__aenter__" or code.co_filename == CONTEXTLIB
+
 
 _known: weakref.WeakSet[AnyGenerator] = weakref.WeakSet()
 """Those that have begun something before: they are likely to do so again. A generator belongs to one thread at a time,
@@ -39,6 +46,8 @@ and is looked for by the one that runs it."""
 def around(frame: FrameType | None, *, outlives: bool = False) -> Generators:
     """The async generators that end, when they are left, what is begun in this frame: its own, and those around it.
 
+    What a context manager begins as it is entered (`__aenter__` of a unit of work, say, or a stack) goes on behind that.
+
     Args:
         frame: Where it is begun, on the thread that runs it.
         outlives: Whether it may go on when the coroutine of this frame has returned (`begin()`).
@@ -46,11 +55,16 @@ def around(frame: FrameType | None, *, outlives: bool = False) -> Generators:
     found: list[AnyGenerator] = []
     while frame is not None:
         code, caller = frame.f_code, frame.f_back
-        if code.co_flags & ASYNC_GENERATOR:
-            held = caller is not None and caller.f_code.co_filename == CONTEXTLIB
+        flags = code.co_flags
+        held = caller is not None and caller.f_code.co_filename == CONTEXTLIB
+        if flags & ASYNC_GENERATOR:
             if not held and (generator := _generator(frame)) is not None:
                 found.append(generator)
-        elif code.co_filename != CONTEXTLIB and not (outlives and code.co_flags & inspect.CO_COROUTINE):
+        elif code.co_filename == CONTEXTLIB:
+            outlives = outlives or code.co_name == "enter_async_context"
+        elif code.co_name in ("__aenter__", "__enter__"):
+            outlives = True
+        elif not (held and flags & inspect.CO_GENERATOR) and not (outlives and flags & inspect.CO_COROUTINE):
             break
         frame = caller
     return tuple(found)

@@ -11,13 +11,14 @@ is told that the transaction has ended.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from database.driver.wakeup import current_task
-from database.session.generators import Generators, watch
+from database.session.generators import around, watch
 from database.session.origin import Origin
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ def step_out(level: Level, token: Any) -> None:
 
 
 @contextmanager
-def detached(variable: Current, generators: Generators = ()) -> Generator[None, None, None]:
-    """Steps outside the current transaction."""
+def detached(variable: Current, *, of_user: bool = False) -> Generator[None, None, None]:
+    """Steps outside the current transaction; where it is the user's, no longer than the async generators that he does so in."""
     found = variable.get()
     if found is not None and found.ended:
         found = step_back(variable, found)
     outside = Detached(found)
-    if generators:
+    if of_user and (generators := around(sys._getframe(1))):  # pyright: ignore[reportPrivateUsage]
         watch(outside, generators)
         generators = ()
     token = variable.set(outside)

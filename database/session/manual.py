@@ -9,14 +9,17 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable
+from contextvars import copy_context
 from functools import partial
 from typing import Any, cast
 
 from database.driver.observer import aside
 from database.driver.request import STATEMENT
+from database.driver.worker import here
 from database.errors import TransactionError
 from database.session.binding import Binding
 from database.session.callbacks import Callback
+from database.session.generators import Generators
 from database.session.origin import Origin
 from database.session.propagation import enter, run_behind, watch_generators
 from database.session.retry import attempts, leave_behind
@@ -26,14 +29,14 @@ from database.session.transaction import Transaction
 __all__ = ["begin", "commit", "flush", "on_commit", "rollback"]
 
 
-async def begin(binding: Binding, origin: Origin, *, readonly: bool) -> Transaction:
-    """Opens a level that lasts until it is ended, or its task has gone."""
+async def begin(binding: Binding, origin: Origin, generators: Generators, *, readonly: bool) -> Transaction:
+    """Opens a level that lasts until it is ended, its task has gone, or one of the generators that it is begun in is left."""
     entered, _ = await enter(binding, origin, readonly=readonly, propagation="nested", manual=True)
     level = cast("Transaction", entered)
-    if origin.generators:
-        watch_generators(level, origin)
-    if level.connection is None:
-        level.watch = level.pool.waker.on_task_end(level.roll_back_unattended)
+    if generators:
+        watch_generators(level, generators)
+    if level.connection is None:  # what is logged then has this context, whoever ends it
+        level.watch = level.pool.waker.on_task_end(partial(copy_context().run, level.roll_back_unattended))
     return level
 
 
@@ -57,6 +60,9 @@ async def commit(binding: Binding) -> None:
 
 async def rollback(binding: Binding) -> None:
     """See `Database.rollback`."""
+    found = binding.level()
+    if isinstance(found, Transaction) and found.undone:
+        return  # with the generator that it was begun in: clean-up code has nothing to do any more
     level = _open_level(binding)
     if level is None:
         return
@@ -103,6 +109,12 @@ def on_commit(binding: Binding, function: Callback) -> None:
     if level is not None:
         level.on_commit(function)
         return
+    if here.worker is not None:  # neither could it run on the loop from here, nor behind the commit of what runs here
+        raise TransactionError(
+            f"on_commit() of database {binding.name!r} was called on a database's own thread (in db.run, by a record class"
+            " or the like), where no transaction of its task is open: nobody could say which commit is meant. Hand the"
+            " function over behind the call, or use @transactional(offload=True)"
+        )
     if attempts:
         leave_behind()
     result = function()

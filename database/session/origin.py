@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import CodeType
 
 from database.driver.wakeup import current_task, task_name
-from database.session.generators import Generators
 
 __all__ = ["Origin"]
 
@@ -15,15 +14,13 @@ __all__ = ["Origin"]
 class Origin:
     """Where a transaction was begun, described only when somebody asks."""
 
-    __slots__ = ("_code", "_line", "_task", "_what", "generators")
+    __slots__ = ("_code", "_line", "_task", "_what")
 
     def __init__(self, what: str, code: CodeType | None = None, line: int = 0) -> None:
         self._what = what
         self._code = code
         self._line = line
         self._task: Callable[[], object | None] | None = None
-        self.generators: Generators = ()
-        """What it is begun in: see `generators`."""
 
     def set_task(self) -> None:
         """Remembers the running task, once; called when the transaction or the stream begins."""

@@ -8,6 +8,7 @@ Loop thread, but inside an `offload=True` function, which enters and leaves on t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
@@ -18,7 +19,7 @@ from database.errors import ReadOnlyTransactionError, TransactionError, Transact
 from database.session import retry
 from database.session.binding import Binding
 from database.session.callbacks import Callback, run_callbacks
-from database.session.generators import watch
+from database.session.generators import Generators, around, enters, watch
 from database.session.level import Detached, Level, detached, step_back, step_out
 from database.session.origin import Origin
 from database.session.timelimit import TimeLimit
@@ -284,9 +285,8 @@ def refuse_waiting_for_itself(found: Level, pool: Pool) -> None:
                 )
 
 
-def watch_generators(entered: Entered, origin: Origin) -> None:
-    """What `enter` has begun in an async generator ends when that is left."""
-    generators, origin.generators = origin.generators, ()
+def watch_generators(entered: Entered, generators: Generators) -> None:
+    """What `enter` has begun in async generators ends when one of them is left."""
     level = entered.stepped_out if isinstance(entered, _Joined) else entered
     if level is not None and level.connection is None:  # on a worker's thread, Python closes generators at once
         watch(level, generators)
@@ -303,8 +303,8 @@ async def leave(entered: Entered, token: Any, error: BaseException | None, limit
             assert entered.stepped_out is not None
             entered.stepped_out.ended = True
             step_out(entered.stepped_out, token)
-        if error is not None and entered.level is not None:
-            entered.level.dooms_the_whole(error)
+        if error is not None and entered.level is not None and not isinstance(error, GeneratorExit):
+            entered.level.dooms_the_whole(error)  # a generator that is left has not failed
         return
     if error is None and entered.is_elsewhere:
         raise entered.refusal()
@@ -313,7 +313,7 @@ async def leave(entered: Entered, token: Any, error: BaseException | None, limit
             await entered.finish()
         else:
             await entered.abandon()
-            if entered.dooms:
+            if entered.dooms and not isinstance(error, GeneratorExit):
                 entered.dooms_the_whole(error)
     except BaseException:
         step_out(entered, token)
@@ -388,8 +388,9 @@ class TransactionContext:
             raise
         if limit is not None:
             limit.bound(self._entered)
-        if origin.generators:
-            watch_generators(self._entered, origin)
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  - no other way to see who enters
+        if enters(frame) and (generators := around(frame)):
+            watch_generators(self._entered, generators)
         if isinstance(self._entered, Transaction):
             self._entered.limit = limit
             return self._entered

@@ -69,6 +69,8 @@ class Transaction(Level):
     """
 
     ended = False
+    undone = False
+    """Whether it was ended, and undone, behind the back of who has begun it."""
     committed = False
     """Whether anything of it has been made permanent already."""
     firm = False
@@ -474,6 +476,7 @@ class Transaction(Level):
     def _roll_back_unattended(self) -> None:
         if self.ended:
             return
+        self.undone = True
         if self.parent is not None:
             self._close_level(keep=False)
             return

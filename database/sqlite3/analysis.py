@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from database.engine.statement import CONTROL, OTHER, READ, WHOLE, WRITE, Statement
@@ -238,9 +238,9 @@ def split(script: str) -> Iterator[str]:
         yield rest
 
 
-def _pieces(sql: str) -> Iterator[str]:
+def _pieces(matches: Iterable[re.Match[str]]) -> Iterator[str]:
     """The tokens one after the other, names without their quotes."""
-    for match in _TOKEN.finditer(sql):
+    for match in matches:
         kind = match.lastgroup
         if kind == "quoted":
             yield _unquoted(match["quoted"])
@@ -259,7 +259,7 @@ def control(sql: str) -> tuple[str, str]:
 
     ("PRAGMA", its name) where one is set; ("", "") for everything else, and for what SQLite would not understand.
     """
-    pieces = [piece for piece in _pieces(sql) if piece != ";"]
+    pieces = [piece for piece in _pieces(_TOKEN.finditer(sql)) if piece != ";"]
     words = [piece.upper() for piece in pieces]
     verb = words[0] if words else ""
     if verb == "PRAGMA":
@@ -295,12 +295,15 @@ def placeholders(sql: str) -> bool:
 
 def target(sql: str) -> str | None:
     """The table into which a statement inserts, quoted as SQL wants it, with its schema if that is named."""
-    pieces = _pieces(sql)
-    for piece in pieces:
-        if piece.upper() == "INTO":
+    depth = 0
+    matches = _TOKEN.finditer(sql)
+    for match in matches:
+        depth += (match["mark"] == "(") - (match["mark"] == ")")
+        if depth == 0 and (match["word"] or "").upper() == "INTO":
             break
     else:
         return None
+    pieces = _pieces(matches)
     name = next(pieces, None)
     if name is None:
         return None

@@ -16,6 +16,7 @@ from database.sqlite3.library import classes
 __all__ = ["copy"]
 
 _IN_USE = "a database is in use there; back up to another file"
+_FOLDER = "it is a directory: name the file that the copy is to be"
 
 
 def copy(path: str, run: Callable[[Any], None], connect: Callable[[Path, str], Any]) -> None:
@@ -29,6 +30,8 @@ def copy(path: str, run: Callable[[Any], None], connect: Callable[[Path, str], A
     Raises:
         ConnectionFailedError: A database is in use there, or nothing can be written.
     """
+    if os.path.basename(path) in ("", os.curdir, os.pardir):  # `Path` would make a file of that name
+        raise errors.ConnectionFailedError(path, _FOLDER)
     target = Path(path)
     _refuse_database_in_use(target, connect)
     partial = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.partial")
@@ -53,7 +56,7 @@ def copy(path: str, run: Callable[[Any], None], connect: Callable[[Path, str], A
 def _refuse_database_in_use(target: Path, connect: Callable[[Path, str], Any]) -> None:
     """Whoever has it open would go on with a file that has no name any more, and all that is written there is lost."""
     if target.is_dir():
-        raise errors.ConnectionFailedError(str(target), "it is a directory: name the file that the copy is to be")
+        raise errors.ConnectionFailedError(str(target), _FOLDER)
     if target.exists() and not target.is_file():
         raise errors.ConnectionFailedError(str(target), "it is no file, and would be replaced by one: name another")
     for each in {target, Path(os.path.realpath(target))}:

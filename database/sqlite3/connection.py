@@ -20,6 +20,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from database import errors
 from database.engine.adapting import AS_IS, Adapters, taken
 from database.engine.contract import Alone, Interrupted
-from database.engine.records import of_statement, records
+from database.engine.records import FIRST, in_pieces, of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.sqlite3 import analysis, files
@@ -38,6 +39,7 @@ from database.sqlite3.failures import (
     explain,
     is_broken,
     is_busy,
+    is_foreign,
     is_undecodable,
     of_one_connection,
     read_only,
@@ -59,7 +61,7 @@ _new_tuple: Callable[[type[Result], tuple[int, int | None]], Result] = tuple.__n
 class Connection(Levels):
     """See `database.engine.contract.Connection`."""
 
-    __slots__ = ("_adapters", "_connect", "_failing", "_patience", "_users")
+    __slots__ = ("_adapters", "_connect", "_failing", "_patience", "_users", "patiently")
 
     def __init__(
         self,
@@ -85,6 +87,8 @@ class Connection(Levels):
         """What has just failed, and which of many it was, where the request does not say it."""
         self._users: BaseException | None = None
         """What the user's own code has just raised."""
+        self.patiently: Callable[[Callable[[], None]], None] | None = None
+        """See `Connection`."""
         super().__init__(
             raw, lock, progress, readonly=readonly, identities=identities, row_class=row_class, reopen=reopen
         )
@@ -228,25 +232,41 @@ class Connection(Levels):
                 if self._progress():
                     raise Interrupted
                 statement = analysis.analyse(text)
-                if statement.hint == HINT_VACUUM:
-                    self._vacuum(statement, None)
-                    continue
-                patience = Patience(0 if self.raw.in_transaction else self._patience, self._progress)
-                while True:  # outside of a transaction each statement is its own, and waits for its own lock
-                    try:
-                        cursor.execute(text)
-                        if cursor.description is not None:
-                            cursor.fetchall()
-                        break
-                    except classes.OperationalError as error:
-                        if is_undecodable(error):
-                            break
-                        patience.wait(error)
+                try:
+                    self._step_of_script(cursor, statement)
+                except classes.OperationalError as error:
+                    if not is_busy(error) or self.raw.in_transaction:
+                        raise
+                    # Outside of a transaction each statement is its own, and waits for its own lock.
+                    wait = self.patiently or self._wait
+                    wait(partial(self._step_of_script, cursor, statement))
         except Exception:
             self._failing = statement or sql, None, ""
             raise
         finally:
             cursor.close()
+
+    def _step_of_script(self, cursor: sqlite3.Cursor, statement: Statement) -> None:
+        if statement.hint == HINT_VACUUM:
+            self._vacuum(statement, None)
+            return
+        cursor.execute(statement.sql)
+        if cursor.description is not None:
+            try:
+                cursor.fetchall()
+            except classes.OperationalError as error:
+                if not is_undecodable(error):
+                    raise
+
+    def _wait(self, step: Callable[[], None]) -> None:
+        """Tries a step until other processes have let it, `busy_timeout` is used up, or nobody waits any more."""
+        patience = Patience(self._patience, self._progress)
+        while True:
+            try:
+                step()
+                return
+            except classes.OperationalError as error:
+                patience.wait(error)
 
     def fetch_all(self, statement: Statement, params: Any, record_class: Any) -> list[Any]:
         """All rows."""
@@ -330,11 +350,19 @@ class Connection(Levels):
     # User code
 
     def _records(self, names: list[str], rows: list[Any], record_class: Any, stream: int | None = None) -> list[Any]:
-        try:
-            if stream is None:
-                return records(names, rows, record_class)
+        before = 0
+        if stream is not None:
             before = self._counts.get(stream, 0)
             self._counts[stream] = before + len(rows)
+        # On the loop's thread nobody can have called it off, and it is not for a clock to have it done twice.
+        if len(rows) <= FIRST or not self.raw.is_here():
+            return self._made(names, rows, record_class, before)
+        return in_pieces(
+            lambda piece, begun: self._made(names, piece, record_class, before + begun), rows, self._progress
+        )
+
+    def _made(self, names: list[str], rows: list[Any], record_class: Any, before: int) -> list[Any]:
+        try:
             return records(names, rows, record_class, before=before)
         except BaseException as error:
             self._users = error
@@ -405,7 +433,8 @@ class Connection(Levels):
             time.sleep(0)
 
         def run(target: sqlite3.Connection) -> None:
-            self.begin(readonly=True)  # one snapshot for all steps: no write of others starts the copy anew
+            # One snapshot for all steps: no write of others starts the copy anew.
+            self.begin_patiently(self._patience, readonly=True)
             try:
                 self.raw.module.Connection.backup(self.raw, target, pages=pages, progress=step)
             finally:
@@ -428,14 +457,18 @@ class Connection(Levels):
             _, sql, parameters = failure
         statement = sql if isinstance(sql, Statement) else None
         text = statement.sql if statement is not None else sql if isinstance(sql, str) else None
+        adapters = self._adapters
         if not isinstance(error, classes.Error):
             if statement is None or not isinstance(error, (OverflowError, ValueError, TypeError, *classes.Warning)):
                 return error
-            return explain(error, text, parameters, which)
+            if is_foreign(error):
+                return error
+            return explain(error, text, parameters, which, adapters)
         if self._unopened is not None and is_broken(error):
             return self._unopened
         primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if primary == sqlite3.SQLITE_AUTH:
+        forbidden, self.raw.forbidden = self.raw.forbidden, False
+        if primary == sqlite3.SQLITE_AUTH and not forbidden:
             refused, self._refused = self._refused, None
             if self.denied():
                 return Alone()
@@ -444,7 +477,8 @@ class Connection(Levels):
             return self._forbidden(statement, text)
         if primary == sqlite3.SQLITE_READONLY and self._restricted and not is_busy(error):
             return read_only(text)
-        return explain(error, text, parameters, which, done=statement is not None and is_undecodable(error))
+        done = statement is not None and is_undecodable(error)
+        return explain(error, text, parameters, which, adapters, done=done)
 
     def _forbidden(self, statement: Statement | None, text: str | None) -> BaseException:
         if statement is not None and statement.kind == CONTROL:

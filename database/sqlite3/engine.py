@@ -94,7 +94,8 @@ def _backend(settings: SqliteSettings, adapters: Adapters) -> Backend:
         dispose=dispose,
         as_is=True,
         gauges=lambda: {"wal.size": _size(f"{path}-wal")},
-        log=_log(settings, f"{path}-wal"),
+        log=_log(settings, path),
+        files=lambda: frozenset(opened),
         excludes=None if settings.journal_mode == "WAL" else lambda connection: connection.excludes,
     )
 
@@ -121,7 +122,13 @@ def _log(settings: SqliteSettings, path: str) -> Log | None:
     limit: float | None = getattr(settings, "wal_limit", 64)
     if limit is None or settings.journal_mode != "WAL":
         return None
-    return Log(limit=int(limit * 2**20), size=lambda: _size(path), empty=lambda connection: connection.empty_log())
+    # Each file has a log of its own; one checkpoint is for all of them (sqlite.org/pragma.html#pragma_wal_checkpoint).
+    logs = [f"{file}-wal" for file in (path, *settings.attach.values())]
+    return Log(
+        limit=int(limit * 2**20),
+        size=lambda: max(map(_size, logs)),
+        empty=lambda connection: connection.empty_log(),
+    )
 
 
 def _size(path: str) -> int:

@@ -7,22 +7,31 @@ import os
 import re
 import sqlite3
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
+from uuid import UUID
 
 from database import errors
+from database.engine.adapting import NONE, Adapters
 from database.sqlite3.library import classes
 
 __all__ = [
     "BUSY_SLICE",
     "KEYS_STAY",
+    "UNKNOWN",
     "Patience",
     "control_error",
     "explain",
     "is_broken",
     "is_busy",
+    "is_foreign",
     "is_undecodable",
     "of_one_connection",
     "read_only",
@@ -130,6 +139,16 @@ def is_undecodable(error: BaseException) -> bool:
     )
 
 
+def is_foreign(error: BaseException) -> bool:
+    """Whether neither we nor `sqlite3` has raised it, but code of the user's that we called: a property, an adapter."""
+    traceback = error.__traceback__
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0] != __name__.partition(".")[0]
+
+
 _OWN_SETTINGS = frozenset({"busy_timeout", "cache_size", "foreign_keys", "journal_mode", "synchronous"})
 
 
@@ -164,23 +183,40 @@ def of_one_connection(what: str, text: str | None) -> errors.QueryExecutionError
 
 
 def explain(
-    error: BaseException, text: str | None, parameters: Any, which: str, *, done: bool = False
+    error: BaseException,
+    text: str | None,
+    parameters: Any,
+    which: str,
+    adapters: Adapters = NONE,
+    *,
+    done: bool = False,
 ) -> errors.QueryExecutionError:
     """The package's error for one of `sqlite3`'s that has come out of binding or executing.
 
     Args:
         error: The error. What its message quotes of the parameters is taken out of it, too: it will be the cause.
         text: The statement.
-        parameters: As they were given.
+        parameters: As they were given; `UNKNOWN` if nobody can say any more.
         which: Which of many it was.
+        adapters: How types of the user's are stored.
         done: Whether the statement has been executed all the same, and only its rows cannot be read.
     """
     unsupported = _UNSUPPORTED.search(str(error))
-    message = _without_values(error, parameters)
     code: int | None = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
+    quotes = (
+        primary is not None
+        and primary != sqlite3.SQLITE_CONSTRAINT  # these name tables and columns
+        and isinstance(error, classes.Error)
+    )
+    message = _without_values(error, parameters, adapters, text if quotes else None)
+    if parameters is UNKNOWN:
+        parameters = None
     kind = errors.QueryExecutionError
     if not isinstance(error, classes.Error):
+        if isinstance(error, UnicodeEncodeError):  # it has the whole text
+            error.object, error.start, error.end = error.object[error.start : error.end], 0, error.end - error.start
+            error.args = (message,)
         if not isinstance(error, TypeError):
             message = f"a parameter cannot be stored: {message}"
         errors.without_text(error)
@@ -272,15 +308,37 @@ _VALUES = 1000
 """Values that a message is compared with, at the most."""
 
 
-def _without_values(error: BaseException, parameters: Any) -> str:
-    """The error's message, without what it quotes of the parameters: a path, a full-text query, or a piece of one."""
+UNKNOWN = object()
+"""In the place of parameters: there were some."""
+
+
+def _without_values(error: BaseException, parameters: Any, adapters: Adapters, sql: str | None) -> str:
+    """The error's message, without what it quotes of the parameters: a path, a full-text query, or a piece of one.
+
+    What has been bound in the place of a value of the user's own class, only his code could say, and that is not asked once
+    more. Then nothing stays that is quoted and does not stand in the SQL, if that is given.
+    """
     message = str(error)
     values: list[str] = []
-    with contextlib.suppress(Exception):  # values of the user's own classes: an error is not to become another one
-        values.extend(value for value in _texts(parameters) if value)
-    if not values:
-        return message
+    all_known = False
+    try:
+        for known, value in _texts(parameters, adapters):
+            all_known = known if not values else all_known and known
+            values.append(value)
+    except Exception:  # values of the user's own classes: an error is not to become another one
+        all_known = False
+    else:
+        if not values:
+            return message
     clean = message
+    if not all_known and sql is not None:
+
+        def foreign(found: re.Match[str]) -> str:
+            text = found[1] or found[2] or found[3] or ""
+            return found[0].replace(text, REDACTED) if text and text not in sql else found[0]
+
+        clean = _QUOTED.sub(foreign, clean)
+    values = [value for value in values if value]
     for value in sorted(values, key=len, reverse=True):
         if len(value) > 3 or (value in clean and not value.isalpha()):
             clean = clean.replace(value, REDACTED)
@@ -313,20 +371,34 @@ _COMMON = frozenset(
 """Words of SQLite's and Python's own messages: no secrets, and without them no message could be read."""
 
 
-def _texts(parameters: Any) -> Iterator[str]:
+_KNOWN = (int, float, str, Enum, date, time_of_day, Decimal, UUID, PurePath)
+"""What is bound as the text that `str` gives, but for subclasses that say otherwise, and for what the user has said."""
+
+
+def _texts(parameters: Any, adapters: Adapters) -> Iterator[tuple[bool, str]]:
+    """The values as texts, each with whether it is certain that this is what was bound."""
     if parameters is None or isinstance(parameters, (str, bytes)):
+        return
+    if parameters is UNKNOWN:
+        yield False, ""
         return
     if isinstance(parameters, Mapping):
         values = cast("Any", parameters).values()
     elif isinstance(parameters, (Sequence, sqlite3.Row)):
         values = cast("Any", parameters)
+        if type(values) not in (tuple, list):  # of the user's own, perhaps
+            yield isinstance(values, sqlite3.Row), ""
     else:
+        yield False, ""  # it may have properties
         values = cast("Any", vars(parameters)).values()
     for value in islice(cast("Iterable[Any]", values), _VALUES):
-        if isinstance(value, (bytes, bytearray)):
-            yield bytes(value).decode("utf-8", "replace")
+        if isinstance(value, (bytes, bytearray, memoryview, array)):
+            yield True, bytes(cast("bytes", value)).decode("utf-8", "replace")
         elif value is not None and not isinstance(value, bool):
-            yield str(getattr(value, "value", value))
+            known = isinstance(value, _KNOWN) and not (
+                adapters and any(each in adapters for each in type(value).__mro__)
+            )
+            yield known, str(getattr(value, "value", value))
 
 
 class Patience:

@@ -89,6 +89,7 @@ class Guard:
     __slots__ = (
         "_admitting",
         "_alone",
+        "_attached",
         "_changed",
         "_cursor",
         "_deferred",
@@ -126,8 +127,10 @@ class Guard:
         """Whether the connection is to be exchanged when its transaction has ended."""
         self._rowids: dict[str, bool] = {}
         """Of INSERTs, by their text: whether the table has row ids."""
-        self._schema = -1
+        self._schema: Any = -1
         """The schema's version when it was looked through for foreign keys that are checked with the commit."""
+        self._attached: tuple[str, ...] | None = None
+        """See `_attached_names`; None until they are asked for."""
         self._deferred: dict[str, frozenset[str | None]] = {}
         """Tables that such keys lead from or to, and their columns in them."""
         self._deferring = True
@@ -144,10 +147,17 @@ class Guard:
         if not shared:
             return
         version = self._cursor.execute("PRAGMA schema_version").fetchall()[0][0]
+        if self._attached is None:
+            self._attached = self._attached_names()
+        if self._attached:
+            version = [version]
+            version += [
+                self._cursor.execute(f"PRAGMA {name}.schema_version").fetchall()[0][0] for name in self._attached
+            ]
         if version != self._schema:
             factory, self.raw.text_factory = self.raw.text_factory, str  # `on_connect` may have set another
             try:
-                self._deferred = _deferred(self.raw.plain_cursor())
+                self._deferred = _deferred(self.raw.plain_cursor(), ("main", *self._attached))
             finally:
                 self.raw.text_factory = factory
             self._schema = version
@@ -155,6 +165,15 @@ class Guard:
         if self._deferring and self._deferred:
             self._deferring = False
             self.raw.install()
+
+    def _attached_names(self) -> tuple[str, ...]:
+        """The schemas of files that the configuration attaches, quoted."""
+        factory, self.raw.text_factory = self.raw.text_factory, str
+        try:
+            found = self.raw.plain_cursor().execute("PRAGMA database_list").fetchall()
+        finally:
+            self.raw.text_factory = factory
+        return tuple(_quoted(row[1]) for row in found if row[1] not in ("main", "temp"))
 
     # For the connection, while it is lent: see `Keeper`
 
@@ -205,6 +224,9 @@ class Guard:
                 return self._defer(action, str(first).lower(), second)
             if action in _OF_TABLES:
                 self._rowids.clear()
+                if self._shared:  # with keys, perhaps, that are checked with the commit
+                    self._alone = True
+                    return sqlite3.SQLITE_DENY
                 if action == sqlite3.SQLITE_DROP_TABLE and str(first).lower() in self.raw.protected:
                     self._refused = KEYS_STAY
                     return sqlite3.SQLITE_DENY
@@ -259,12 +281,20 @@ class Guard:
         return sqlite3.SQLITE_OK
 
 
-def _deferred(cursor: sqlite3.Cursor) -> dict[str, frozenset[str | None]]:
-    """Tables with foreign keys that are checked with the commit, and the tables that these lead to, with the columns."""
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _deferred(cursor: sqlite3.Cursor, schemas: tuple[str, ...]) -> dict[str, frozenset[str | None]]:
+    """Tables with foreign keys that are checked with the commit, and the tables that these lead to, with the columns.
+
+    Tables of the same name in several schemas count as one: at worst a statement gets a transaction of its own.
+    """
     found: dict[str, set[str | None]] = {}
-    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'")
-    for (name,) in cursor.fetchall():
-        for key in cursor.execute("SELECT * FROM pragma_foreign_key_list(?)", (name,)).fetchall():
-            found.setdefault(name.lower(), set()).add(key["from"].lower())
-            found.setdefault(key["table"].lower(), set()).add(key["to"] and key["to"].lower())
+    for schema in schemas:
+        cursor.execute(f"SELECT name FROM {schema}.sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'")  # noqa: S608
+        for (name,) in cursor.fetchall():
+            for key in cursor.execute(f"PRAGMA {schema}.foreign_key_list({_quoted(name)})").fetchall():
+                found.setdefault(name.lower(), set()).add(key["from"].lower())
+                found.setdefault(key["table"].lower(), set()).add(key["to"] and key["to"].lower())
     return {table: frozenset(columns) for table, columns in found.items()}

@@ -157,6 +157,8 @@ class Lending(_Connection):
     """Whether a statement of plain values calls nothing of the user's on it."""
     failure: tuple[BaseException, str, Any] | None = None
     """What a function's last failed statement was."""
+    forbidden = False
+    """Whether it was the user's authorizer that has just refused something."""
     cached = 0
     """Characters of SQL that have been prepared since the statement cache was emptied last."""
 
@@ -222,7 +224,11 @@ class Lending(_Connection):
         else:
 
             def both(*arguments: Any) -> int:
-                return cast("int", guard(*arguments) or authorizer(*arguments))
+                found: int = guard(*arguments)
+                if not found:
+                    found = authorizer(*arguments)
+                    self.forbidden = found == sqlite3.SQLITE_DENY
+                return found
 
             super().set_authorizer(both)
         progress, steps = self._progress
@@ -310,6 +316,10 @@ class Lending(_Connection):
                     self.end(referrer)
 
     # For cursors
+
+    def is_here(self) -> bool:
+        """Whether the caller runs on the connection's own thread."""
+        return get_ident() == self._thread
 
     def check(self) -> None:
         """Refuses whoever is not entitled to use the connection now."""

@@ -169,12 +169,12 @@ class Levels(Guard):
         if readonly and not self.readonly:
             self.restrict(True)
 
-    def begin_patiently(self, seconds: float) -> None:
-        """Begins a write transaction, waiting that long for other processes, unless the caller goes away."""
+    def begin_patiently(self, seconds: float, *, readonly: bool = False) -> None:
+        """Begins a transaction, waiting that long for other processes, unless the caller goes away."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                self.begin(readonly=False)
+                self.begin(readonly=readonly)
                 return
             except classes.OperationalError as error:
                 if not is_busy(error) or time.monotonic() >= deadline or self._progress():

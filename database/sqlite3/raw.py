@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, ref
 
 from database.errors import TransactionError
 from database.sqlite3 import analysis
+from database.sqlite3.failures import UNKNOWN
 from database.sqlite3.lending import Lending
 
 __all__ = ["Lent", "LentCursor", "RawConnection", "RawCursor", "connection_class"]
@@ -55,7 +56,7 @@ class LentCursor(_Cursor):
         try:
             return super().executemany(sql, parameters)
         except Exception as error:
-            connection.failed(error, sql, None)
+            connection.failed(error, sql, UNKNOWN)
             raise
 
     def executescript(self, sql_script: str, /) -> Any:

@@ -295,6 +295,8 @@ def _names(params: Any) -> Sequence[str] | None:
 
 MANY = 500
 """Rows that are looked at together."""
+FEW = 16
+"""Rows whose values have to be converted first, by code of the user's perhaps, between two looks at whether anybody waits."""
 
 
 class Feed:
@@ -350,8 +352,11 @@ class Feed:
                 values = chain.from_iterable(map(_values_of, chunk))
             if values is not None and _is_native(map(type, values)):
                 yield self._chunk
-            else:
-                yield map(bind, self._chunk, repeat(sql), repeat(self._adapters))
+                continue
+            for _ in range(0, len(chunk), FEW):
+                if self._gone():
+                    raise _interrupted()
+                yield map(bind, islice(self._chunk, FEW), repeat(sql), repeat(self._adapters))
 
     def _one_by_one(self) -> Iterator[Any]:
         sql, gone = self._sql, self._gone

@@ -273,6 +273,58 @@ async def test_a_partial_commit_runs_them_outside(db: Any, engine: Engine) -> No
     assert engine.committed() == ["callback", "callback's transaction", "first"]
 
 
+async def test_asked_for_on_the_databases_thread(audit: Any, engine: Engine) -> None:
+    """Code of the user's that runs on the database's own thread has no transaction of its task's around it: there it is
+    refused, instead of being run at once, on that thread, whatever becomes of the work.
+    """
+    db = get_db()
+    seen: list[int] = []
+    insert = "INSERT INTO jobs (name) VALUES (:name)"
+
+    def later() -> None:
+        seen.append(threading.get_ident())
+
+    async def later_too() -> None:
+        later()
+
+    def run(connection: Any) -> None:
+        connection.execute("INSERT INTO jobs (name) VALUES ('undone')")
+        db.on_commit(later)
+
+    def generator() -> Any:
+        yield {"name": "undone"}
+        db.on_commit(later)
+
+    def record(**_columns: Any) -> Any:
+        db.on_commit(later)
+
+    @transactional(offload=True)
+    async def another() -> None:
+        await add(db, "undone")
+        audit.on_commit(later_too)
+
+    @transactional(offload=True)
+    async def outside() -> None:
+        await add(db, "undone")
+        with db.detached():
+            db.on_commit(later)
+
+    for call in (
+        lambda: db.run(run),
+        lambda: db.run(lambda _: db.on_commit(later_too)),
+        lambda: db.run(lambda _: audit.on_commit(later), readonly=True),
+        lambda: db.execute_many(insert, generator()),
+        lambda: db.fetch_all("INSERT INTO item (value) VALUES ('done') RETURNING id", record_class=record),
+        another,
+        outside,
+    ):
+        with pytest.raises(errors.TransactionError, match="on_commit"):
+            await call()
+    assert seen == []
+    assert engine.committed() == engine.committed("audit") == []
+    await usable(db)
+
+
 @in_turn("behind", ["nothing more", "more", "an error that passes"])
 async def test_a_partial_commit_that_is_cancelled(
     db: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch, behind: str

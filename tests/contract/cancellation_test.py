@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -176,6 +177,69 @@ async def test_execute_many_of_many_rows_is_stopped(db: Any, engine: Engine) -> 
     assert taken == stopped_at
     await usable(db)
     assert engine.outside("SELECT count(*) FROM item") == [(0,)]
+
+
+async def test_slow_values_and_records_are_not_waited_for(db: Any, engine: Engine) -> None:
+    """A cancelled call stops soon, too, where it is code of the user's that takes its time: what makes a value that can be
+    stored, and what makes a record of a row.
+    """
+    made = 0
+    begun = threading.Event()
+
+    def slow(*_: Any, **__: Any) -> str:
+        nonlocal made
+        made += 1
+        begun.set()
+        threading.Event().wait(0.005)
+        return f"name {made}"
+
+    class Slow:
+        pass
+
+    class Item:
+        name = property(slow)
+
+    db.adapt(Slow, slow)
+    insert = "INSERT INTO jobs (name) VALUES (:name)"
+    rows = (
+        "WITH RECURSIVE c (name) AS (SELECT 1 UNION ALL SELECT name + 1 FROM c WHERE name < 400)"
+        " SELECT CAST(name AS TEXT) AS value FROM c"
+    )
+    items = [{"name": Slow()} for _ in range(400)]
+
+    async def batch() -> None:
+        async with db.batch() as batch:
+            for item in items:
+                await batch.execute(insert, item)
+
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "list": lambda: db.execute_many(insert, items),
+        "objects": lambda: db.execute_many(insert, [Item() for _ in range(400)]),
+        "in a transaction": lambda: transactional(db.execute_many)(insert, items),
+        "offload": lambda: transactional(offload=True)(db.execute_many)(insert, items),
+        "batch": batch,
+        "records": lambda: db.fetch_all(rows, record_class=slow),
+        "records, offloaded": lambda: transactional(offload=True)(db.fetch_all)(rows, record_class=slow),
+        "written records": lambda: db.fetch_all(f"INSERT INTO item (value) {rows} RETURNING value", record_class=slow),
+    }
+    for name, call in calls.items():
+        made = 0
+        begun.clear()
+        with case(call=name):
+            scope = anyio.CancelScope()
+            async with anyio.create_task_group() as group:
+
+                async def cancel(scope: anyio.CancelScope = scope) -> None:
+                    await eventually(begun.is_set)
+                    scope.cancel()
+
+                group.start_soon(cancel)
+                with scope:
+                    await call()
+            await idle(db)
+            assert made < 200
+            assert engine.committed() == []
+    await usable(db)
 
 
 @pytest.mark.parametrize("work", ["autocommit", "transaction", "offloaded", "run"])

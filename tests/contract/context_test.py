@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from database import transactional
-from tests.contract.support import Engine, add, errors, gather, held, usable
+from tests.contract.support import Engine, add, errors, eventually, gather, held, usable
 
 request_id: ContextVar[str] = ContextVar("request_id", default="nobody's")
 
@@ -98,6 +98,39 @@ async def test_records_of_those_who_waited_too_long(make_db: Any, notes: _Notes,
     assert {type(each) for each in found} == {errors.ConnectionPoolExhaustedError}
     callers = [caller for level, _, caller in notes.seen if level == "ERROR"]
     assert sorted(callers) == [f"request {number}" for number in range(3)]
+
+
+@pytest.mark.anyio
+async def test_records_of_what_nobody_awaits(db: Any, notes: _Notes) -> None:
+    """So has what is said of a transaction that a task has left open, and of an `on_commit` function that fails where nobody
+    waits for it; the function itself has it, too.
+    """
+    seen: list[str] = []
+
+    async def fail() -> None:
+        seen.append(request_id.get())
+        raise LookupError
+
+    async def leave_open() -> None:
+        request_id.set("request 1")
+        await db.begin()
+        await add(db, "left open")
+
+    async def work() -> None:
+        request_id.set("request 2")
+        db.on_commit(fail)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(leave_open)
+        group.start_soon(work)
+
+    def records() -> list[tuple[str, str]]:
+        return sorted((level, caller) for level, _, caller in notes.seen if level != "INFO")
+
+    await eventually(lambda: len(records()) == 2, "both records")
+    assert records() == [("ERROR", "request 2"), ("WARNING", "request 1")]
+    assert seen == ["request 2"]
+    await usable(db)
 
 
 @pytest.mark.anyio

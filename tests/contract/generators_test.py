@@ -177,6 +177,99 @@ async def _managed(db: Any, name: str) -> Rows:
         yield 0
 
 
+class _Unit:
+    """A unit of work, as people write them."""
+
+    def __init__(self, db: Any, **options: Any) -> None:
+        self.transaction = db.transaction(**options)
+
+    async def __aenter__(self) -> _Unit:
+        await self.transaction.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> Any:
+        return await self.transaction.__aexit__(*error)
+
+
+class _LaterUnit(_Unit):
+    """One that asks for its transaction when it is entered, through a base class."""
+
+    def __init__(self, db: Any) -> None:
+        self.db = db
+
+    async def __aenter__(self) -> _Unit:
+        self.transaction = self.db.transaction(timeout=60)
+        return await super().__aenter__()
+
+
+class _Stack(contextlib.AsyncExitStack):
+    """Another way to write one."""
+
+    def __init__(self, db: Any) -> None:
+        super().__init__()
+        self.db = db
+
+    async def __aenter__(self) -> _Stack:
+        await super().__aenter__()
+        await self.enter_async_context(self.db.transaction())
+        return self
+
+
+async def _in_a_unit(db: Any, name: str, unit: Any = _Unit) -> Rows:
+    async with unit(db):
+        await add(db, name)
+        yield 0
+        yield 1
+
+
+async def _by_a_function(db: Any, name: str) -> Rows:
+    def transaction() -> Any:
+        return db.transaction()
+
+    async with transaction():
+        await add(db, name)
+        yield 0
+
+
+async def _by_a_coroutine(db: Any, name: str) -> Rows:
+    stack = contextlib.AsyncExitStack()
+
+    async def enter() -> None:
+        await stack.enter_async_context(db.transaction())
+
+    await enter()
+    async with stack:
+        await add(db, name)
+        yield 0
+
+
+async def _detached_by_a_manager(db: Any, name: str) -> Rows:
+    @contextlib.contextmanager
+    def outside() -> Any:
+        with db.detached():
+            yield
+
+    with outside():
+        yield 0
+
+
+async def _in_a_unit_by_hand(db: Any, name: str) -> Rows:
+    await db.begin()
+    try:
+        await add(db, name)
+        yield 0
+    except BaseException:
+        await db.rollback()  # says nothing, though all has been undone when Python gets to it
+        raise
+    await db.commit()
+
+
+async def _in_a_readonly_unit(db: Any, name: str) -> Rows:
+    async with _Unit(db, readonly=True):
+        await names(db)
+        yield 0
+
+
 async def _one_after_the_other(db: Any, name: str) -> Rows:
     for number in range(3):
         async with db.transaction():
@@ -221,6 +314,14 @@ HELD_ONLY_BY_ITS_CONSUMER = HOLDING | {
     "stacked": _stacked,
     "by hand elsewhere": _by_hand_elsewhere,
     "managed": _managed,
+    "unit": _in_a_unit,
+    "later unit": partial(_in_a_unit, unit=_LaterUnit),
+    "stack": partial(_in_a_unit, unit=_Stack),
+    "unit by hand": _in_a_unit_by_hand,
+    "readonly unit": _in_a_readonly_unit,
+    "by a function": _by_a_function,
+    "by a coroutine": _by_a_coroutine,
+    "detached by a manager": _detached_by_a_manager,
     "one after the other": _one_after_the_other,
 }
 
@@ -253,6 +354,37 @@ async def test_a_generator_without_a_transaction(db: Any, engine: Engine) -> Non
         assert not db.in_transaction
         assert engine.committed() == [f"{propagation} {number}" for number in range(2)]
         await db.execute("DELETE FROM jobs")
+    await usable(db)
+
+
+@pytest.mark.parametrize("propagation", ["required", "supports", "mandatory"])
+async def test_left_while_it_takes_part(db: Any, engine: Engine, propagation: Any) -> None:
+    """A generator that takes part in its consumer's transaction has not failed when it is left: nothing is doomed by that,
+    whenever Python closes it. An error that is thrown into it is another matter.
+    """
+
+    async def rows(name: str) -> Rows:
+        async with db.transaction(propagation=propagation):
+            await add(db, name)
+            yield 0
+
+    async with db.transaction():
+        await _leave_by_break(lambda: rows("left"))
+        for _ in range(5):
+            await anyio.sleep(0)
+        await add(db, "behind")
+        closed = rows("closed")
+        await closed.__anext__()
+        await closed.aclose()
+        await add(db, "behind closed")
+    kept = ["behind", "behind closed", "closed", "left"]
+    assert engine.committed() == kept
+    with pytest.raises(errors.TransactionError, match="ZeroDivisionError"):
+        async with db.transaction():
+            thrown = rows("thrown into")
+            await thrown.__anext__()
+            await _error(thrown)
+    assert engine.committed() == kept
     await usable(db)
 
 

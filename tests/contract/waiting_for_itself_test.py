@@ -151,6 +151,23 @@ async def test_a_write_outside_of_ones_own_write_transaction(
     await usable(db)
 
 
+async def test_a_write_to_the_same_file_by_another_name(make_db: Any, engine: Engine) -> None:
+    """A file that is attached to one database and is another one as well has one writer: who holds it open there and
+    writes here is told so, statement by statement and in a transaction.
+    """
+    db = await make_db(pool_timeout=20, attach={"audit": str(engine.path("audit"))}, audit={"attach": {}})
+    audit = engine.public.get_db("audit")
+    for outer, inner in ((db, audit), (audit, db)):
+        async with outer.transaction():
+            await add(outer, "outer")
+            for write in (lambda inner=inner: add(inner, "inner"), lambda inner=inner: _transaction(inner)):
+                with anyio.fail_after(2), pytest.raises(errors.TransactionError, match="wait for itself"):
+                    await write()
+            await outer.execute("UPDATE jobs SET handler = 'goes on'")
+        await add(inner, "later")
+    assert engine.committed() == engine.committed("audit") == ["later", "outer"]
+
+
 async def test_a_level_of_a_child_task(make_db: Any, engine: Engine) -> None:
     """So is a task that has opened a level of another task's transaction, which cannot end before that level."""
     db = await make_db(pool_timeout=20)

@@ -152,6 +152,35 @@ async def test_ones_own_readers_that_stay(make_db: Any, engine: Engine) -> None:
     await usable(db)
 
 
+async def _told_at_once(db: Any) -> None:
+    """Whatever writes says that it could only wait for itself: what is committed by itself, as well as what has begun."""
+    sql = "INSERT INTO jobs (name) VALUES ('in vain')"
+
+    async def in_parts() -> None:
+        await db.execute(sql)
+        await db.commit()
+
+    async def batch() -> None:
+        async with db.batch() as batch:
+            await batch.execute(sql)
+
+    for call in (
+        lambda: db.execute(sql),
+        lambda: db.fetch_value(f"{sql} RETURNING id"),
+        lambda: db.execute_many("INSERT INTO jobs (name) VALUES (?)", [("in vain",)]),
+        lambda: db.execute_script(f"SELECT 1; {sql}"),
+        lambda: db.execute_script("VACUUM"),
+        lambda: db.run(lambda connection: connection.execute(sql).rowcount),
+        lambda: transactional(db.execute)(sql),
+        lambda: transactional(in_parts)(),
+        lambda: transactional(offload=True)(in_parts)(),
+        lambda: transactional(offload=True)(db.execute)(sql),
+        batch,
+    ):
+        with pytest.raises(errors.TransactionError, match="wait for itself"):
+            await call()
+
+
 @pytest.mark.parametrize("reader", ["stream", "transaction"])
 async def test_ones_own_lock(make_db: Any, engine: Engine, reader: str) -> None:
     """A write without a WAL by the very task that is reading could only wait for itself: it is told so at once."""
@@ -161,15 +190,56 @@ async def test_ones_own_lock(make_db: Any, engine: Engine, reader: str) -> None:
     if reader == "stream":
         async with db.stream("SELECT * FROM jobs", chunk_size=10) as rows:
             async for _ in rows:
-                with pytest.raises(errors.TransactionError, match="wait for itself"):
-                    await add(db, "in vain")
+                await _told_at_once(db)
                 break
     else:
         async with db.transaction(readonly=True):
             await db.fetch_all("SELECT * FROM jobs")
-            with db.detached(), pytest.raises(errors.TransactionError, match="wait for itself"):
-                await add(db, "in vain")
+            with db.detached():
+                await _told_at_once(db)
     assert time.monotonic() - began < 8
+    assert "in vain" not in engine.committed()
+    await usable(db)
+
+
+@pytest.mark.parametrize("kind", ["link", "attached", "attached the other way"])
+async def test_ones_own_readers_by_another_name(make_db: Any, engine: Engine, kind: str) -> None:
+    """One's own readers are such by whatever name they have the file: a link, or a database that it is attached to."""
+    settings: dict[str, Any] = {"journal_mode": "DELETE", "busy_timeout": 50, "pool_timeout": 10}
+    if kind == "link":
+        link = engine.directory / "link.db"
+        db = await make_db(schema=False, audit={"path": str(link)}, **settings)
+        await db.execute_script(engine.schema)
+        link.symlink_to(engine.path())  # which nobody could know when it was configured
+    else:
+        attach = {"audit": str(engine.path("audit"))}
+        db = await make_db(attach=attach, audit={"attach": {}}, **settings)
+    audit = engine.public.get_db("audit")
+    reader, writer = (db, audit) if kind == "attached the other way" else (audit, db)
+    table = "jobs" if kind == "link" else "audit.jobs"
+    release, reading = anyio.Event(), anyio.Event()
+
+    async def read() -> None:
+        async with reader.transaction(readonly=True):
+            await reader.fetch_value(f"SELECT count(*) FROM {'jobs' if reader is audit else table}")
+            reading.set()
+            await release.wait()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        await reading.wait()
+        outcome: list[Any] = []
+
+        async def write() -> None:
+            sql = f"INSERT INTO {'jobs' if writer is audit else table} (name) VALUES ('waited')"
+            outcome.extend(await gather(lambda: writer.execute(sql)))
+
+        group.start_soon(write)
+        await anyio.sleep(0.4)  # several times busy_timeout
+        assert outcome == []
+        release.set()
+    assert not isinstance(outcome[0], BaseException), outcome
+    assert engine.committed("default" if kind == "link" else "audit") == ["waited"]
     await usable(db)
 
 

@@ -76,6 +76,15 @@ async def test_what_is_quick_runs_on_the_loops_thread(db: Any) -> None:
         assert await db.fetch_value("SELECT count(*) FROM jobs WHERE name = ?", (name,)) == 1
 
 
+async def test_long_texts_are_not_remembered(db: Any) -> None:
+    """A text that is as long as the data in it is not kept in order to know it again: it goes to the worker."""
+    for number in range(3):
+        for _ in range(10):
+            assert await db.fetch_value(f"SELECT length('{'x' * 100_000}') + {number}") == 100_000 + number
+    assert not db.pool().inline.quick.texts
+    assert db.stats().inline_total == 0
+
+
 async def test_many_tasks_get_what_they_asked_for(db: Any) -> None:
     """Whether inline, in the next turn, or on the worker: each task gets its own answer."""
     for tasks in (2, 10, 60):

@@ -9,10 +9,11 @@ import sys
 from contextlib import closing
 from typing import Any
 
+import anyio
 import pytest
 
 from database import errors
-from tests.contract.support import Engine
+from tests.contract.support import Engine, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -42,8 +43,12 @@ async def test_never_over_a_database_in_use(make_db: Any, engine: Engine, journa
     os.mkfifo(pipe := engine.directory / "pipe")
     with pytest.raises(errors.ConnectionFailedError, match="no file"):
         await db.backup(pipe)
-    with pytest.raises(errors.ConnectionFailedError, match="directory"):
-        await db.backup(engine.directory / "folder")
+    (engine.directory / "file").write_text("a file")
+    for place in ("folder", "folder/", "file/", "new/", "new/.", "folder/.."):  # never a file that is called like it
+        with pytest.raises(errors.ConnectionFailedError, match="directory"):
+            await db.backup(f"{engine.directory}/{place}")
+    assert (engine.directory / "file").read_text() == "a file"
+    assert not (engine.directory / "new").exists()
     await db.execute("INSERT INTO item (value) VALUES ('more')")
     await audit.execute("INSERT INTO item (value) VALUES ('more')")
     assert engine.outside("SELECT value FROM item") == [("mine",), ("more",)]
@@ -105,3 +110,19 @@ async def test_what_progress_raises(db: Any, engine: Engine) -> None:
     assert caught.value is mine
     assert not list(engine.directory.glob("*copy*"))
     assert not list(engine.directory.glob(".*partial*"))
+
+
+async def test_it_waits_for_another_process(make_db: Any, engine: Engine) -> None:
+    """Without a WAL another process can keep everybody from reading: a backup waits for that as all else does."""
+    db = await make_db(journal_mode="DELETE", busy_timeout=20_000)
+    await db.execute("INSERT INTO item (value) VALUES ('mine')")
+    copy = engine.directory / "copy.db"
+    with closing(sqlite3.connect(engine.path(), isolation_level=None)) as outside:
+        outside.execute("BEGIN EXCLUSIVE")
+        async with anyio.create_task_group() as group:
+            group.start_soon(db.backup, copy)
+            await eventually(lambda: db.stats().readers_in_use)
+            await anyio.sleep(0.1)
+            outside.execute("COMMIT")
+    with closing(sqlite3.connect(copy)) as connection:
+        assert connection.execute("SELECT value FROM item").fetchall() == [("mine",)]

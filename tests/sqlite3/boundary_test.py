@@ -190,6 +190,126 @@ async def test_no_value_of_a_row_or_a_parameter_gets_into_a_message(db: Any, cap
         await db.fetch_all("SELECT nowhere FROM item WHERE value = :nowhere", {"nowhere": "x"})
 
 
+async def test_values_that_only_the_users_code_knows(db: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is a value quoted that code of the user's has made, or that nobody can name: of a property, of `__slots__`, of an
+    adapter, of a sequence of some class, of a raw connection's `executemany`.
+    """
+    await db.execute("CREATE VIRTUAL TABLE notes USING fts5 (body)")
+    query, secret = "SELECT * FROM notes WHERE notes MATCH :q", "hidden4711:x"
+
+    @dataclass(slots=True)
+    class Slots:
+        q: str
+
+    class Owner:
+        q = secret
+
+    class Computed:
+        @property
+        def q(self) -> str:
+            return secret
+
+    class Own:
+        pass
+
+    class Conforms:
+        def __conform__(self, _protocol: object) -> str:
+            return secret
+
+    class OnlyOne(Sequence[str]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: Any) -> Any:
+            return [secret][index]
+
+    def many(connection: Any) -> None:
+        connection.executemany("INSERT INTO notes (notes) VALUES (?)", [("hidden4711",)])
+
+    db.adapt(Own, lambda _own: secret)
+    for params in (
+        Slots(secret),
+        Owner(),
+        Computed(),
+        {"q": Own()},
+        {"q": Conforms()},
+        {"q": memoryview(secret.encode())},
+    ):
+        with pytest.raises(errors.QueryExecutionError, match="no such column") as caught:
+            await db.fetch_all(query, params)
+        assert "4711" not in f"{caught.value} {caught.value.__cause__!r}", type(params)
+    for call in (
+        lambda: db.fetch_all(query.replace(":q", "?"), OnlyOne()),
+        lambda: db.run(many),
+        lambda: db.execute("INSERT INTO item (value) VALUES (?)", ("hidden4711\udc80",)),
+    ):
+        (error,) = await gather(call)
+        assert isinstance(error, errors.QueryExecutionError)
+        assert "4711" not in f"{error} {error.__cause__!r}"
+    assert "4711" not in caplog.text
+    with pytest.raises(errors.QueryExecutionError, match="no such column: nowhere"):
+        await db.fetch_all("SELECT nowhere FROM item WHERE value = :q", Slots("x"))
+    with pytest.raises(errors.IntegrityError, match=r"NOT NULL constraint failed: jobs\.name"):
+        await db.execute("INSERT INTO jobs (handler) VALUES (:q)", Slots("x"))
+
+
+async def test_what_is_raised_where_values_are_made(
+    make_db: Any, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A ValueError of the user's own code, called while values are bound or rows are read, arrives as it was raised, and is
+    nowhere in the log.
+    """
+
+    class Mine(ValueError):
+        pass
+
+    def fail(*_: Any) -> Any:
+        raise Mine("token-4711")
+
+    class Item:
+        value = property(fail)
+
+    class Conforms:
+        __conform__ = fail
+
+    class Values(Sequence[Any]):
+        __getitem__ = fail
+
+        def __len__(self) -> int:
+            return 1
+
+    def picky(text: bytes) -> str:
+        return fail() if b"4711" in text else text.decode()
+
+    db = await make_db()
+    await db.close()
+    db = await make_db(schema=False, on_connect=lambda connection: setattr(connection, "text_factory", picky))
+    await db.execute("INSERT INTO item (value) VALUES ('token-4711')")
+    names, positions = "INSERT INTO item (value) VALUES (:value)", "INSERT INTO item (value) VALUES (?)"
+
+    async def batch() -> None:
+        async with db.batch() as batch:
+            await batch.execute(names, Item())
+
+    for call in (
+        lambda: db.execute(names, Item()),
+        lambda: db.execute(positions, (Conforms(),)),
+        lambda: db.execute(positions, Values()),
+        lambda: db.fetch_all("SELECT :value", Item()),
+        lambda: db.execute_many(names, [Item()]),
+        lambda: db.execute_many(positions, iter([(Conforms(),)])),
+        lambda: transactional(db.execute)(names, Item()),
+        lambda: transactional(offload=True)(db.execute)(names, Item()),
+        batch,
+        lambda: db.fetch_all("SELECT value FROM item"),
+        lambda: db.fetch_value("SELECT value FROM item"),
+    ):
+        with unlocked(engine), pytest.raises(Mine):
+            await call()
+    assert "4711" not in caplog.text
+    assert engine.outside("SELECT count(*) FROM item") == [(1,)]
+
+
 async def test_text_that_is_not_utf8(db: Any, engine: Engine) -> None:
     """Says which column it is, without what is in it; a write is done, a second row that nobody asked for does no harm, and
     no lock and no snapshot stays.
@@ -255,6 +375,8 @@ async def test_what_a_write_says_of_itself(db: Any) -> None:
                 "INSERT INTO both (n) VALUES (1)",
                 f"{with_rows} INSERT INTO plain (n) SELECT n FROM v",
                 f"{with_rows} INSERT INTO keyed SELECT n, n FROM v",
+                "WITH v AS (SELECT 'into' AS k) INSERT INTO keyed SELECT k, 1 FROM v",
+                'WITH "into" AS (SELECT 5 AS k) INSERT INTO keyed SELECT k, 1 FROM "into"',
                 f"{with_rows} UPDATE plain SET n = 0 WHERE id IN (SELECT n + 70 FROM v) RETURNING n",
                 f"{with_rows} DELETE FROM plain WHERE id IN (SELECT n + 700 FROM v)",
                 "WITH replace (n) AS (VALUES (1)) DELETE FROM plain",
@@ -263,8 +385,21 @@ async def test_what_a_write_says_of_itself(db: Any) -> None:
             )
         ]
 
-    wanted = [(1, 70), (1, None), (1, None), (0, None), (0, None), (3, 74), (3, None), (3, None), (0, None), (5, None)]
-    wanted += [(4, None), (1, None)]
+    wanted = [
+        (1, 70),
+        (1, None),
+        (1, None),
+        (0, None),
+        (0, None),
+        (3, 74),
+        (3, None),
+        (1, None),
+        (1, None),
+        (3, None),
+        (0, None),
+        (5, None),
+    ]
+    wanted += [(6, None), (1, None)]
     assert await results() == wanted
     assert await transactional(offload=True)(results)() == wanted
     async with db.transaction():
@@ -483,6 +618,23 @@ async def test_deferred_keys_in_a_group(db: Any, engine: Engine) -> None:
     assert engine.outside("SELECT count(*) FROM item") == engine.outside("SELECT count(*) FROM strict_child") == [(6,)]
     assert engine.outside("PRAGMA foreign_key_check") == []
     assert db.stats().grouped_total > 0
+
+    def make(
+        connection: sqlite3.Connection,
+    ) -> None:  # the very member of a group that leaves an orphan has made the table
+        connection.execute("CREATE TABLE mother (id INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE daughter (mother INTEGER REFERENCES mother DEFERRABLE INITIALLY DEFERRED)")
+        connection.execute("INSERT INTO daughter VALUES (1)")
+
+    neighbour = "INSERT INTO item (value) VALUES ('neighbour')"
+    found = await gather(
+        lambda: db.execute(neighbour),
+        lambda: db.run(make),
+        lambda: db.execute(neighbour),
+        lambda: db.run(lambda connection: connection.execute("INSERT INTO mother VALUES (1)").rowcount),
+    )
+    assert isinstance(found[1], errors.IntegrityError), found
+    assert engine.outside("SELECT count(*) FROM item") == [(8,)]
 
 
 async def test_no_memory_for_long_texts(db: Any) -> None:

@@ -15,6 +15,7 @@ import anyio
 import pytest
 
 from database import errors
+from database.driver import room
 from database.sqlite3 import opening
 from tests.contract.support import gather
 
@@ -156,6 +157,51 @@ async def test_attached_to_two(make_db: Any, engine: Any) -> None:
     with anyio.fail_after(30):
         await gather(lambda: write(db, "audit.note"), lambda: write(audit, "note"), lambda: write(db, "audit.note"))
     assert await db.fetch_value("SELECT count(*) FROM audit.note") == 60
+
+
+async def test_what_is_attached_is_looked_after(make_db: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of an attached file is kept as short as the database's own; and a key of its tables that is checked with the
+    commit is checked for each member of a group by itself.
+    """
+    monkeypatch.setattr(room, "LOOK_SECONDS", 0.005)
+    archive = engine.directory / "archive.db"
+    db = await make_db(attach={"archive": str(archive)}, pool_size=2, wal_limit=1)
+    await db.execute_script("CREATE TABLE archive.old (id INTEGER PRIMARY KEY, value TEXT)")
+    await db.execute_many("INSERT INTO archive.old VALUES (?, ?)", [(n, "x" * 1000) for n in range(300)])
+    done = False
+
+    async def read(number: int) -> None:
+        await anyio.sleep(number * 0.003)
+        while not done:
+            async with db.transaction(readonly=True):
+                await db.fetch_value("SELECT count(*) FROM archive.old")
+                await anyio.sleep(0.006)
+
+    sizes: list[int] = []
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            group.start_soon(read, 0)
+            group.start_soon(read, 1)
+            for number in range(60):
+                await db.execute("UPDATE archive.old SET value = ?", (chr(97 + number % 26) * 1000,))
+                sizes.append(Path(f"{archive}-wal").stat().st_size)
+            done = True
+    assert max(sizes) < 8 * 2**20, [size // 1024 for size in sizes]
+
+    outside = sqlite3.connect(archive)  # somebody else makes the tables, and later
+    outside.executescript(
+        "CREATE TABLE mother (id INTEGER PRIMARY KEY);"
+        "CREATE TABLE daughter (mother INTEGER REFERENCES mother DEFERRABLE INITIALLY DEFERRED)"
+    )
+    outside.close()
+    neighbour = "INSERT INTO item (value) VALUES ('neighbour')"
+    found = await gather(
+        lambda: db.execute(neighbour),
+        lambda: db.execute("INSERT INTO archive.daughter VALUES (5)"),
+        lambda: db.execute("INSERT INTO archive.mother VALUES (7)"),
+        lambda: db.execute(neighbour),
+    )
+    assert [type(each).__name__ for each in found] == ["Result", "IntegrityError", "Result", "Result"]
 
 
 async def test_attach_what_cannot_be(make_db: Any, engine: Any) -> None:

@@ -653,3 +653,19 @@ async def test_functions_of_sql_see_their_callers_context(make_db: Any) -> None:
         assert set(await gather(*(lambda n=n: work(db, "for_now", n) for n in range(3)))) == {None}
     with pytest.raises(errors.QueryExecutionError, match="no such function"):
         await db.fetch_value("SELECT for_now()")
+
+
+@pytest.mark.any_loop
+async def test_what_a_functions_own_authorizer_refuses(db: Any) -> None:
+    """It is that which has refused: there is no word of transactions, or of connections that only read."""
+
+    def strict(connection: Any) -> None:
+        connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+        connection.execute("SELECT * FROM item")
+
+    for readonly in (False, True):
+        with pytest.raises(errors.QueryExecutionError, match="not authorized") as caught:
+            await db.run(strict, readonly=readonly)
+        assert caught.value.code_name == "SQLITE_AUTH"
+    with pytest.raises(errors.ReadOnlyTransactionError):
+        await db.run(lambda connection: connection.execute("DELETE FROM item"), readonly=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextvars import copy_context
 from typing import Any, cast
 
 import trio
@@ -222,7 +223,7 @@ class TrioWaker(Waker):
         return scope
 
     def spawn(self, function: Callable[[], Awaitable[Any]]) -> None:
-        self._trio.lowlevel.spawn_system_task(function, name="database on_commit")
+        self._trio.lowlevel.spawn_system_task(function, name="database on_commit", context=copy_context())
 
     def on_task_end(self, function: Callable[[], None]) -> Timer:
         if self._watch is None:
