@@ -185,10 +185,20 @@ def _still(value: Any) -> Any:
     kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind in PLAIN:
         return value
+    if kind is list or kind is dict or kind is set:
+        try:
+            return _copied(value)
+        except RecursionError:  # a circle, or nested too deeply: whoever converts it will say so
+            return value
+    return bytes(cast("Any", value)) if isinstance(value, _BUFFERS) else value
+
+
+def _copied(value: Any) -> Any:
+    kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind is list:
-        return value.copy() if _are_plain(map(type, value)) else [_still(each) for each in value]
+        return value.copy() if _are_plain(map(type, value)) else [_copied(each) for each in value]
     if kind is dict:
-        return value.copy() if _are_plain(map(type, value.values())) else {n: _still(each) for n, each in value.items()}
+        return value.copy() if _are_plain(map(type, value.values())) else {n: _copied(each) for n, each in value.items()}
     if kind is set:
         return value.copy()
     return bytes(cast("Any", value)) if isinstance(value, _BUFFERS) else value
