@@ -198,7 +198,9 @@ def _copied(value: Any) -> Any:
     if kind is list:
         return value.copy() if _are_plain(map(type, value)) else [_copied(each) for each in value]
     if kind is dict:
-        return value.copy() if _are_plain(map(type, value.values())) else {n: _copied(each) for n, each in value.items()}
+        return (
+            value.copy() if _are_plain(map(type, value.values())) else {n: _copied(each) for n, each in value.items()}
+        )
     if kind is set:
         return value.copy()
     return bytes(cast("Any", value)) if isinstance(value, _BUFFERS) else value

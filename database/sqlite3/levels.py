@@ -22,6 +22,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
+from database.engine.contract import Interrupted
 from database.errors import ConnectionFailedError
 from database.sqlite3 import files
 from database.sqlite3.failures import is_busy
@@ -175,10 +176,14 @@ class Levels(Guard):
         while True:
             try:
                 self.begin(readonly=readonly)
-                return
             except classes.OperationalError as error:
                 if not is_busy(error) or time.monotonic() >= deadline or self._progress():
                     raise
+            else:
+                if not self._progress():
+                    return
+                self.rollback()  # gone since the last try
+                raise Interrupted
             time.sleep(0.002)
 
     def commit(self) -> None:

@@ -6,7 +6,10 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -18,7 +21,7 @@ from database import errors
 from database.engine.migrations import load
 from database.sqlite3.failures import is_broken
 from database.sqlite3.migrate import _enforce_again
-from tests.contract.support import SLOW_INSERT, eventually
+from tests.contract.support import HANGING, SLOW_INSERT, eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -290,13 +293,23 @@ async def test_it_waits_for_another_process_only_so_long(db: Any, engine: Any, f
     assert names(await db.migrate(folder)) == ["0001_team.sql", "0002_owner.sql"]
 
 
-async def test_cancelled_while_it_waits(db: Any, engine: Any, folder: Path) -> None:
-    """Whoever waits for another process's lock can be cancelled at once."""
-    with engine.locked():
-        with anyio.move_on_after(0.1) as scope:
-            await db.migrate(folder, wait=60)
-        assert scope.cancelled_caught
-    assert len((await db.migrate(folder)).applied) == 2
+async def test_cancelled_while_it_waits(db: Any, engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for another process's lock can be cancelled at once, and then gets none, also if it is free just then."""
+    waits, may_go_on = threading.Event(), threading.Event()
+
+    def sleep(_seconds: float) -> None:
+        waits.set()
+        may_go_on.wait(HANGING)
+
+    monkeypatch.setattr("database.sqlite3.levels.time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    with anyio.fail_after(HANGING):
+        with engine.locked():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: db.migrate(folder, wait=60))
+                await eventually(waits.is_set)
+                tasks.cancel_scope.cancel()
+        may_go_on.set()
+        assert len((await db.migrate(folder)).applied) == 2
 
 
 async def test_cancelled_while_a_migration_runs(db: Any, folder: Path) -> None:
