@@ -326,7 +326,13 @@ class Levels(Wire):
         """See `Connection`."""
         self.forget()
         if self.pg.status != _BAD and self.pg.transaction_status != _IDLE:
-            self.simple([b"ROLLBACK"])
+            self.resolute = True
+            try:
+                self.simple([b"ROLLBACK"])
+            finally:
+                self.resolute = False
+                if self.pg.status != _BAD and self.pg.transaction_status != _IDLE:
+                    self.abandon()  # else whoever comes next would be in this transaction
         if self.stained or self.guarded:
             self.put_right()
 

@@ -69,6 +69,7 @@ class Wire:
         "poll",
         "progress",
         "raw",
+        "resolute",
         "struck",
         "ticks",
     )
@@ -88,6 +89,8 @@ class Wire:
         """Whether one was sent that may still hit what comes next."""
         self.impatient = False
         """Whether others wait behind the statement that runs, on this very connection."""
+        self.resolute = False
+        """Whether what runs is not to be cancelled: it is what cleans up."""
         try:
             self.adopt(connect())
         except BaseException:
@@ -115,7 +118,9 @@ class Wire:
             elif ready:
                 return
             self.ticks += 1
-            if self.progress() or (self.impatient and self.ticks >= TICKS - 2):
+            if self.resolute:
+                pass
+            elif self.progress() or (self.impatient and self.ticks >= TICKS - 2):
                 self.cancel()
             if ready:
                 return

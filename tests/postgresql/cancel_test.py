@@ -137,6 +137,37 @@ async def test_an_early_cancellation_is_sent_again(make_db: Any, engine: Postgre
     await usable(db)
 
 
+async def test_the_end_of_what_was_cancelled_is_not(make_db: Any, proxy: Proxy) -> None:
+    """One row of a slow SELECT is asked for in a transaction of the package's own: its ROLLBACK must not be cancelled, too,
+    for whoever comes next would then be in that transaction.
+    """
+    db = await make_db(pool_size=1, conninfo=proxy.conninfo())
+    pid = await db.fetch_value(PID)
+    cancels: list[int] = []
+    fetching = threading.Event()
+
+    def from_client(kind: bytes, body: bytes) -> bool:
+        if b"FETCH" in body:
+            fetching.set()
+        elif kind == b"Q" and body.startswith(b"ROLLBACK"):
+            cancels.append(proxy.cancels)
+            threading.Event().wait(0.2)  # time for what must not come
+            cancels.append(proxy.cancels)
+        return True
+
+    proxy.from_client = from_client
+    before = proxy.cancels
+    with anyio.fail_after(HANGING):
+        async with anyio.create_task_group() as group:
+            group.start_soon(db.fetch_one, "SELECT i, pg_sleep(600) FROM generate_series(1, 3) i")
+            await eventually(fetching.is_set, "it runs")
+            group.cancel_scope.cancel()
+        await eventually(lambda: len(cancels) == 2, "it is rolled back")
+        assert await db.fetch_value(PID) == pid
+    assert before < cancels[0] == cancels[1]
+    await usable(db)
+
+
 async def test_a_cancellation_that_cannot_be_delivered(
     make_db: Any, engine: PostgresqlEngine, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
