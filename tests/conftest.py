@@ -255,6 +255,7 @@ async def make_db(anyio_backend: Any, engine: Engine) -> AsyncIterator[MakeDb]:
                 timeout, pool.timeout = pool.timeout, HANGING  # a short one is for what the test does, not for opening
                 await handle.execute_script(engine.schema)
                 pool.timeout = timeout
+                pool._watch.end()  # which has looked ahead so far
             if handle not in handles:
                 handles.append(handle)
         return engine.public.get_db()
