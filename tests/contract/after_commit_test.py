@@ -149,6 +149,23 @@ async def test_a_partial_commit_and_the_time_limit(db: Any, engine: Engine, form
     await usable(db)
 
 
+@pytest.mark.any_loop
+async def test_a_partial_commit_of_an_offloaded_function_and_the_time_limit(db: Any, engine: Engine) -> None:
+    """The same where the function runs on the database's thread, in the middle of a statement."""
+
+    async def body() -> None:
+        await add(db, "kept")
+        await db.commit()
+        await add(db, "undone")
+        await db.fetch_value(SLOW_SELECT)
+
+    with anyio.fail_after(HANGING), pytest.raises(errors.TransactionTimeoutError) as caught:
+        await FORMS["offload"](db, body, timeout=1.5)
+    assert "commit()" in str(caught.value), "what was committed is kept"
+    assert engine.committed() == ["kept"]
+    await usable(db)
+
+
 @pytest.mark.parametrize("propagation", ["supports", "not_supported", "never"])
 async def test_a_time_limit_without_a_transaction(db: Any, engine: Engine, propagation: Any) -> None:
     """Where no transaction is open, nothing is said to be rolled back."""
