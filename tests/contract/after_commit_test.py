@@ -159,6 +159,7 @@ async def test_a_partial_commit_of_an_offloaded_function_and_the_time_limit(db: 
         await add(db, "undone")
         await db.fetch_value(SLOW_SELECT)
 
+    await FORMS["offload"](db, lambda: db.fetch_value("SELECT 1"), timeout=HANGING)  # what is done once has been done
     with anyio.fail_after(HANGING), pytest.raises(errors.TransactionTimeoutError) as caught:
         await FORMS["offload"](db, body, timeout=1.5)
     assert "commit()" in str(caught.value), "what was committed is kept"
