@@ -105,9 +105,11 @@ class TimeLimit:
 
     def _outcome(self) -> str:
         bounded = self._bounded
+        committed = any(each.committed for each in bounded)
         if any(getattr(each, "running", False) for each in bounded):
-            return "is being rolled back, unless its commit had begun"
-        if any(each.committed for each in bounded):
+            what = "what it had not yet made permanent by commit() " if committed else ""
+            return f"{what}is being rolled back, unless its commit had begun"
+        if committed:
             return "what it had not yet made permanent by commit() has been rolled back"
         if any(each.outside for each in bounded):
             return "was stopped; no transaction was open around it, so what its statements had done is kept"
