@@ -102,6 +102,10 @@ def run(
             cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout, done.stderr
+    if (
+        arguments[0] == "-m"
+    ):  # in pytest's usual place it would shut the directories of this run to all but its own user
+        arguments = [*arguments, f"--basetemp={folder.with_name(f'{folder.name}.base')}"]
     streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
     server = _server()
     assert server.stdin is not None
