@@ -159,7 +159,9 @@ async def test_a_receiver_that_fails_holds_nobody_up(db: Any, capsys: pytest.Cap
             await db.fetch_value(f"SELECT {number}, '{'x' * 100_000 if kind == 'hangs' else ''}'")
         assert len(handler._queue) <= 20
     await anyio.to_thread.run_sync(handler.close)
-    assert handler.sent + handler.dropped + len(handler._queue) >= 200  # more where something was slow and is told of, too
+    assert (
+        handler.sent + handler.dropped + len(handler._queue) >= 200
+    )  # more where something was slow and is told of, too
     assert handler.dropped >= 150 - (150 if kind == "hangs" else 0)
     # A receiver that hangs has room for some, in buffers of its system's; where the loop is slow enough, for all.
     assert handler.sent == 200 or "log records could not be sent" in capsys.readouterr().err
