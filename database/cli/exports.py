@@ -104,23 +104,19 @@ async def _export(
                 write(pending)
                 count += len(pending)
         if write is None and kind == "csv":
-            await _header(db, query, params, file, writing.null, delimiter, names)
+            _csv_writer(file, names or await _names(db, query, params), writing.null, delimiter)
         bar.update(task, completed=count, rows=count)
     return count
 
 
-async def _header(
-    db: Database, query: str, params: dict[str, Any], file: IO[str], null: str, delimiter: str, known: list[str] | None
-) -> None:
-    """The header of a result without rows: a row brings its names with it, and there is none."""
+async def _names(db: Database, query: str, params: dict[str, Any]) -> list[str]:
+    """The columns of a result without rows: a row brings its names with it, and there is none."""
 
     def names(connection: Any) -> list[str]:
         cursor = connection.execute(query, params)
         return [column[0] for column in cursor.description]
 
-    if known is None:
-        known = await db.run(names, readonly=True)
-    _csv_writer(file, known, null, delimiter)
+    return await db.run(names, readonly=True)
 
 
 class _Lines:

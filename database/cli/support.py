@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from database import errors, settings
+from database.engine.statement import quoted
 from database.session.database import Database
 from database.session.registry import close_all, get_db
 from database.settings import MEMORY
@@ -217,7 +218,7 @@ def quote(name: str) -> str:
     """An SQL identifier, quoted so that whatever it is it stays a name."""
     if "\0" in name:
         fail("a name cannot hold a NUL character", status=Status.USAGE)
-    return '"' + name.replace('"', '""') + '"'
+    return quoted(name)
 
 
 # --- Failing ------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from typing import Any
 from uuid import UUID
 
 from database import errors
+from database.engine.statement import quoted
 from database.session.database import Database
 
-__all__ = ["Column", "Form", "Way", "form_of", "normalised", "quote", "way"]
+__all__ = ["Column", "Form", "Way", "form_of", "normalised", "way"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,6 @@ _MOMENT = re.compile(
 _NOWHERE = re.compile(r"Z|[+-][0:]+")
 
 
-def quote(name: str) -> str:
-    """An SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
 @dataclass(frozen=True, slots=True)
 class Way:
     """How a column's values are copied.
@@ -115,7 +111,7 @@ class Form:
 
 def way(source: Column, target: Column) -> Way:
     """How values get from one column to the other."""
-    name = quote(source.name)
+    name = quoted(source.name)
     if target.engine != "postgresql":
         if source.engine != "postgresql":
             return Way(name, "?", None)
@@ -232,7 +228,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
 
 def form_of(column: Column, other: Column, *, source: bool) -> Form:
     """The form in which a column is compared with its counterpart; `source` says on which side it is."""
-    name = quote(column.name)
+    name = quoted(column.name)
     if column.engine != "postgresql" and other.engine != "postgresql":
         return Form(name, _exact if column.affinity == other.affinity else _loose)
     if column.engine == other.engine:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from database import errors
-from database.copy.columns import Column, Form, Way, form_of, normalised, quote, way
+from database.copy.columns import Column, Form, Way, form_of, normalised, way
 from database.engine.migrations import TABLE as MIGRATIONS
+from database.engine.statement import quoted
 from database.session.database import Database
 
 __all__ = ["NOTES", "Progress", "Report", "Table", "copy"]
@@ -93,14 +94,14 @@ _SEQUENCES = (
 
 
 def _list(names: Iterable[str]) -> str:
-    return ", ".join(map(quote, names))
+    return ", ".join(map(quoted, names))
 
 
 async def _ask(db: Database, questions: dict[str, str], name: str) -> list[Any]:
     """Asks the catalog about a table. PRAGMAs take a quoted name, the others a parameter."""
     question = questions[db.engine.name]
     if "{}" in question:
-        return await db.fetch_all(question.format(quote(name)))
+        return await db.fetch_all(question.format(quoted(name)))
     return await db.fetch_all(question, {"name": name})
 
 
@@ -257,7 +258,7 @@ async def _waiting(target: Database, group: list[Table]) -> AsyncGenerator[None]
         made: list[tuple[str, str]] = []
         for table in group:
             for row in await target.fetch_all(_IMPATIENT, {"name": table.name, "others": list(names)}):
-                alter = f"ALTER TABLE {quote(table.name)} ALTER CONSTRAINT {quote(row['name'])} DEFERRABLE"
+                alter = f"ALTER TABLE {quoted(table.name)} ALTER CONSTRAINT {quoted(row['name'])} DEFERRABLE"
                 with contextlib.suppress(errors.QueryExecutionError):  # somebody else's table: its rows may be in order
                     async with target.transaction():
                         await target.execute(alter)
@@ -266,7 +267,7 @@ async def _waiting(target: Database, group: list[Table]) -> AsyncGenerator[None]
         yield
         await target.execute("SET CONSTRAINTS ALL IMMEDIATE")
         for name, constraint in made:
-            await target.execute(f"ALTER TABLE {quote(name)} ALTER CONSTRAINT {quote(constraint)} NOT DEFERRABLE")
+            await target.execute(f"ALTER TABLE {quoted(name)} ALTER CONSTRAINT {quoted(constraint)} NOT DEFERRABLE")
 
 
 class _Copying:
@@ -289,7 +290,7 @@ class _Copying:
         self.changes = [(number, each.convert) for number, each in enumerate(self.ways) if each.convert is not None]
         marks = ", ".join(each.mark for each in self.ways)
         overriding = " OVERRIDING SYSTEM VALUE" if target.engine.name == "postgresql" else ""
-        self.insert = f"INSERT INTO {quote(other.name)} ({_list(other.columns)}){overriding} VALUES ({marks})"
+        self.insert = f"INSERT INTO {quoted(other.name)} ({_list(other.columns)}){overriding} VALUES ({marks})"
         self.total = 0
 
     async def run(self) -> None:
@@ -298,13 +299,13 @@ class _Copying:
             f"SELECT last, done FROM {NOTES} WHERE source = :source AND name = :name",
             {"source": self.origin, "name": self.other.name},
         )
-        there = int(await self.target.fetch_value(f"SELECT count(*) FROM {quote(self.other.name)}"))
+        there = int(await self.target.fetch_value(f"SELECT count(*) FROM {quoted(self.other.name)}"))
         if note is None and there:
             raise errors.ConfigurationError(
                 f"table {self.other.name!r} is not empty on the target, and no copy has put its rows there: empty it, or leave"
                 " it out"
             )
-        self.total = int(await self.source.fetch_value(f"SELECT count(*) FROM {quote(self.table.name)}"))
+        self.total = int(await self.source.fetch_value(f"SELECT count(*) FROM {quoted(self.table.name)}"))
         if not self.table.key or await self._has_null_key():
             if note is None or not note["done"]:
                 await self._all_at_once()
@@ -314,7 +315,7 @@ class _Copying:
         if last is not None:
             done = int(
                 await self.source.fetch_value(
-                    f"SELECT count(*) FROM {quote(self.table.name)} WHERE {self._compared('<=')}", last
+                    f"SELECT count(*) FROM {quoted(self.table.name)} WHERE {self._compared('<=')}", last
                 )
             )
             if done != there:  # rows have come, or gone, before the last key
@@ -329,14 +330,14 @@ class _Copying:
         """Copies the rows behind a key, in the key's order, each chunk with its note; gives the last key."""
         parts = len(self.table.key)
         keys = f", {', '.join(self._key_as_read())}"
-        order = ", ".join(f"this.{quote(column)}" for column in self.table.key)
+        order = ", ".join(f"this.{quoted(column)}" for column in self.table.key)
         while True:
             conditions = [self._compared(">")] if last is not None else []
             if until is not None:
                 conditions.append(self._compared("<="))
             where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
             rows = await self.source.fetch_all(
-                f"SELECT {self.reads}{keys} FROM {quote(self.table.name)} AS this{where} ORDER BY {order}"
+                f"SELECT {self.reads}{keys} FROM {quoted(self.table.name)} AS this{where} ORDER BY {order}"
                 f" LIMIT {self.chunk_size:d}",
                 [*(last or ()), *(until or ())],
             )
@@ -358,7 +359,7 @@ class _Copying:
     async def _all_at_once(self) -> None:
         """Copies a table without a key: there is nothing by which one could go on."""
         async with self.target.transaction():
-            async with self.source.stream(f"SELECT {self.reads} FROM {quote(self.table.name)}") as rows:
+            async with self.source.stream(f"SELECT {self.reads} FROM {quoted(self.table.name)}") as rows:
                 chunk: list[Any] = []
                 async for row in rows:
                     chunk.append(self._prepared(tuple(row)))
@@ -382,9 +383,10 @@ class _Copying:
         """SQLite lets a primary key be NULL, and nothing is greater than that."""
         if self.source.engine.name != "sqlite3":
             return False
-        missing = " OR ".join(f"{quote(column)} IS NULL" for column in self.table.key)
+        missing = " OR ".join(f"{quoted(column)} IS NULL" for column in self.table.key)
         return (
-            await self.source.fetch_value(f"SELECT 1 FROM {quote(self.table.name)} WHERE {missing} LIMIT 1") is not None
+            await self.source.fetch_value(f"SELECT 1 FROM {quoted(self.table.name)} WHERE {missing} LIMIT 1")
+            is not None
         )
 
     def _prepared(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -402,8 +404,8 @@ class _Copying:
     def _key_as_read(self) -> list[str]:
         """PostgreSQL's keys as text, from which each comes back exactly; SQLite's as they are."""
         if self.source.engine.name == "postgresql":
-            return [f"CAST({quote(column)} AS text)" for column in self.table.key]
-        return [quote(column) for column in self.table.key]
+            return [f"CAST({quoted(column)} AS text)" for column in self.table.key]
+        return [quoted(column) for column in self.table.key]
 
     def _compared(self, operator: str) -> str:
         types = {column.name: column.type for column in self.table.described}
@@ -427,7 +429,7 @@ async def _advance_sequences(target: Database, table: Table) -> None:
     """The next key that the server makes must be none of those that were copied, and one that the sequence may have."""
     for row in await target.fetch_all(_SEQUENCES, {"name": table.name}):
         furthest = "max" if row["step"] > 0 else "min"
-        last = await target.fetch_value(f"SELECT {furthest}({quote(row['name'])}) FROM {quote(table.name)}")
+        last = await target.fetch_value(f"SELECT {furthest}({quoted(row['name'])}) FROM {quoted(table.name)}")
         if last is not None and row["least"] <= last <= row["most"]:
             await target.fetch_value(
                 "SELECT setval(CAST(CAST(:sequence AS text) AS regclass), :last)",
@@ -447,12 +449,12 @@ async def _digest(
         forms: The form of each column.
         progress: Called now and then.
     """
-    total = int(await db.fetch_value(f"SELECT count(*) FROM {quote(table.name)}"))
+    total = int(await db.fetch_value(f"SELECT count(*) FROM {quoted(table.name)}"))
     count = 0
     digest = 0
     reads = ", ".join(form.read for form in forms)
     chunk: list[tuple[Any, ...]] = []
-    async with db.stream(f"SELECT {reads} FROM {quote(table.name)}") as rows:
+    async with db.stream(f"SELECT {reads} FROM {quoted(table.name)}") as rows:
         async for row in rows:
             chunk.append(tuple(row))
             if len(chunk) == COMPARED:

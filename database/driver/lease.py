@@ -397,7 +397,7 @@ class Lease:
                 self.ended = True
                 return
             try:
-                worker.commit(connection, asked=request)
+                worker.commit(connection, asked=(request,))
                 self.committed = True
             except BaseException as error:
                 request.error = worker.translate(error, request)

@@ -372,7 +372,7 @@ class Runner:
         try:
             result = request.result = request.operation(self.connection, request.subject, request.params, request.extra)  # type: ignore[misc]
         except BaseException as error:
-            request.error = self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
+            request.error = self.told(error, request)
             result = None
         if threshold is not None:
             seconds = perf_counter() - started
@@ -381,6 +381,10 @@ class Runner:
         if request.error is not None:
             raise request.error
         return result
+
+    def told(self, error: BaseException, request: Request) -> BaseException:
+        """What a function that runs here is told of its statement's error."""
+        return self.called_off() if isinstance(error, Interrupted) else self.translate(error, request)
 
     @staticmethod
     def called_off() -> BaseException:
@@ -404,7 +408,7 @@ class Runner:
             raise Alone
         try:
             if keep:
-                self.commit(connection, asked=self.current)
+                self.commit(connection, asked=() if self.current is None else (self.current,))
             else:
                 connection.rollback()
                 self.rollbacks += 1
@@ -473,9 +477,7 @@ class Runner:
             self.tell(request, self.observer.failure, translated)
         return translated
 
-    def patiently(
-        self, request: Request | None, step: Any, *arguments: Any, asked: Request | Sequence[Request] | None = None
-    ) -> Any:
+    def patiently(self, request: Request | None, step: Any, *arguments: Any, asked: Sequence[Request] = ()) -> Any:
         """Runs a step again and again while somebody else holds a lock, until `busy_timeout` is used up.
 
         Between two tries the thread sleeps for a random few milliseconds: short enough that a cancellation is heeded
@@ -505,9 +507,8 @@ class Runner:
                     if not self.backend.is_busy(error):
                         raise
                     if self._deadline is not None:
-                        whose = request if asked is None else asked
-                        requests = () if whose is None else (whose,) if isinstance(whose, Request) else whose
-                        deadline = max(deadline, self._deadline(self, requests, began, until))
+                        whose = asked or (() if request is None else (request,))
+                        deadline = max(deadline, self._deadline(self, whose, began, until))
                     if until >= deadline:
                         raise
                 self.flush()
@@ -535,7 +536,7 @@ class Runner:
             self.patiently(request, _begin, connection, readonly)
         return connection
 
-    def commit(self, connection: Connection, size: int = 1, asked: Request | Sequence[Request] | None = None) -> None:
+    def commit(self, connection: Connection, size: int = 1, asked: Sequence[Request] = ()) -> None:
         """Commits `size` writes of those who asked. Nothing can interrupt it but for what is current."""
         try:
             connection.commit()
@@ -602,7 +603,7 @@ class Runner:
                 request.error = self.translate(TransactionError(ENDED_BY_ITSELF), request)
                 return
             try:
-                self.commit(connection, asked=request)
+                self.commit(connection, asked=(request,))
             except BaseException as error:
                 request.error = self.translate(error, request)
             else:

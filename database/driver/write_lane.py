@@ -23,12 +23,7 @@ from database.driver.roles import Owner
 from database.driver.runner import CLOSED, again
 from database.driver.worker import WAKE, Servable, Worker
 from database.engine.contract import Alone, Interrupted
-from database.errors import (
-    ConnectionPoolExhaustedError,
-    DatabaseBusyError,
-    DatabaseError,
-    PoolClosedError,
-)
+from database.errors import ConnectionPoolExhaustedError, DatabaseBusyError, DatabaseError, PoolClosedError
 
 __all__ = ["GROUP_SECONDS", "GROUP_SIZE", "WriteLane"]
 

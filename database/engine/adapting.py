@@ -7,11 +7,12 @@ happens on the thread on which the function ran, hence one memory for each threa
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from threading import local
 from typing import Any
 
-__all__ = ["AS_IS", "NATIVE", "NONE", "PLAIN", "Adapters", "adapted", "taken"]
+__all__ = ["AS_IS", "BUFFERS", "NATIVE", "NONE", "PLAIN", "Adapters", "adapted", "taken"]
 
 Adapters = Mapping[type, Callable[[Any], Any]]
 """The functions by the types that they take. It may grow meanwhile."""
@@ -23,6 +24,9 @@ NATIVE = frozenset({int, float, str, bytes, type(None), bool, bytearray})
 
 PLAIN = NATIVE - {bytearray}
 """Of these, those whose value nobody can change meanwhile."""
+
+BUFFERS = (bytearray, memoryview, array)
+"""Stored as their bytes, which may be others later."""
 
 
 class _AsIs:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-__all__ = ["CONTROL", "OTHER", "READ", "WHOLE", "WRITE", "Result", "Row", "Statement"]
+__all__ = ["CONTROL", "OTHER", "READ", "WHOLE", "WRITE", "WRITES", "Result", "Row", "Statement", "quoted"]
 
 READ: Final = 0
 """Changes nothing: any reader may run it."""
@@ -21,6 +21,13 @@ CONTROL: Final = 3
 """BEGIN, COMMIT, SAVEPOINT, …: the package's own business."""
 WHOLE: Final = 4
 """A WRITE that would leave a part of itself behind when it fails: outside a transaction it needs one around it."""
+WRITES: Final = frozenset({WRITE, WHOLE})
+"""Both."""
+
+
+def quoted(name: str) -> str:
+    """An SQL identifier: whatever the name is, it stays a name."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,7 +293,7 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
             and before.text in ("CREATE", "REPLACE", "LOCAL", "GLOBAL", "INTO")
         ):
             plan.stains, plan.refusal = True, _TEMPORARY
-        elif token.text == "PG_SETTINGS" or (token.kind == "quoted" and _unquoted(token.text) == "pg_settings"):
+        elif _name(token) == "pg_settings":
             if any(each.text == "UPDATE" for each in tokens):  # a view that sets what is written to it
                 plan.stains, plan.refusal = True, _STAINING["set_config"].replace("set_config() ", "this ", 1)
         elif token.kind == "word" and token.text == "HOLD" and verb == "DECLARE":
@@ -303,17 +303,14 @@ def _look_for_state(plan: Plan, tokens: list[Token], words: list[str], verb: str
 
 
 def _is_temporary_schema(token: Token) -> bool:
-    if token.kind == "quoted":
-        return _TEMPORARY_SCHEMA.fullmatch(_unquoted(token.text)) is not None
-    return token.kind == "word" and _TEMPORARY_SCHEMA.fullmatch(token.text.lower()) is not None
+    return _TEMPORARY_SCHEMA.fullmatch(_name(token) or "") is not None
 
 
 def _is_of_a_schema(tokens: list[Token], index: int) -> bool:
     """Whether a function is called by the name of a schema that is not the server's own."""
-    if index < 2 or tokens[index - 1].text != "." or tokens[index - 2].kind not in ("word", "quoted"):
+    if index < 2 or tokens[index - 1].text != ".":
         return False
-    schema = tokens[index - 2]
-    return (_unquoted(schema.text) if schema.kind == "quoted" else schema.text.lower()) != "pg_catalog"
+    return _name(tokens[index - 2]) not in (None, "pg_catalog")
 
 
 def _localises(plan: Plan, tokens: list[Token]) -> None:
@@ -330,36 +327,27 @@ def _localises(plan: Plan, tokens: list[Token]) -> None:
 
 def _suspects(tokens: list[Token]) -> tuple[str, ...]:
     """The names in a statement that only reads, as far as its text tells; none if it tells of its transaction."""
-    names: set[str] = set()
+    names: set[str | None] = set()
     for index, token in enumerate(tokens):
         if _called(tokens, index) in _TIED or (token.kind == "word" and token.text in _MOMENTS):
             return ()
-        if token.kind == "word":
-            names.add(token.text.lower())
-        elif token.kind == "quoted":
-            names.add(_unquoted(token.text))
-    return tuple(sorted(names))
+        names.add(_name(token))
+    return tuple(sorted(name for name in names if name is not None))
 
 
 def names_of(sql: str) -> list[str]:
     """All names in a statement, its keywords among them, as the catalog has them."""
-    return sorted(
-        {
-            token.text.lower() if token.kind == "word" else _unquoted(token.text)
-            for token in tokens_of(sql)
-            if token.kind in ("word", "quoted")
-        }
-    )
+    return sorted({name for name in map(_name, tokens_of(sql)) if name is not None})
 
 
 def _called(tokens: list[Token], index: int) -> str | None:
     """The name of the function whose call begins at that token."""
-    token = tokens[index]
-    if token.kind not in ("word", "quoted") or index + 1 == len(tokens) or tokens[index + 1].text != "(":
-        return None
-    if token.kind == "word":
-        return token.text.lower()
-    return _unquoted(token.text)
+    return _name(tokens[index]) if index + 1 < len(tokens) and tokens[index + 1].text == "(" else None
+
+
+def _name(token: Token) -> str | None:
+    """A name, or a keyword, as the catalog has it; None: it is neither."""
+    return token.text.lower() if token.kind == "word" else _unquoted(token.text) if token.kind == "quoted" else None
 
 
 def _unquoted(text: str) -> str:

@@ -21,13 +21,13 @@ import itertools
 import json
 import re
 import uuid
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import psycopg
 from psycopg import pq
 
+from database.engine.adapting import BUFFERS
 from database.engine.statement import Result, Statement
 from database.postgresql.failures import MISTYPED, STALE, clean, made_from
 from database.postgresql.plan import Insert, Plan
@@ -43,9 +43,6 @@ COPY_FROM = 200
 """Rows from which COPY is worth asking for."""
 
 _FATAL = pq.ExecStatus.FATAL_ERROR
-
-_CHANGING = frozenset({bytearray, memoryview, array})
-"""Types whose values may be others later. As `execute` does, they are taken for their bytes."""
 
 _Sent = tuple[Any, tuple[int, ...], Any]
 
@@ -74,7 +71,7 @@ def _rows(connection: Sender, plan: Plan, rows: Iterable[Any]) -> Iterator[Seque
         ):  # nothing of it can change
             yield row
         else:
-            yield [bytes(value) if type(value) in _CHANGING else value for value in bind(plan, row, adapters)]
+            yield [bytes(value) if type(value) in BUFFERS else value for value in bind(plan, row, adapters)]
 
 
 def execute_many(connection: Sender, statement: Statement, rows: Any) -> Result:

@@ -106,8 +106,13 @@ def migrate(connection: Connection, order: Order, _params: Any = None, _extra: A
     finally:
         if connection.began:
             connection.rollback()
-        if connection.value(connection.run(_LOCKED, (_LOCK,)), False):
+        if _is_locked(connection):
             connection.run(_UNLOCK, (_LOCK,))
+
+
+def _is_locked(connection: Connection) -> bool:
+    """Whether this connection has the migrations' lock, still."""
+    return bool(connection.value(connection.run(_LOCKED, (_LOCK,)), False))
 
 
 def _lock(connection: Connection, deadline: float, order: Order) -> None:
@@ -153,7 +158,7 @@ def _apply(connection: Connection, migrations: tuple[Migration, ...], order: Ord
         _logger.info("migration %s applied in %.3f s", migration.name, seconds)
         if order.progress is not None:
             order.progress(migration, seconds)
-        if not connection.value(connection.run(_LOCKED, (_LOCK,)), False):
+        if not _is_locked(connection):
             # The connection was put right behind a DO or a function, and with all else that was on it the lock has gone.
             # Whoever has it meanwhile goes on with the next file, hence the record is read again.
             _lock(connection, deadline, order)

@@ -118,9 +118,7 @@ class Wire:
             elif ready:
                 return
             self.ticks += 1
-            if self.resolute:
-                pass
-            elif self.progress() or (self.impatient and self.ticks >= TICKS - 2):
+            if not self.resolute and (self.progress() or (self.impatient and self.ticks >= TICKS - 2)):
                 self.cancel()
             if ready:
                 return

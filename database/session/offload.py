@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from database.driver.request import MANY, STATEMENT, UNIT, Control, Request
 from database.driver.wakeup import asyncio_loop, current_loop
 from database.driver.worker import here
-from database.engine.contract import Interrupted
 from database.engine.statement import READ
 from database.errors import TransactionError
 from database.session.binding import Binding
@@ -121,11 +120,7 @@ class OffloadedTransaction(Transaction):
         try:
             return operation(self.connection, statement, params, extra)
         except BaseException as error:
-            failure = (
-                worker.called_off()
-                if isinstance(error, Interrupted)
-                else worker.translate(error, self.pool.request(STATEMENT, operation, statement, params, extra))
-            )
+            failure = worker.told(error, self.pool.request(STATEMENT, operation, statement, params, extra))
             self.root._survives(failure)
             raise failure from failure.__cause__
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
 from functools import lru_cache
 from typing import Any, Final, Protocol, TypeVar, cast
 
-from database.engine.adapting import PLAIN
+from database.engine.adapting import BUFFERS, PLAIN
 from database.engine.contract import Engine
-from database.engine.statement import CONTROL, WHOLE, WRITE, Statement
+from database.engine.statement import CONTROL, WRITES, Statement
 from database.errors import QueryExecutionError
 
 __all__ = ["Query", "Statements", "TypedQuery", "check_operation", "still"]
@@ -78,7 +77,7 @@ class Statements(dict[Any, Statement]):
         statement = self.get(query) or self.learn(query)
         if type(query) is not str:
             check_operation("execute_many", query)
-        if statement.kind not in (WRITE, WHOLE) or statement.returns_rows:
+        if statement.kind not in WRITES or statement.returns_rows:
             if statement.kind == CONTROL:
                 raise self.unfit("execute_many", statement)
             raise QueryExecutionError(
@@ -96,7 +95,7 @@ class Statements(dict[Any, Statement]):
         statement = self.get(query) or self.learn(query)
         if statement.kind == CONTROL:
             raise self.unfit("batch.execute", statement)
-        if statement.kind not in (WRITE, WHOLE):
+        if statement.kind not in WRITES:
             raise QueryExecutionError(
                 f"a batch takes INSERT, UPDATE and DELETE, not {statement.verb}; nothing was executed",
                 sql=statement.sql,
@@ -109,7 +108,7 @@ class Statements(dict[Any, Statement]):
             return self._engine().control_error(statement.verb)
         return QueryExecutionError(
             f"{method}() needs a statement that returns rows, and this {statement.verb} does not: use execute()"
-            f"{', or add a RETURNING clause' if statement.kind in (WRITE, WHOLE) else ''}; nothing was executed",
+            f"{', or add a RETURNING clause' if statement.kind in WRITES else ''}; nothing was executed",
             sql=statement.sql,
         )
 
@@ -152,8 +151,7 @@ def check_operation(method: str, query: Any) -> Callable[..., Any] | None:
     return getattr(query, "record_class", None)
 
 
-_BUFFERS: Final = (bytearray, memoryview, array)
-_CHANGING: Final = frozenset({*_BUFFERS, list, dict, set})
+_CHANGING: Final = frozenset({*BUFFERS, list, dict, set})
 _fixed: Final = _CHANGING.isdisjoint  # a tenth of a microsecond for every statement
 """Values whose contents may be others by the time they are bound; which is when something is made of a list (`db.adapt`)."""
 _are_plain: Final = PLAIN.issuperset
@@ -182,19 +180,16 @@ def still(params: Any) -> Any:
 
 
 def _still(value: Any) -> Any:
-    kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
-    if kind in PLAIN:
+    try:
+        return _copied(value)
+    except RecursionError:  # a circle, or nested too deeply: whoever converts it will say so
         return value
-    if kind is list or kind is dict or kind is set:
-        try:
-            return _copied(value)
-        except RecursionError:  # a circle, or nested too deeply: whoever converts it will say so
-            return value
-    return bytes(cast("Any", value)) if isinstance(value, _BUFFERS) else value
 
 
 def _copied(value: Any) -> Any:
     kind: type[Any] = type(value)  # pyright: ignore[reportUnknownVariableType]
+    if kind in PLAIN:
+        return value
     if kind is list:
         return value.copy() if _are_plain(map(type, value)) else [_copied(each) for each in value]
     if kind is dict:
@@ -203,7 +198,7 @@ def _copied(value: Any) -> Any:
         )
     if kind is set:
         return value.copy()
-    return bytes(cast("Any", value)) if isinstance(value, _BUFFERS) else value
+    return bytes(cast("Any", value)) if isinstance(value, BUFFERS) else value
 
 
 def _still_object(params: Any) -> Any:

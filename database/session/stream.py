@@ -12,7 +12,7 @@ from database.driver.observer import aside
 from database.driver.pool import Pool
 from database.driver.request import STATEMENT, Request
 from database.driver.wakeup import current_loop
-from database.engine.statement import READ, WHOLE, WRITE, Statement
+from database.engine.statement import READ, WRITES, Statement
 from database.errors import PoolClosedError, QueryExecutionError, ReadOnlyTransactionError, TransactionError
 from database.session.binding import Binding
 from database.session.origin import Origin
@@ -97,7 +97,7 @@ class Stream(Generic[T]):
             self._record_class = self._record_class or record_class
         level = binding.level()
         if isinstance(level, Transaction):
-            if level.readonly and statement.kind in (WRITE, WHOLE) and not level.ended:
+            if level.readonly and statement.kind in WRITES and not level.ended:
                 raise ReadOnlyTransactionError(f"a read-only transaction refuses this {statement.verb}")
             self._level = level
         else:

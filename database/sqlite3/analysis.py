@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from database.engine.statement import CONTROL, OTHER, READ, WHOLE, WRITE, Statement
+from database.engine.statement import CONTROL, OTHER, READ, WHOLE, WRITE, Statement, quoted
 
 __all__ = [
     "ARGUMENT_PRAGMAS",
@@ -307,8 +307,4 @@ def target(sql: str) -> str | None:
     name = next(pieces, None)
     if name is None:
         return None
-    quoted = f'"{name.replace(chr(34), chr(34) * 2)}"'
-    if next(pieces, None) == ".":
-        name = next(pieces, "")
-        quoted += f'."{name.replace(chr(34), chr(34) * 2)}"'
-    return quoted
+    return f"{quoted(name)}.{quoted(next(pieces, ''))}" if next(pieces, None) == "." else quoted(name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from database import errors
 from database.engine.checkup import FAILED, NOTE, OK, WARNING, Finding, bytes_of, migrations
+from database.engine.statement import quoted
 from database.settings import MEMORY
 from database.settings.model import steps_of
 from database.sqlite3 import library as libraries
@@ -226,8 +227,7 @@ def _writer(
     if not all(os.access(each, os.W_OK) and os.access(each.absolute().parent, os.W_OK) for each in files):
         return READER  # which has been told
     for schema in ("main", *settings.attach):
-        quoted = '"' + schema.replace('"', '""') + '"'
-        mode = str(raw.execute(f"PRAGMA {quoted}.journal_mode").fetchone()[0]).upper()
+        mode = str(raw.execute(f"PRAGMA {quoted(schema)}.journal_mode").fetchone()[0]).upper()
         if (mode == "WAL") != (settings.journal_mode == "WAL"):
             yield Finding(
                 "PRAGMAs",
@@ -404,9 +404,8 @@ def _measured(
     for kind, name, _ in objects:
         if kind != "table":
             continue
-        quoted = '"' + name.replace('"', '""') + '"'
         try:
-            rows = raw.execute(f"SELECT count(*) FROM {quoted}").fetchone()[0] if count else None  # noqa: S608 - quoted
+            rows = raw.execute(f"SELECT count(*) FROM {quoted(name)}").fetchone()[0] if count else None  # noqa: S608 - quoted
         except classes.OperationalError:  # a virtual table whose module is missing here
             if stopped():
                 raise

@@ -214,9 +214,6 @@ def explain(
         parameters = None
     kind = errors.QueryExecutionError
     if not isinstance(error, classes.Error):
-        if isinstance(error, UnicodeEncodeError):  # it has the whole text
-            error.object, error.start, error.end = error.object[error.start : error.end], 0, error.end - error.start
-            error.args = (message,)
         if not isinstance(error, TypeError):
             message = f"a parameter cannot be stored: {message}"
         errors.without_text(error)
@@ -320,10 +317,10 @@ def _without_values(error: BaseException, parameters: Any, adapters: Adapters, s
     """
     message = str(error)
     values: list[str] = []
-    all_known = False
+    all_known = True
     try:
         for known, value in _texts(parameters, adapters):
-            all_known = known if not values else all_known and known
+            all_known = all_known and known
             values.append(value)
     except Exception:  # values of the user's own classes: an error is not to become another one
         all_known = False
@@ -332,30 +329,26 @@ def _without_values(error: BaseException, parameters: Any, adapters: Adapters, s
             return message
     clean = message
     if not all_known and sql is not None:
-
-        def foreign(found: re.Match[str]) -> str:
-            text = found[1] or found[2] or found[3] or ""
-            return found[0].replace(text, REDACTED) if text and text not in sql else found[0]
-
-        clean = _QUOTED.sub(foreign, clean)
+        clean = _without_quoted(clean, lambda text: text not in sql)
     values = [value for value in values if value]
     for value in sorted(values, key=len, reverse=True):
         if len(value) > 3 or (value in clean and not value.isalpha()):
             clean = clean.replace(value, REDACTED)
     words = {word for value in values for word in _WORD.findall(value)}
-
-    def piece(found: re.Match[str]) -> str:
-        text = found[1] or found[2] or found[3] or ""
-        if text and text != REDACTED and any(text in value for value in values):
-            return found[0].replace(text, REDACTED)
-        return found[0]
-
-    clean = _QUOTED.sub(piece, clean)
+    clean = _without_quoted(clean, lambda text: text != REDACTED and any(text in value for value in values))
     clean = _WORD.sub(lambda found: REDACTED if found[0] in words and found[0] not in _COMMON else found[0], clean)
     clean = clean.replace(f"<{REDACTED}>", REDACTED)
     if clean != message:
         error.args = (clean,)
     return clean
+
+
+def _without_quoted(message: str, secret: Callable[[str], bool]) -> str:
+    def replaced(found: re.Match[str]) -> str:
+        text = found[1] or found[2] or found[3] or ""
+        return found[0].replace(text, REDACTED) if text and secret(text) else found[0]
+
+    return _QUOTED.sub(replaced, message)
 
 
 _COMMON = frozenset(

@@ -20,6 +20,7 @@ import sqlite3
 from typing import Any, Final
 
 from database.engine.contract import Alone
+from database.engine.statement import quoted
 from database.sqlite3 import analysis
 from database.sqlite3.failures import KEYS_STAY
 from database.sqlite3.raw import Lent
@@ -89,7 +90,6 @@ class Guard:
     __slots__ = (
         "_admitting",
         "_alone",
-        "_attached",
         "_changed",
         "_cursor",
         "_deferred",
@@ -97,9 +97,10 @@ class Guard:
         "_refused",
         "_restricted",
         "_rowids",
-        "_schema",
         "_schema_writable",
+        "_schemas",
         "_shared",
+        "_versions",
         "plain",
         "raw",
         "readonly",
@@ -127,10 +128,10 @@ class Guard:
         """Whether the connection is to be exchanged when its transaction has ended."""
         self._rowids: dict[str, bool] = {}
         """Of INSERTs, by their text: whether the table has row ids."""
-        self._schema: Any = -1
-        """The schema's version when it was looked through for foreign keys that are checked with the commit."""
-        self._attached: tuple[str, ...] | None = None
-        """See `_attached_names`; None until they are asked for."""
+        self._schemas: tuple[str, ...] = ()
+        """The database and the files that the configuration attaches, quoted; empty until they are asked for."""
+        self._versions: list[int] = []
+        """Their schemas' versions when these were looked through for foreign keys that are checked with the commit."""
         self._deferred: dict[str, frozenset[str | None]] = {}
         """Tables that such keys lead from or to, and their columns in them."""
         self._deferring = True
@@ -146,34 +147,20 @@ class Guard:
         self._shared = shared
         if not shared:
             return
-        version = self._cursor.execute("PRAGMA schema_version").fetchall()[0][0]
-        if self._attached is None:
-            self._attached = self._attached_names()
-        if self._attached:
-            version = [version]
-            version += [
-                self._cursor.execute(f"PRAGMA {name}.schema_version").fetchall()[0][0] for name in self._attached
-            ]
-        if version != self._schema:
-            factory, self.raw.text_factory = self.raw.text_factory, str  # `on_connect` may have set another
-            try:
-                self._deferred = _deferred(self.raw.plain_cursor(), ("main", *self._attached))
-            finally:
-                self.raw.text_factory = factory
-            self._schema = version
+        execute = self._cursor.execute
+        if not self._schemas:
+            with self.raw.as_text():
+                names = [row[1] for row in execute("PRAGMA database_list").fetchall()]
+            self._schemas = tuple(quoted(name) for name in names if name != "temp")
+        versions = [execute(f"PRAGMA {schema}.schema_version").fetchall()[0][0] for schema in self._schemas]
+        if versions != self._versions:
+            with self.raw.as_text():
+                self._deferred = _deferred(self.raw.plain_cursor(), self._schemas)
+            self._versions = versions
             self._deferring = True
         if self._deferring and self._deferred:
             self._deferring = False
             self.raw.install()
-
-    def _attached_names(self) -> tuple[str, ...]:
-        """The schemas of files that the configuration attaches, quoted."""
-        factory, self.raw.text_factory = self.raw.text_factory, str
-        try:
-            found = self.raw.plain_cursor().execute("PRAGMA database_list").fetchall()
-        finally:
-            self.raw.text_factory = factory
-        return tuple(_quoted(row[1]) for row in found if row[1] not in ("main", "temp"))
 
     # For the connection, while it is lent: see `Keeper`
 
@@ -281,10 +268,6 @@ class Guard:
         return sqlite3.SQLITE_OK
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _deferred(cursor: sqlite3.Cursor, schemas: tuple[str, ...]) -> dict[str, frozenset[str | None]]:
     """Tables with foreign keys that are checked with the commit, and the tables that these lead to, with the columns.
 
@@ -294,7 +277,7 @@ def _deferred(cursor: sqlite3.Cursor, schemas: tuple[str, ...]) -> dict[str, fro
     for schema in schemas:
         cursor.execute(f"SELECT name FROM {schema}.sqlite_master WHERE type = 'table' AND sql LIKE '%DEFERRED%'")  # noqa: S608
         for (name,) in cursor.fetchall():
-            for key in cursor.execute(f"PRAGMA {schema}.foreign_key_list({_quoted(name)})").fetchall():
+            for key in cursor.execute(f"PRAGMA {schema}.foreign_key_list({quoted(name)})").fetchall():
                 found.setdefault(name.lower(), set()).add(key["from"].lower())
                 found.setdefault(key["table"].lower(), set()).add(key["to"] and key["to"].lower())
     return {table: frozenset(columns) for table, columns in found.items()}

@@ -27,7 +27,7 @@ import os
 import re
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from threading import get_ident
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -35,6 +35,7 @@ from weakref import ref
 
 from database.engine.adapting import PLAIN
 from database.engine.contract import Alone
+from database.engine.statement import quoted
 from database.errors import TransactionError
 from database.sqlite3 import analysis
 
@@ -317,6 +318,15 @@ class Lending(_Connection):
 
     # For cursors
 
+    @contextlib.contextmanager
+    def as_text(self) -> Generator[None]:
+        """TEXT comes as `str` meanwhile: a user may have set another `text_factory`."""
+        factory, self.text_factory = self.text_factory, str
+        try:
+            yield
+        finally:
+            self.text_factory = factory
+
     def is_here(self) -> bool:
         """Whether the caller runs on the connection's own thread."""
         return get_ident() == self._thread
@@ -406,29 +416,25 @@ class Lending(_Connection):
         self.protected = frozenset()
         if _ON.search(sql):
             return
-        factory, self.text_factory = self.text_factory, str
-        try:
+        with self.as_text():
             cursor = self.plain_cursor()
             cursor.row_factory = None
             if cursor.execute("PRAGMA foreign_keys").fetchall() == [(1,)]:
                 self.protected = frozenset(table for (table,) in cursor.execute(_REFERRED))
-        finally:
-            self.text_factory = factory
         if self.protected:
             self.install()  # and what is cached is looked at again
 
     def _savepoint(self, what: str, name: str) -> None:
         folded, names = name.lower(), self._names
-        quoted = f'"{name.replace(chr(34), chr(34) * 2)}"'
         control = self.keeper.control
         if what == "SAVEPOINT":
-            control(f"SAVEPOINT {quoted}")
+            control(f"SAVEPOINT {quoted(name)}")
             names.append(folded)
             return
         if folded not in names:
             raise self.module.OperationalError(f"no such savepoint: {name}")
         position = len(names) - 1 - names[::-1].index(folded)
-        control(f"{what} {quoted}")
+        control(f"{what} {quoted(name)}")
         del names[position + (what != "RELEASE") :]
 
     def _base(self) -> None:

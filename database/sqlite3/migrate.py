@@ -24,7 +24,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from database.engine.migrations import TABLE, Applied, Migration, MigrationReport, Order, load, pending
-from database.engine.statement import CONTROL
+from database.engine.statement import CONTROL, quoted
 from database.errors import DatabaseError, MigrationError
 from database.logs import say
 from database.sqlite3 import analysis
@@ -178,8 +178,7 @@ def _temporary(raw: sqlite3.Connection) -> set[tuple[str, str]]:
 def _drop_temporary(raw: sqlite3.Connection, before: set[tuple[str, str]]) -> None:
     """Drops what a file has left in the connection's own schema, inside the file's transaction."""
     for kind, name in sorted(_temporary(raw) - before, key=lambda each: each[0] == "table"):
-        quoted = name.replace('"', '""')
-        raw.execute(f'DROP {kind} IF EXISTS temp."{quoted}"')
+        raw.execute(f"DROP {kind} IF EXISTS temp.{quoted(name)}")
 
 
 def _put_right(connection: Connection, before: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ that only their owner can read, the journal mode. It is opened before the reader
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -345,8 +346,7 @@ def _look_again(raw: Any, settings: SqliteSettings, path: str) -> None:
     """Behind functions of the user's, whether the connection still is what the configuration says."""
     cursor = raw.plain_cursor()
     cursor.row_factory = None  # whatever they have set
-    factory, raw.text_factory = raw.text_factory, str
-    try:
+    with contextlib.closing(cursor), raw.as_text():
         for name, value in (*own_pragmas(settings), *more_pragmas(settings), *_AS_IT_WAS):
             try:
                 read_back(cursor, path, name, value)
@@ -356,9 +356,6 @@ def _look_again(raw: Any, settings: SqliteSettings, path: str) -> None:
                     f"on_connect has changed a setting: {str(error.reason).replace('did not take: it is', 'is now')}",
                 ) from None
         there = {row[0].lower() for row in cursor.execute("SELECT name FROM pragma_database_list")}
-    finally:
-        raw.text_factory = factory
-        cursor.close()
     if missing := [name for name in settings.attach if name.lower() not in there]:
         raise errors.ConnectionFailedError(path, f"on_connect has detached {missing[0]!r}")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from database import errors
+from database.engine.statement import quoted
 
 __all__ = ["CIPHER", "CONFIGURABLE", "REFUSED", "Value", "read_back", "write"]
 
@@ -121,7 +122,7 @@ def write(name: str, value: Value, schema: str | None = None) -> str:
         text = "'" + value.replace("'", "''") + "'"
     else:
         text = str(int(value))
-    return f"PRAGMA {'' if schema is None else _quoted(schema) + '.'}{name} = {text}"
+    return f"PRAGMA {'' if schema is None else quoted(schema) + '.'}{name} = {text}"
 
 
 def read_back(raw: Any, path: str, name: str, value: Value, schema: str | None = None) -> None:
@@ -134,7 +135,7 @@ def read_back(raw: Any, path: str, name: str, value: Value, schema: str | None =
     if name == "case_sensitive_like":  # cannot be asked for; what it does can
         row = raw.execute("SELECT 'a' NOT LIKE 'A'").fetchone()
     else:
-        row = raw.execute(f"PRAGMA {'' if schema is None else _quoted(schema) + '.'}{name}").fetchone()
+        row = raw.execute(f"PRAGMA {'' if schema is None else quoted(schema) + '.'}{name}").fetchone()
     if row is None:
         if name in CIPHER:  # some of which cannot be asked for either
             return
@@ -161,7 +162,3 @@ def _same(name: str, wanted: Value, found: object) -> bool:
     if word in _FALSE:
         return got in _FALSE
     return False
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from database.engine.adapting import NATIVE, NONE, Adapters, adapted
 from database.engine.rows import table
+from database.engine.statement import quoted
 from database.sqlite3.analysis import placeholders
 
 __all__ = ["Chunk", "Feed", "Row", "bind", "row_class"]
@@ -95,7 +96,7 @@ cast("Any", Sequence).register(Row)
 
 def _unpickled(names: list[str], values: tuple[Any, ...]) -> Row:
     # A row can only be made by a cursor; this one knows nothing but names, which need quoting.
-    columns = ", ".join(f'? AS "{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    columns = ", ".join(f"? AS {quoted(name)}" for name in names)
     connection = sqlite3.connect(":memory:")
     try:
         connection.row_factory = Row

@@ -95,6 +95,31 @@ async def test_closing_while_a_write_waits_for_another_process(make_db: Any, eng
     assert engine.committed() == []
 
 
+async def beside_a_reader(reader: Any, sql: str, found: int, *writes: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """What becomes of writes that begin beside a read-only transaction, which ends when they have waited for a while."""
+    release, reading = anyio.Event(), anyio.Event()
+
+    async def read() -> None:
+        async with reader.transaction(readonly=True):
+            assert await reader.fetch_value(sql) == found
+            reading.set()
+            await release.wait()
+
+    outcome: list[Any] = []
+
+    async def write() -> None:
+        outcome.extend(await gather(*writes))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        await reading.wait()
+        group.start_soon(write)
+        await anyio.sleep(0.4)  # several times busy_timeout
+        assert outcome == []
+        release.set()
+    return outcome
+
+
 @pytest.mark.parametrize("mode", ["DELETE", "PERSIST"])
 async def test_ones_own_readers_without_a_wal(make_db: Any, engine: Engine, mode: str) -> None:
     """Without a WAL a write waits for readers of its own process as for everything in the pool; if in vain, the error
@@ -102,27 +127,10 @@ async def test_ones_own_readers_without_a_wal(make_db: Any, engine: Engine, mode
     """
     db = await make_db(journal_mode=mode, busy_timeout=50, pool_timeout=10)
     await add(db, "before")
-    release = anyio.Event()
-    reading = anyio.Event()
-
-    async def read() -> None:
-        async with db.transaction(readonly=True):
-            assert await db.fetch_value("SELECT count(*) FROM jobs") == 1
-            reading.set()
-            await release.wait()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(read)
-        await reading.wait()
-        outcome: list[Any] = []
-
-        async def write() -> None:
-            outcome.extend(await gather(lambda: add(db, "waited"), lambda: transactional(add)(db, "as well")))
-
-        group.start_soon(write)
-        await anyio.sleep(0.4)  # several times busy_timeout
-        assert outcome == []
-        release.set()
+    counted = "SELECT count(*) FROM jobs"
+    outcome = await beside_a_reader(
+        db, counted, 1, lambda: add(db, "waited"), lambda: transactional(add)(db, "as well")
+    )
     assert outcome == [None, None]
     assert engine.committed() == ["as well", "before", "waited"]
     await usable(db)
@@ -217,27 +225,9 @@ async def test_ones_own_readers_by_another_name(make_db: Any, engine: Engine, ki
     audit = engine.public.get_db("audit")
     reader, writer = (db, audit) if kind == "attached the other way" else (audit, db)
     table = "jobs" if kind == "link" else "audit.jobs"
-    release, reading = anyio.Event(), anyio.Event()
-
-    async def read() -> None:
-        async with reader.transaction(readonly=True):
-            await reader.fetch_value(f"SELECT count(*) FROM {'jobs' if reader is audit else table}")
-            reading.set()
-            await release.wait()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(read)
-        await reading.wait()
-        outcome: list[Any] = []
-
-        async def write() -> None:
-            sql = f"INSERT INTO {'jobs' if writer is audit else table} (name) VALUES ('waited')"
-            outcome.extend(await gather(lambda: writer.execute(sql)))
-
-        group.start_soon(write)
-        await anyio.sleep(0.4)  # several times busy_timeout
-        assert outcome == []
-        release.set()
+    sql = f"INSERT INTO {'jobs' if writer is audit else table} (name) VALUES ('waited')"
+    counted = f"SELECT count(*) FROM {'jobs' if reader is audit else table}"
+    outcome = await beside_a_reader(reader, counted, 0, lambda: writer.execute(sql))
     assert not isinstance(outcome[0], BaseException), outcome
     assert engine.committed("default" if kind == "link" else "audit") == ["waited"]
     await usable(db)
