@@ -73,4 +73,4 @@ class Idle:
                 self._timer = self._pool.waker.call_later(left, self._look)
                 return
             del since[worker]
-            worker.inbox.put(RETIRE)
+            worker.give(RETIRE)

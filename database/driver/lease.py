@@ -146,7 +146,7 @@ class Lease:
 
     def given(self, worker: Worker) -> None:
         """See `Claimant`."""
-        worker.inbox.put(self)
+        worker.give(self)
 
     def withdraw(self, request: Request) -> bool:
         """See `Home`."""
@@ -240,6 +240,10 @@ class Lease:
         lends = worker.lent is not None
         request: Request | None = None
         try:
+            request = self._resume(worker, connection)
+            if request is not None:
+                worker.answers.append(request)
+                worker.left()
             while not self.ended:
                 if lends:
                     self._rests(worker)  # before it answers: who is woken finds the connection free
@@ -272,6 +276,10 @@ class Lease:
                 worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
             worker.finish(lambda: self.pool.free(worker))
+
+    def _resume(self, worker: Worker, connection: Connection | None) -> Request | None:
+        """Goes on with what is under way already; gives it, answered."""
+        return None
 
     def _rests(self, worker: Worker) -> None:
         """All that the worker has taken is done: the connection is lent until it takes the next request."""

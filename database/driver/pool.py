@@ -42,6 +42,7 @@ from database.driver.room import Room
 from database.driver.runner import Runner, again
 from database.driver.shared_lane import SharedLane
 from database.driver.stats import PoolStats
+from database.driver.stepped_lease import SteppedLease
 from database.driver.wakeup import Timer, Waker
 from database.driver.watch import Watch, refuse
 from database.driver.worker import Servable, Worker, here
@@ -109,14 +110,15 @@ class Pool:
         self._writers: WriteLane | None = None
         """Where leases that write stand, if not in the line."""
         # Where readers may have to wait for the writer's lock, the loop would have to, too.
-        self._lends = inline_reads and self.single_writer and backend.excludes is None
+        reads_inline = inline_reads and self.single_writer and backend.excludes is None
+        self._lends = reads_inline or backend.steps
         self.inline: Inline | None = None
         """Runs small reads on the loop's thread; None where nobody asked for that."""
         if self.single_writer:
             self.writer = self._make_worker("writer", "writer")
             self.reads = ReadLane(self)
             self.writes = self._writers = WriteLane(self, self.writer)
-            if self._lends:
+            if reads_inline:
                 self.inline = Inline(waker, self.reads, self._line, lambda: (self.writer, *self._readers))
         else:  # `writer` is only the first among equals here
             self.writer = self._make_worker("1", "shared")
@@ -179,6 +181,8 @@ class Pool:
     def lease(self, holder: Holder, *, number: int | None, readonly: bool) -> Lease:
         """Makes a lease for a transaction. It stands in no line yet."""
         inline = self.inline
+        if self.backend.steps:
+            return SteppedLease(self, holder, number=number, readonly=readonly)
         if inline is None:
             return Lease(self, holder, number=number, readonly=readonly)
         return InlineLease(self, holder, inline, number=number, readonly=readonly)

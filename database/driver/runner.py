@@ -361,6 +361,25 @@ class Runner:
             if seconds >= threshold:
                 self.tell(request, self.observer.statement, request, seconds, self.name)
 
+    def go_on(self, request: Request, operation: Callable[[], Any], started: float) -> None:
+        """Runs what is left of a request that was begun on another thread, and has been counted there."""
+        self.ticks = 0
+        self.current = request
+        try:
+            assert request.context is not None
+            request.result = request.context.run(operation)
+            self.current = None
+            if request.cancelled or self._stopping:
+                self.left()
+        except BaseException as error:
+            self.left()
+            self._failed(request, error, started)
+        threshold = self.threshold
+        if threshold is not None:
+            seconds = perf_counter() - started
+            if seconds >= threshold:
+                self.tell(request, self.observer.statement, request, seconds, self.name)
+
     def run_inline(self, request: Request) -> Any:
         """Runs a request from within another one: a statement of a function that was sent to this thread."""
         current = self.current

@@ -87,7 +87,7 @@ class SharedLane(Lane):
     def given(self, worker: Worker) -> None:
         """The pool gives the lane a connection."""
         self.serving.add(worker)
-        worker.inbox.put(self)
+        worker.give(self)
         if self.queue:
             self._call_for_help()
 

@@ -33,7 +33,7 @@ from database.driver.observer import Observer
 from database.driver.request import Request
 from database.driver.room import Room
 from database.driver.runner import Deadline, Runner
-from database.driver.wakeup import Notice, Waker
+from database.driver.wakeup import Notice, Timer, Waker
 from database.engine.contract import Backend, Role
 
 __all__ = ["STOP", "WAKE", "Servable", "Worker", "here"]
@@ -91,6 +91,7 @@ class Worker(Runner):
         "lent",
         "resting",
         "sleeping",
+        "watched",
         "yielding",
     )
 
@@ -121,6 +122,8 @@ class Worker(Runner):
         """Whether the thread waits, and touches nothing before it has taken `lent`. Only where there is that lock."""
         self.held: Servable | None = None
         """The lease that has the connection while the thread waits; behind the lock."""
+        self.watched: Timer | None = None
+        """Ends the loop's watching of the connection's socket; None where it is not watched. Loop thread."""
         self._kept: Servable | None = None
         """What the thread was woken for when it had to attend to that."""
         self._thread: Thread | None = None
@@ -148,14 +151,31 @@ class Worker(Runner):
         if self.dwells and self.answers:
             self.waker.wake(list(self.answers))
 
+    def give(self, item: Servable) -> None:
+        """Gives it something to serve. Loop thread."""
+        if self.watched is not None:
+            self.look_away()
+        self.inbox.put(item)
+
+    def look_away(self) -> None:
+        """From now on the connection's socket is the worker's to watch. Loop thread."""
+        watched, self.watched = self.watched, None
+        if watched is not None:
+            watched.cancel()
+
     def wake(self) -> None:
         """Tells it that there is something in its lane."""
         self.inbox.put(WAKE)
 
     def stop(self, *, now: bool = False) -> None:
-        """Ends the thread once it has done what its inbox holds; `now` also stops what it is doing."""
+        """Ends the thread once it has done what its inbox holds. Loop thread, unless `now`.
+
+        That also stops what it is doing: the loop has ended, or does not matter any more.
+        """
         if now:
             self.hurry()
+        else:
+            self.look_away()
         self.inbox.put(STOP)
 
     def join(self, seconds: float) -> bool:

@@ -8,13 +8,16 @@ called on the thread that opened it. A `Backend` opens connections and carries t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from database.engine.statement import Statement
 
 __all__ = [
+    "BLOCKING",
+    "READABLE",
+    "WRITABLE",
     "Alone",
     "Backend",
     "Connection",
@@ -24,6 +27,8 @@ __all__ = [
     "Migrations",
     "Operation",
     "Role",
+    "Stepping",
+    "Steps",
     "load",
 ]
 
@@ -32,6 +37,17 @@ Role = str
 
 Operation = Callable[[Any, Any, Any, Any], Any]
 """`(connection, statement, parameters, extra) -> result`, run on the connection's own thread."""
+
+
+Steps = Generator[int, None, Any]
+"""Work that is waited for between its steps, by whichever thread: each step says what has to come before the next."""
+
+READABLE: Final = 1
+"""The connection's socket has something to be read."""
+WRITABLE: Final = 2
+"""It takes more."""
+BLOCKING: Final = 4
+"""Nothing; but the next step may take its time, so it is not one for an event loop's thread."""
 
 
 class Interrupted(Exception):
@@ -129,6 +145,37 @@ class Connection(Protocol):
         ...
 
 
+class Stepping(Connection, Protocol):
+    """A connection to a server, whose statements can be gone through step by step. See `Backend.steps`.
+
+    One thread at a time: who has it is for the driver to see to.
+    """
+
+    @property
+    def descriptor(self) -> int:
+        """Its socket."""
+        ...
+
+    def begin_unless(self, *, readonly: bool) -> bool:
+        """Opens a transaction, unless something would have to be waited for; whether it did."""
+        ...
+
+    def steps(self, operation: Operation | None, statement: Any, params: Any, extra: Any) -> Steps | None:
+        """A statement in steps, none of which calls code of the user's; None where it has to be run as a whole."""
+        ...
+
+    def committing(self) -> Steps:
+        """`commit` in steps."""
+        ...
+
+    def walk(self, steps: Steps, wanted: int = BLOCKING) -> Any:
+        """Goes through all that is left, on the connection's own thread, and gives the result.
+
+        `wanted` is what the last step was to be followed by.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Log:
     """A write-ahead log that grows while anybody reads from it.
@@ -169,6 +216,8 @@ class Backend:
         as_is: Whether its operations know `adapting.AS_IS`.
         single_writer: Whether one connection does all writing and the others only read. If not, `pool_size` connections
             do both, and whoever needs one takes any.
+        steps: Whether its connections are `Stepping`, so that a transaction's statements can be sent and received by the event
+            loop's thread, which waits for many sockets at once.
         may_join: Whether an autocommit statement may be sent together with others; None if the engine cannot do that.
         run_together: Executes such statements in one round trip, each its own transaction and its own success or failure.
             It is given the connection, the requests, and what to call before one's answer is waited for and when it is
@@ -189,6 +238,7 @@ class Backend:
     as_is: bool = False
     single_writer: bool = True
     max_idle: float = 0.0
+    steps: bool = False
     may_join: Callable[[Any], bool] | None = None
     run_together: (
         Callable[[Any, list[Any], Callable[[Any], None], Callable[[Any, BaseException | None], None]], list[Any]] | None

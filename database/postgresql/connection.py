@@ -17,7 +17,8 @@ from psycopg import pq
 
 from database import errors
 from database.driver.request import Request
-from database.engine.adapting import taken
+from database.engine.adapting import NATIVE, taken
+from database.engine.contract import BLOCKING, Operation, Steps
 from database.engine.records import FIRST, in_pieces, of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
@@ -39,9 +40,9 @@ from database.postgresql.failures import (
 from database.postgresql.plan import Plan
 from database.postgresql.raw import Cursor, RawConnection, ServerCursor, rows
 from database.postgresql.redaction import hide
-from database.postgresql.returning import AGAIN_AFTER, UNFIT_FOR_RETURNING, done, with_returning
+from database.postgresql.returning import AGAIN_AFTER, UNFIT_FOR_RETURNING, done, is_settled, with_returning
 from database.postgresql.sending import Sender
-from database.postgresql.values import BindError, row_class
+from database.postgresql.values import BindError, is_plain, row_class
 
 __all__ = ["Connection", "may_join"]
 
@@ -50,6 +51,12 @@ QUICK_SECONDS = 0.002
 
 ENDLESS = 60.0
 """Seconds that are assumed for a statement of which only the first row was computed."""
+
+FEW_ROWS = 100
+"""Up to so many rows are made of an answer on the event loop's thread."""
+
+FEW_PIECES = 4
+"""And of an answer that came in no more pieces than that."""
 
 CURSORS = frozenset({"SELECT", "TABLE", "VALUES"})
 """What a cursor can be declared for."""
@@ -86,23 +93,31 @@ class Connection(Sender):
 
     def execute(self, statement: Statement, params: Any, _extra: Any = None) -> Result:
         """Runs a statement for what it does."""
+        result: Result = self.walk(self.executing(statement, params, None))
+        return result
+
+    def executing(self, statement: Statement, params: Any, _extra: Any) -> Steps:
+        """`execute` in steps."""
         plan: Plan = statement.hint
         insert = plan.insert
         if insert is None or statement.returns_rows or not insert.values or not self.settings.lastrowid:
-            return done(statement, self.run(plan, params), self.transformer)
+            return done(statement, (yield from self.running(plan, params)), self.transformer)
+        if not is_settled(plan):
+            yield BLOCKING
         sql = with_returning(self, plan, statement)
         if not sql:
-            return done(statement, self.run(plan, params), self.transformer)
+            return done(statement, (yield from self.running(plan, params)), self.transformer)
         try:
-            return done(statement, self.run(plan, params, sql), self.transformer)
+            return done(statement, (yield from self.running(plan, params, sql)), self.transformer)
         except UNFIT_FOR_RETURNING as error:
             # The table was made anew, with another key; or this role may not read what it may insert.
             if self.lost(error) or (self.began and not self.prefix):
                 raise
+            yield BLOCKING
             plan.returning = None if isinstance(error, psycopg.errors.UndefinedColumn) else ""
             plan.look_again = time.monotonic() + AGAIN_AFTER
             sql = with_returning(self, plan, statement)
-            return done(statement, self.run(plan, params, sql or None), self.transformer)
+            return done(statement, (yield from self.running(plan, params, sql or None)), self.transformer)
 
     def execute_many(self, statement: Statement, rows: Any, _extra: Any = None) -> Result:
         """Runs a statement once for every row of parameters."""
@@ -132,20 +147,40 @@ class Connection(Sender):
 
     def fetch_all(self, statement: Statement, params: Any, record_class: Any) -> list[Any]:
         """All rows."""
-        result = self.run(statement.hint, params)
+        found: list[Any] = self.walk(self.fetching_all(statement, params, record_class))
+        return found
+
+    def fetching_all(self, statement: Statement, params: Any, record_class: Any) -> Steps:
+        """`fetch_all` in steps."""
+        result = yield from self.running(statement.hint, params)
+        if result.ntuples > FEW_ROWS or self.pieces > FEW_PIECES:
+            yield BLOCKING
         return self.load(result, 0, result.ntuples, record_class)
 
     def fetch_one(self, statement: Statement, params: Any, record_class: Any) -> Any:
         """The first row, or None."""
-        result = self._first(statement, params)
+        return self.walk(self.fetching_one(statement, params, record_class))
+
+    def fetching_one(self, statement: Statement, params: Any, record_class: Any) -> Steps:
+        """`fetch_one` in steps."""
+        result = yield from self._fetching_first(statement, params)
+        if self.pieces > FEW_PIECES:
+            yield BLOCKING
         found = self.load(result, 0, min(result.ntuples, 1), record_class)
         return found[0] if found else None
 
     def fetch_value(self, statement: Statement, params: Any, default: Any) -> Any:
         """The first column of the first row, or the default."""
-        return self.value(self._first(statement, params), default)
+        return self.walk(self.fetching_value(statement, params, default))
 
-    def _first(self, statement: Statement, params: Any) -> pq.abc.PGresult:
+    def fetching_value(self, statement: Statement, params: Any, default: Any) -> Steps:
+        """`fetch_value` in steps."""
+        result = yield from self._fetching_first(statement, params)
+        if self.pieces > FEW_PIECES:
+            yield BLOCKING
+        return self.value(result, default)
+
+    def _fetching_first(self, statement: Statement, params: Any) -> Steps:
         """Executes a statement of which only the first row is wanted.
 
         A cursor computes no more than that, but takes a round trip more. Not where the statement does anything, for it is to
@@ -160,9 +195,13 @@ class Connection(Sender):
             or statement.verb not in CURSORS
             or (seconds is not None and (seconds <= QUICK_SECONDS or not plan.many))
         ):
-            result = self.run(plan, params)
+            result = yield from self.running(plan, params)
             plan.many = result.ntuples > 1
             return result
+        yield BLOCKING
+        return self._first_by_cursor(plan, params)
+
+    def _first_by_cursor(self, plan: Plan, params: Any) -> pq.abc.PGresult:
         if plan.calls:
             self.look_at_calls(plan)
         if plan.acts:
@@ -193,6 +232,23 @@ class Connection(Sender):
         plan.many = result.ntuples > 1
         plan.took(ENDLESS if plan.many else time.perf_counter() - started)
         return result
+
+    def steps(self, operation: Operation | None, statement: Any, params: Any, extra: Any) -> Steps | None:
+        """See `Stepping`. Code of the user's are classes of records, functions that store a type, properties of parameters."""
+        make = _STEPS.get(operation)
+        if make is None or (extra is not None and operation is not Connection.fetch_value):
+            return None
+        if params is not None:
+            kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
+            if kind is dict:
+                kinds = set(map(type, params.values()))
+            elif kind is tuple or kind is list:
+                kinds = set(map(type, params))
+            else:
+                return None
+            if not (is_plain(kinds) if not self.adapters else kinds <= NATIVE):
+                return None
+        return make(self, statement, params, extra)
 
     def _declare(self, plan: Plan, params: Any, kind: str) -> str:
         """Opens a cursor, within the transaction; gives its name."""
@@ -484,6 +540,13 @@ def may_join(request: Request) -> bool:
     insert = plan.insert
     return insert is None or operation is not Connection.execute or plan.returning is not None or not insert.values
 
+
+_STEPS: dict[Any, Callable[[Connection, Statement, Any, Any], Steps]] = {
+    Connection.execute: Connection.executing,
+    Connection.fetch_all: Connection.fetching_all,
+    Connection.fetch_one: Connection.fetching_one,
+    Connection.fetch_value: Connection.fetching_value,
+}
 
 _JOINABLE = frozenset(
     {

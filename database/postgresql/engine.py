@@ -90,6 +90,7 @@ def _shared(
         busy_timeout=PATIENCE,
         single_writer=False,
         max_idle=settings.max_idle,
+        steps=True,
         may_join=may_join,
         run_together=run_together,
     )

@@ -23,6 +23,7 @@ import psycopg
 from psycopg import pq
 
 from database import errors
+from database.engine.contract import BLOCKING, Steps
 from database.postgresql.failures import made_from, mark_outcome, outcome_of
 from database.postgresql.settings import PostgresqlSettings
 from database.postgresql.wire import Wire
@@ -209,6 +210,29 @@ class Levels(Wire):
     def begin(self, *, readonly: bool) -> None:
         """See `Connection`. Sent with the first statement; only a dead connection is noticed here."""
         self.revive()
+        self._begin(readonly=readonly)
+
+    def begin_unless(self, *, readonly: bool) -> bool:
+        """See `Stepping`. Where nothing has to be put right or made again, and nobody hears of the server's notices."""
+        now = time.monotonic()
+        raw = self.raw
+        if (
+            self.began
+            or self.struck
+            or self.stained
+            or self.guarded
+            or self.pg.status == _BAD
+            or now > raw.expires
+            or now > raw.used_at + (self.settings.max_idle or math.inf)
+            or raw.is_heard()
+            or self.poll.readable()
+        ):
+            return False
+        raw.used_at = now
+        self._begin(readonly=readonly)
+        return True
+
+    def _begin(self, *, readonly: bool) -> None:
         self.began = True
         self.readonly = readonly
         # Only REPEATABLE READ gives one snapshot for all statements; a read-only transaction never fails for it.
@@ -234,6 +258,10 @@ class Levels(Wire):
 
     def commit(self) -> None:
         """See `Connection`."""
+        self.walk(self.committing())
+
+    def committing(self) -> Steps:
+        """See `Stepping`."""
         prefix = self.prefix
         if prefix and prefix[0].startswith(b"BEGIN"):  # nothing has been executed
             self.forget()
@@ -241,23 +269,34 @@ class Levels(Wire):
         self.ticket = None
         try:
             if self.settings.resolve_commits and not self.readonly:
+                yield BLOCKING
                 result = self._commit_with_ticket(prefix)
             else:
-                result = self.simple([*prefix, b"COMMIT"])
-        except psycopg.Error as error:
-            if self.lost(error):
-                outcome = "undone" if self.readonly else self._look_up()
-                if outcome == "committed":
-                    return
-                mark_outcome(error, outcome)
+                result = yield from self.telling([*prefix, b"COMMIT"])
+        except GeneratorExit:  # thrown away, in a forked child: the connection is not its own
             raise
-        finally:
-            if self.pg.transaction_status == _IDLE or self.pg.status == _BAD:
-                self.forget()
-                if self.stained or self.guarded:
-                    self.put_right()
+        except BaseException as error:
+            yield BLOCKING
+            try:
+                if isinstance(error, psycopg.Error) and self.lost(error):
+                    outcome = "undone" if self.readonly else self._look_up()
+                    if outcome == "committed":
+                        return
+                    mark_outcome(error, outcome)
+                raise
+            finally:
+                self._committed()
+        if self.stained or self.guarded:
+            yield BLOCKING
+        self._committed()
         if result.command_status == b"ROLLBACK":
             raise errors.TransactionError("the server has rolled the transaction back; nothing of it is kept")
+
+    def _committed(self) -> None:
+        if self.pg.transaction_status == _IDLE or self.pg.status == _BAD:
+            self.forget()
+            if self.stained or self.guarded:
+                self.put_right()
 
     def _commit_with_ticket(self, parts: list[bytes]) -> pq.abc.PGresult:
         """COMMIT, and before it, in the same round trip, who we are: the server answers that before it commits."""
@@ -427,14 +466,21 @@ class Levels(Wire):
 
     def simple(self, parts: list[bytes]) -> pq.abc.PGresult:
         """Sends statements without parameters in one text; gives the last one's result."""
+        result: pq.abc.PGresult = self.walk(self.telling(parts))
+        return result
+
+    def telling(self, parts: list[bytes]) -> Steps:
+        """`simple` in steps."""
+        if self.struck:
+            yield BLOCKING
         self.begin_wait()
         self.prefix = []
         pg = self.pg
         pg.send_query(b";".join(parts))
-        self.flush()
+        yield from self.flushing()
         last: pq.abc.PGresult | None = None
         failed: pq.abc.PGresult | None = None
-        while (result := self.result()) is not None:
+        while (result := (yield from self.receiving())) is not None:
             last = result
             if result.status == _FATAL:
                 failed = result

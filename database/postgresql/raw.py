@@ -281,6 +281,10 @@ class RawConnection(psycopg.Connection[Any]):
         if self.session is None:
             super().close()
 
+    def is_heard(self) -> bool:
+        """Whether somebody hears of the server's notices and notifications."""
+        return bool(self._notice_handlers or self._notify_handlers)
+
     # The loan
 
     def lend(self) -> None:

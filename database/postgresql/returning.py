@@ -19,7 +19,7 @@ from database.postgresql.plan import Plan
 if TYPE_CHECKING:
     from database.postgresql.sending import Sender
 
-__all__ = ["UNFIT_FOR_RETURNING", "done", "with_returning"]
+__all__ = ["UNFIT_FOR_RETURNING", "done", "is_settled", "with_returning"]
 
 UNFIT_FOR_RETURNING = (
     psycopg.errors.UndefinedColumn,
@@ -43,10 +43,14 @@ _KEY = Plan(
 """The column that is a table's primary key by itself, a whole number, and may be read by whoever may insert."""
 
 
+def is_settled(plan: Plan) -> bool:
+    """Whether `with_returning` knows its answer, and need not ask the server."""
+    return bool(plan.returning) or (plan.returning is not None and time.monotonic() <= plan.look_again)
+
+
 def with_returning(connection: Sender, plan: Plan, statement: Statement) -> str:
     """The statement's text with a RETURNING clause for its table's generated key; `""` if there is none."""
-    known = plan.returning
-    if known is None or (not known and time.monotonic() > plan.look_again):
+    if not is_settled(plan):
         insert = plan.insert
         assert insert is not None
         found = connection.run(_KEY, (insert.table,))

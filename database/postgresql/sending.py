@@ -28,6 +28,7 @@ from psycopg.types.json import JsonbDumper
 
 from database import errors
 from database.engine.adapting import Adapters
+from database.engine.contract import BLOCKING, Steps
 from database.engine.statement import Statement
 from database.postgresql.analysis import names_of
 from database.postgresql.failures import MISTYPED, STALE, made_from, mark_alone
@@ -211,14 +212,12 @@ class Sender(Levels):
             plan.stains = plan.stains or found.get_value(0, 0) == b"t"
 
     def look_at_names(self, plan: Plan) -> None:
-        """Asks the server, now and then, whether what a statement reads are tables, so that it does nothing but to read."""
+        """Asks the server whether what a statement reads are tables, so that it does nothing but to read."""
         now = time.perf_counter()
-        names = plan.suspects
-        if names and now > plan.innocent_until - INNOCENT_SECONDS / 2:
-            if self.run(_HIDDEN_PLAN, (list(names), plan.sql)).get_value(0, 0) == b"f":
-                plan.innocent_until = now + INNOCENT_SECONDS
-            else:
-                plan.suspects, plan.innocent_until = (), 0.0
+        if self.run(_HIDDEN_PLAN, (list(plan.suspects), plan.sql)).get_value(0, 0) == b"f":
+            plan.innocent_until = now + INNOCENT_SECONDS
+        else:
+            plan.suspects, plan.innocent_until = (), 0.0
 
     def only_reads(self, plan: Plan) -> bool:
         """Asks the server, now and then, whether nothing is lost if only the first rows of a SELECT are computed."""
@@ -250,20 +249,37 @@ class Sender(Levels):
             sql: Another text than the plan's, with the same parameters.
             timed: Whether this tells how long the statement takes.
         """
+        result: pq.abc.PGresult = self.walk(self.running(plan, params, sql, timed=timed))
+        return result
+
+    def running(self, plan: Plan, params: Any, sql: str | None = None, *, timed: bool = True) -> Steps:
+        """`run` in steps."""
         values = bind(plan, params, self.adapters)
         plan.check_shapes()
         if not self.began:
+            yield BLOCKING
             self.revive()
         if plan.calls or plan.stains:
+            yield BLOCKING
             self.admit(plan)
         if self.began:
-            if plan.suspects and self.rereads and self.beginning is not None and sql is None:
+            if (
+                plan.suspects
+                and self.rereads
+                and self.beginning is not None
+                and sql is None
+                and time.perf_counter() > plan.innocent_until - INNOCENT_SECONDS / 2
+            ):
+                yield BLOCKING
                 self.look_at_names(plan)
             self.save()
         started = time.perf_counter()
         try:
-            result = self._insist(plan, plan.sql if sql is None else sql, values)
+            result = yield from self._insisting(plan, plan.sql if sql is None else sql, values)
+        except GeneratorExit:  # thrown away, in a forked child: the connection is not its own
+            raise
         except BaseException as error:
+            yield BLOCKING
             if isinstance(error, psycopg.Error) and not self.began:
                 mark_alone(error)
             self.settle(error)
@@ -280,18 +296,19 @@ class Sender(Levels):
             self.put_right()
         return result
 
-    def _insist(self, plan: Plan, text: str, values: Sequence[Any]) -> pq.abc.PGresult:
+    def _insisting(self, plan: Plan, text: str, values: Sequence[Any]) -> Steps:
         """Sends a statement; once more, if what is known of its types has become wrong, or was not known yet."""
         kinds = tuple(map(type, values))
         forgot = learnt = False
         while True:
             known = plan.coercions.get(kinds)
             try:
-                return self.round_trip(text, values if known is None else coerced(values, known), plan)
+                return (yield from self._exchanging(text, values if known is None else coerced(values, known), plan))
             except psycopg.Error as error:
                 state = error.sqlstate
                 if self.lost(error):
                     raise
+                yield BLOCKING
                 stale = state in STALE and (known is not None or self.is_prepared(text))
                 if not forgot and (stale or is_reshaped(error)):
                     forgot = True
@@ -434,7 +451,7 @@ class Sender(Levels):
         else:
             pg.send_query_prepared(name, payload, param_formats=formats)
 
-    def round_trip(self, text: str, values: Sequence[Any], plan: Plan) -> pq.abc.PGresult:
+    def _exchanging(self, text: str, values: Sequence[Any], plan: Plan) -> Steps:
         """Sends a statement with what waits before it, and gives its result."""
         payload, types, formats = self.dump(values, plan)
         key = (text, types)
@@ -443,13 +460,14 @@ class Sender(Levels):
         if self.local is not None and not self.began and not plan.alone:
             parts = (*parts, self.local)
         pg = self.pg
+        if self.struck:
+            yield BLOCKING
         self.begin_wait()
         if not parts and not new:
             self.send(text, payload, types, formats, name)
-            self.flush()
-            result = self.result()
-            assert result is not None
-            while (more := self.result()) is not None:
+            yield from self.flushing()
+            result: Any = yield from self.receiving()
+            while (more := (yield from self.receiving())) is not None:
                 result = more
             if result.status == _FATAL:
                 raise made_from(result)
@@ -465,22 +483,24 @@ class Sender(Levels):
                 pg.send_prepare(cast("bytes", name), text.encode(), types)
             self.send(text, payload, types, formats, name)
             pg.pipeline_sync()
-            self.flush()
+            yield from self.flushing()
             for number in range(len(parts) + new):
-                answer = self.answer()
+                answer = yield from self.answering()
                 if answer.status == _FATAL:
                     failed = answer
                     if number < len(parts):
                         self.saved = False  # what was to make the connection fit has failed: only a rollback is left
                 elif number == len(parts) and failed is None:
                     self.keep_name(key, cast("bytes", name))
-                self.result()  # the None between two
-            result = self.answer()
-            while (more := self.result()) is not None:
+                yield from self.receiving()  # the None between two
+            result = yield from self.answering()
+            while (more := (yield from self.receiving())) is not None:
                 result = more
             if result.status == _FATAL:
                 failed = failed or result
-            failed = self.leave_pipeline() or failed
+            failed = (yield from self.leaving_pipeline()) or failed
+        except GeneratorExit:
+            raise
         except BaseException:
             self.abandon()
             raise

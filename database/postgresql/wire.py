@@ -4,7 +4,13 @@ psycopg opens the connection, adapts values and knows the errors; what is sent a
 on libpq's own functions (`psycopg.pq`), because the wait must be left when its caller has gone: the statement is then
 cancelled by this thread, which alone knows what is running.
 
-Threads. Everything runs on the worker's own thread but for `interrupt`, which only wakes it.
+Steps. What a transaction's statements do is written as generators (`receiving`, `flushing` and whatever rests on them), which
+say what they wait for and do not wait: `walk` does that for them on the worker's thread; on the event loop's thread many are
+waited for at once (`database.driver.stepped_lease`). What they have begun on one thread can be gone on with on the other.
+`BLOCKING` stands before what waits by itself all the same: it is seldom, and left to the worker.
+
+Threads. Everything runs on the worker's own thread, or, in steps, on whichever has the connection; but for `interrupt`, which
+only wakes the worker.
 
 A connection that died while nobody used it (a restarted server, a failover) is noticed before the next statement is
 sent, and made again. One that dies under a statement raises, for nobody can know what became of that.
@@ -26,6 +32,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psycopg
 from psycopg import pq
 
+from database.engine.contract import BLOCKING, READABLE, WRITABLE, Steps
 from database.postgresql.failures import Lost, made_from
 
 if TYPE_CHECKING:
@@ -66,6 +73,7 @@ class Wire:
         "impatient",
         "open",
         "pg",
+        "pieces",
         "poll",
         "progress",
         "raw",
@@ -83,6 +91,8 @@ class Wire:
         self.farewell: pq.abc.PGresult | None = None
         """What the server has said before it closed the connection."""
         self.ticks = 0
+        self.pieces = 0
+        """How often something had to be read of the answer to what was sent last, in steps."""
         self.cancelled = 0.0
         """When a cancellation was sent last; 0 if none was."""
         self.struck = False
@@ -138,7 +148,7 @@ class Wire:
 
     def begin_wait(self) -> None:
         """Before each thing that is sent: no wait has begun, nothing has been cancelled."""
-        self.ticks = 0
+        self.ticks = self.pieces = 0
         self.cancelled = 0.0
         if self.struck:
             self.outlast_cancel()
@@ -148,11 +158,36 @@ class Wire:
         self.ticks = 0
         self.cancelled = 0.0
 
+    def walk(self, steps: Steps, wanted: int = BLOCKING) -> Any:
+        """See `Stepping`."""
+        failure: BaseException | None = None
+        try:
+            while True:
+                if wanted != BLOCKING:
+                    try:
+                        self.wait(writing=wanted == WRITABLE)
+                    except BaseException as error:  # it is told: it may have something to put right
+                        failure = error
+                if failure is None:
+                    wanted = steps.send(None)
+                else:
+                    wanted = steps.throw(failure)
+                    failure = None
+        except StopIteration as stop:
+            return stop.value
+
     def flush(self) -> None:
         """Waits until all is sent."""
         pg = self.pg
         while pg.flush():
             self.wait(writing=True)
+            pg.consume_input()
+
+    def flushing(self) -> Steps:
+        """`flush` in steps."""
+        pg = self.pg
+        while pg.flush():
+            yield WRITABLE
             pg.consume_input()
 
     def result(self) -> pq.abc.PGresult | None:
@@ -166,7 +201,23 @@ class Wire:
             if self.farewell is not None:
                 raise made_from(self.farewell) from None
             raise
-        result = pg.get_result()
+        return self._received(pg.get_result())
+
+    def receiving(self) -> Steps:
+        """`result` in steps."""
+        pg = self.pg
+        try:
+            while pg.is_busy():
+                yield READABLE
+                self.pieces += 1
+                pg.consume_input()
+        except psycopg.OperationalError:
+            if self.farewell is not None:
+                raise made_from(self.farewell) from None
+            raise
+        return self._received(pg.get_result())
+
+    def _received(self, result: pq.abc.PGresult | None) -> pq.abc.PGresult | None:
         if result is not None and result.status in _ODD:
             if result.status != _FATAL:  # COPY: libpq would give the same one for ever
                 self.abandon()
@@ -251,8 +302,13 @@ class Wire:
 
     def leave_pipeline(self) -> pq.abc.PGresult | None:
         """Waits for the end of a pipeline; gives an error that came no sooner: a constraint checked at the commit."""
+        failed: pq.abc.PGresult | None = self.walk(self.leaving_pipeline())
+        return failed
+
+    def leaving_pipeline(self) -> Steps:
+        """`leave_pipeline` in steps."""
         failed: pq.abc.PGresult | None = None
-        while (answer := self.answer()).status != _SYNC:
+        while (answer := (yield from self.answering())).status != _SYNC:
             if answer.status == _FATAL:
                 failed = answer
         self.pg.exit_pipeline_mode()
@@ -271,13 +327,29 @@ class Wire:
             answer = self.result()
             if answer is not None:
                 return answer
+        raise self._silence()
+
+    def answering(self) -> Steps:
+        """`answer` in steps."""
+        for _ in range(4):
+            answer: pq.abc.PGresult | None = yield from self.receiving()
+            if answer is not None:
+                return answer
+        raise self._silence()
+
+    def _silence(self) -> psycopg.Error:
         self.abandon()
-        raise Lost("the connection was lost") if self.farewell is None else made_from(self.farewell)
+        return Lost("the connection was lost") if self.farewell is None else made_from(self.farewell)
 
     def interrupt(self) -> None:
         """See `Connection`. Only wakes the thread: it knows what is running, and sends the cancellation."""
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
+
+    @property
+    def descriptor(self) -> int:
+        """See `Stepping`."""
+        return self.pg.socket
 
     def share(self, shared: bool) -> None:
         """See `Connection`. Here transactions are not shared."""

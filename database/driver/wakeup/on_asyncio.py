@@ -17,6 +17,7 @@ import anyio
 
 from database.driver.request import COMMIT, Request
 from database.driver.wakeup import waker
+from database.driver.wakeup.sight import Sight
 from database.driver.wakeup.waker import FAR_AWAY, Notice, Timer, Waker
 
 __all__ = ["AsyncioWaker"]
@@ -192,12 +193,13 @@ _NOBODYS = Context()
 class AsyncioWaker(Waker):
     """asyncio, uvloop and every other loop of that interface."""
 
-    __slots__ = ()
+    __slots__ = ("_sight",)
 
     library = "asyncio"
 
     def __init__(self) -> None:
         super().__init__()
+        self._sight: Sight | None = None
         loop = asyncio.get_running_loop()
         self.loop = weakref.ref(loop)
         # A class for each loop: asyncio asks a request for its loop, and no request needs a slot for the answer.
@@ -257,11 +259,18 @@ class AsyncioWaker(Waker):
     def dispose(self) -> None:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
+        sight, self._sight = self._sight, None
+        loop = self.loop()
+        if loop is not None and loop.is_closed():
+            loop = None
         if descriptor >= 0:
-            loop = self.loop()
-            if loop is not None and not loop.is_closed():
+            if loop is not None:
                 loop.remove_reader(descriptor)
             os.close(descriptor)
+        if sight is not None:
+            if loop is not None:
+                loop.remove_reader(sight.descriptor)
+            sight.close()
         if self._posted:
             self._schedule()
 
@@ -279,6 +288,20 @@ class AsyncioWaker(Waker):
         except BaseException:  # SystemExit or KeyboardInterrupt out of a task; the others go on all the same
             self.post(list(rest))
             raise
+
+    def watch(self, descriptor: int, ready: Notice) -> Timer | None:
+        sight = self._sight
+        if sight is None:
+            if not Sight.possible:
+                return None
+            sight = Sight()
+            try:
+                Context().run(asyncio.get_running_loop().add_reader, sight.descriptor, sight.look)
+            except NotImplementedError:  # a loop without readers
+                sight.close()
+                return None
+            self._sight = sight
+        return sight.watch(descriptor, ready)
 
     def next_turn(self, function: Notice) -> None:
         asyncio.get_running_loop().call_soon(function, context=_NOBODYS)

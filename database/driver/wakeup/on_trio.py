@@ -15,6 +15,7 @@ import trio
 
 from database.driver.request import COMMIT, Request
 from database.driver.wakeup import waker
+from database.driver.wakeup.sight import Sight
 from database.driver.wakeup.waker import Notice, Timer, Waker
 
 __all__ = ["TrioWaker"]
@@ -136,7 +137,7 @@ def _make_answer() -> Any:
 class TrioWaker(Waker):
     """trio."""
 
-    __slots__ = ("_answer", "_end_pump", "_reschedule", "_token", "_trio", "_watch")
+    __slots__ = ("_answer", "_end_look", "_end_pump", "_reschedule", "_sight", "_token", "_trio", "_watch")
 
     library = "trio"
 
@@ -154,6 +155,8 @@ class TrioWaker(Waker):
         self._reschedule = trio.lowlevel.reschedule
         self._watch: _TrioTaskWatch | None = None
         self._end_pump: trio.CancelScope | None = None
+        self._sight: Sight | None = None
+        self._end_look: trio.CancelScope | None = None
         if hasattr(os, "eventfd"):
             self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._end_pump = trio.CancelScope()
@@ -179,6 +182,8 @@ class TrioWaker(Waker):
             self._descriptor = -1
         if self._end_pump is not None:
             self._end_pump.cancel()
+        if self._end_look is not None:
+            self._end_look.cancel()
         if self._posted:
             self._schedule()
 
@@ -201,6 +206,27 @@ class TrioWaker(Waker):
             if task is not None:
                 request.waiter = None
                 reschedule(task, answer)
+
+    def watch(self, descriptor: int, ready: Notice) -> Timer | None:
+        sight = self._sight
+        if sight is None:
+            if not Sight.possible:
+                return None
+            sight = self._sight = Sight()
+            self._end_look = self._trio.CancelScope()
+            self._trio.lowlevel.spawn_system_task(self._look, sight, self._end_look, name="database answers")
+        return sight.watch(descriptor, ready)
+
+    async def _look(self, sight: Sight, scope: trio.CancelScope) -> None:
+        wait_readable = self._trio.lowlevel.wait_readable
+        try:
+            with scope:
+                while True:
+                    await wait_readable(sight.descriptor)
+                    sight.look()
+        finally:
+            self._sight = self._end_look = None
+            sight.close()
 
     def next_turn(self, function: Notice) -> None:
         self._token.run_sync_soon(function)

@@ -201,6 +201,13 @@ class Waker:
         """Marks requests as done and lets their tasks go on."""
         raise NotImplementedError
 
+    def watch(self, descriptor: int, ready: Notice) -> Timer | None:
+        """Calls the function whenever the descriptor has something to be read, until that is called off. Loop thread.
+
+        None where the loop has no such means.
+        """
+        raise NotImplementedError
+
     def next_turn(self, function: Notice) -> None:
         """Calls the function at the loop's next turn. Loop thread."""
         raise NotImplementedError
