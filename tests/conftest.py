@@ -220,7 +220,11 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Workers of xdist do not end as other processes do: what was measured is written down here."""
+    """Workers of xdist do not end as other processes do: what was measured is written down here. And what is garbage by now
+    says so once; pytest looks for it five times more.
+    """
+    gc.collect()
+    gc.freeze()
     if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()) is not None:
         measured.stop()
         measured.save()
