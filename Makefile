@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS ?=
-# A process for each processor and three more, for many tests wait; who has no more to do takes over from others.
-PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 3) --maxprocesses 8 --dist worksteal
+# A process for each processor and two more, for many tests wait; who has no more to do takes over from others.
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 2) --maxprocesses 8 --dist worksteal
 
 # What has been compiled once need not be compiled again by each of the programs that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
