@@ -37,6 +37,13 @@ IMPORTED = (
     "opentelemetry.sdk.trace", "pytest", "_pytest.pytester", "_pytest.doctest", "_pytest.junitxml",
 )  # fmt: skip
 """What takes long to import, where it is installed."""
+OF_WHOLE = (
+    "asyncio",
+    "anyio._backends._asyncio",
+    "anyio._backends._trio",
+    "database.sqlite3.engine",
+    "database.sqlite3.opening",
+)
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *(
     part for name in ("hypothesispytest", "faker", "randomly", "xdist") for part in ("-p", f"no:{name}")
@@ -127,12 +134,16 @@ def run(
 class Started(subprocess.Popen[str]):
     """A program that goes on while a test looks at it: `python -W error ARGUMENTS`, with pipes or what is given in their
     place; `terminal`: its standard input is a terminal, and its own. The server's child, it is waited for through the server.
+
+    `whole`: nothing but asyncio, trio and this package has been imported before it, it takes warnings as Python does by
+    default, and it ends as an interpreter of its own: what it had is taken apart by Python itself.
     """
 
     def __init__(
         self, arguments: list[str], folder: Path, *, environment: dict[str, str] | None = None, terminal: bool = False,
-        **streams: Any,
+        whole: bool = False, **streams: Any,
     ) -> None:  # fmt: skip
+        self._server = _server(whole)
         self._request = {
             "arguments": arguments, "folder": str(folder), "terminal": terminal,
             "environment": {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)},
@@ -145,14 +156,14 @@ class Started(subprocess.Popen[str]):
         """In the place of fork and exec. Of what is given, the ends of three pipes matter here, the program's and ours."""
         pipes = given[10:16]
         streams = [own if end == -1 else end for own, end in enumerate((pipes[0], pipes[3], pipes[5]))]
-        server = _server()
+        server = self._server
         assert server.stdin is not None
         assert server.stdout is not None
         self._ends, theirs = socket.socketpair()
         with theirs:
             server.stdin.write(json.dumps(self._request) + "\n")
             server.stdin.flush()
-            socket.send_fds(_descriptors[0], [b"."], [*streams, theirs.fileno()])
+            socket.send_fds(_descriptors[server.pid], [b"."], [*streams, theirs.fileno()])
             assert server.stdout.readline(), "the server of programs has died"
         self._close_pipe_fds(*pipes)
         self.pid = int(self._ends.recv(64))
@@ -175,19 +186,20 @@ class Started(subprocess.Popen[str]):
 
 started: list[Started] = []
 """Those of the present test."""
-_descriptors: list[socket.socket] = []
+_descriptors: dict[int, socket.socket] = {}
+"""By a server's process id: the socket on which it is given pipes."""
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(whole: bool = False) -> subprocess.Popen[str]:
     ours, theirs = socket.socketpair()
-    _descriptors.append(ours)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.programs", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+        [sys.executable, "-m", "tests.programs", str(theirs.fileno()), *["whole"] * whole], pass_fds=[theirs.fileno()],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=prepared,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
     )  # fmt: skip
     theirs.close()
+    _descriptors[server.pid] = ours
     atexit.register(end, server)
     watchdog.lasting.add(server.pid)
     return server
@@ -262,12 +274,14 @@ def _serve() -> list[str]:
     """Answers requests until there are no more; returns in each child, with its arguments."""
     import warnings
 
-    for name in IMPORTED:
+    whole = "whole" in sys.argv
+    for name in OF_WHOLE if whole else IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    warnings.resetwarnings()
-    warnings.simplefilter("error")
-    sys.warnoptions[:] = ["error"]
+    if not whole:
+        warnings.resetwarnings()
+        warnings.simplefilter("error")
+        sys.warnoptions[:] = ["error"]
     gc.collect()
     gc.freeze()
     server = os.getpid()
@@ -350,4 +364,7 @@ def _end_of_child() -> NoReturn:
 if __name__ == "__main__":
     from tests import programs  # this module by its own name: `__main__` is the program's
 
-    programs._end_of_child()
+    if "whole" in sys.argv:
+        programs._main(programs._serve())
+    else:
+        programs._end_of_child()
