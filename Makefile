@@ -28,7 +28,7 @@ demo-postgresql: $(VENV)/.test  ## the same job service on PostgreSQL, by config
 	@echo
 	$(BIN)/python -m tests.postgresql.server $(BIN)/python docs/examples/jobu.py --backend trio --jobs 500
 
-test: $(VENV)/.test  ## the tests, in three minutes: each behaviour on every event loop and engine once (ARGS="-k pool" goes to pytest)
+test: $(VENV)/.test  ## the tests, in three minutes: each kind of behaviour on every event loop and engine (ARGS="-k pool" goes to pytest)
 	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
 
 test-all: test-main test-others  ## all tests in all combinations, the long ones too, with branch coverage; then on each other Python found
@@ -68,7 +68,7 @@ clean:  ## remove environments, caches and what was built; data/ stays
 # Stamps: an environment is brought up to date when pyproject.toml has changed since.
 $(VENV)/.test: pyproject.toml
 	python=$$(.ci/interpreters | sed -n '1s/^[^ ]* //p') && test -n "$$python" && "$$python" -m venv $(VENV)
-	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) 'pip>=25.1'
 	$(PIP) --group test -e '.[trio,uvloop,progress,cli]'
 	@touch $@
 
