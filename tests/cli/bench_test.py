@@ -13,7 +13,7 @@ from database.cli.support import Failure
 
 Cli = Callable[..., Any]
 
-QUICK = ("--seconds", "0.02", "--rounds", "1")
+QUICK = ("--seconds", "0.05", "--rounds", "1")
 
 
 def test_quickly(cli: Cli, configure: Callable[..., Path], tmp_path: Path) -> None:
