@@ -69,7 +69,8 @@ clean:  ## remove environments, caches and what was built; data/ stays
 $(VENV)/.test: pyproject.toml
 	python=$$(.ci/interpreters | sed -n '1s/^[^ ]* //p') && test -n "$$python" && "$$python" -m venv $(VENV)
 	$(PIP) 'pip>=25.1'
-	$(PIP) --group test -e '.[trio,uvloop,progress,cli]'
+	$(PIP) --no-compile --group test -e '.[trio,uvloop,progress,cli]'
+	-$(BIN)/python -m pytest --quick --collect-only -q >/dev/null  # compiles what the tests need, once, and no more
 	@touch $@
 
 $(VENV)/.check $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.test
