@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS ?=
-# A process for each processor and three more, for many tests wait; who has no more to do takes over from others.
-PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 3) --maxprocesses 8 --dist worksteal
+# A process for each processor and two more, for many tests wait; who has no more to do takes over from others.
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN || echo 1) + 2) --maxprocesses 8 --dist worksteal
 
 # What has been compiled once need not be compiled again by each of the programs that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,7 +28,7 @@ demo-postgresql: $(VENV)/.test  ## the same job service on PostgreSQL, by config
 	@echo
 	$(BIN)/python -m tests.postgresql.server $(BIN)/python docs/examples/jobu.py --backend trio --jobs 500
 
-test: $(VENV)/.test  ## the tests, in three minutes: each behaviour on every event loop and engine once (ARGS="-k pool" goes to pytest)
+test: $(VENV)/.test  ## the tests, in three minutes: each kind of behaviour on every event loop and engine (ARGS="-k pool" goes to pytest)
 	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
 
 test-all: test-main test-others  ## all tests in all combinations, the long ones too, with branch coverage; then on each other Python found
@@ -68,8 +68,9 @@ clean:  ## remove environments, caches and what was built; data/ stays
 # Stamps: an environment is brought up to date when pyproject.toml has changed since.
 $(VENV)/.test: pyproject.toml
 	python=$$(.ci/interpreters | sed -n '1s/^[^ ]* //p') && test -n "$$python" && "$$python" -m venv $(VENV)
-	$(PIP) --upgrade 'pip>=25.1'
-	$(PIP) --group test -e '.[trio,uvloop,progress,cli]'
+	$(PIP) 'pip>=25.1'
+	$(PIP) --no-compile --group test -e '.[trio,uvloop,progress,cli]'
+	-$(BIN)/python -m pytest --quick --collect-only -q >/dev/null  # compiles what the tests need, once, and no more
 	@touch $@
 
 $(VENV)/.check $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.test

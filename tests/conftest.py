@@ -19,7 +19,7 @@ import pytest
 
 from database.session import registry
 from database.session.database import Database
-from tests import watchdog
+from tests import programs, watchdog
 from tests.contract.support import HANGING, INLINE_READS, Engine, collected, is_idle, try_every_text, worker_threads
 from tests.postgresql.differences import differs, needs_one_connection
 from tests.selection import repetitions
@@ -154,7 +154,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_teardown() -> Iterator[None]:
     """No process outlives the test that started it."""
     yield
-    left = watchdog.children() - watchdog.lasting
+    left = watchdog.children() - watchdog.lasting | {each.pid for each in programs.started if each.poll() is None}
+    programs.started.clear()
     if left:
         found = [watchdog.command(pid) for pid in left]
         for pid in left:
@@ -219,7 +220,11 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Workers of xdist do not end as other processes do: what was measured is written down here."""
+    """Workers of xdist do not end as other processes do: what was measured is written down here. And what is garbage by now
+    says so once; pytest looks for it five times more.
+    """
+    gc.collect()
+    gc.freeze()
     if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()) is not None:
         measured.stop()
         measured.save()

@@ -16,7 +16,9 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +37,13 @@ IMPORTED = (
     "opentelemetry.sdk.trace", "pytest", "_pytest.pytester", "_pytest.doctest", "_pytest.junitxml",
 )  # fmt: skip
 """What takes long to import, where it is installed."""
+OF_WHOLE = (
+    "asyncio",
+    "anyio._backends._asyncio",
+    "anyio._backends._trio",
+    "database.sqlite3.engine",
+    "database.sqlite3.opening",
+)
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *(
     part for name in ("hypothesispytest", "faker", "randomly", "xdist") for part in ("-p", f"no:{name}")
@@ -122,13 +131,75 @@ def run(
     return (status, *(stream.read_text("utf-8") for stream in streams))  # type: ignore[return-value]
 
 
+class Started(subprocess.Popen[str]):
+    """A program that goes on while a test looks at it: `python -W error ARGUMENTS`, with pipes or what is given in their
+    place; `terminal`: its standard input is a terminal, and its own. The server's child, it is waited for through the server.
+
+    `whole`: nothing but asyncio, trio and this package has been imported before it, it takes warnings as Python does by
+    default, and it ends as an interpreter of its own: what it had is taken apart by Python itself.
+    """
+
+    def __init__(
+        self, arguments: list[str], folder: Path, *, environment: dict[str, str] | None = None, terminal: bool = False,
+        whole: bool = False, **streams: Any,
+    ) -> None:  # fmt: skip
+        self._server = _server(whole)
+        self._request = {
+            "arguments": arguments, "folder": str(folder), "terminal": terminal,
+            "environment": {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)},
+        }  # fmt: skip
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        super().__init__(arguments, text=True, **pipes | streams)
+        started.append(self)
+
+    def _execute_child(self, *given: Any) -> None:
+        """In the place of fork and exec. Of what is given, the ends of three pipes matter here, the program's and ours."""
+        pipes = given[10:16]
+        streams = [own if end == -1 else end for own, end in enumerate((pipes[0], pipes[3], pipes[5]))]
+        server = self._server
+        assert server.stdin is not None
+        assert server.stdout is not None
+        self._ends, theirs = socket.socketpair()
+        with theirs:
+            server.stdin.write(json.dumps(self._request) + "\n")
+            server.stdin.flush()
+            socket.send_fds(_descriptors[server.pid], [b"."], [*streams, theirs.fileno()])
+            assert server.stdout.readline(), "the server of programs has died"
+        self._close_pipe_fds(*pipes)
+        self.pid = int(self._ends.recv(64))
+        self._child_created = True
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if wait_flags & os.WNOHANG and not select.select([self._ends], [], [], 0)[0]:
+            return 0, 0
+        ended = self._ends.recv(64)
+        self._ends.close()
+        return self.pid, int(ended or signal.SIGKILL)
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        if self.returncode is None:
+            pid, status = self._try_wait(os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+started: list[Started] = []
+"""Those of the present test."""
+_descriptors: dict[int, socket.socket] = {}
+"""By a server's process id: the socket on which it is given pipes."""
+
+
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(whole: bool = False) -> subprocess.Popen[str]:
+    ours, theirs = socket.socketpair()
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.programs"],
+        [sys.executable, "-m", "tests.programs", str(theirs.fileno()), *["whole"] * whole], pass_fds=[theirs.fileno()],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=prepared,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NO_COLOR": "1"},
     )  # fmt: skip
+    theirs.close()
+    _descriptors[server.pid] = ours
     atexit.register(end, server)
     watchdog.lasting.add(server.pid)
     return server
@@ -139,7 +210,8 @@ def _main(arguments: list[str]) -> None:
     sys.path[0] = ""
     if arguments[0] == "-m":
         # Pytest reads its plugins' sources anew, to explain what fails in them; here they have been imported before.
-        sys.argv = [arguments[1], "-W", "ignore::pytest.PytestAssertRewriteWarning", *arguments[2:]]
+        plain = ["-W", "ignore::pytest.PytestAssertRewriteWarning"] if arguments[1] == "pytest" else []
+        sys.argv = [arguments[1], *plain, *arguments[2:]]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
@@ -151,22 +223,38 @@ def _main(arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _become(request: dict[str, Any], server: int) -> list[str]:
+def _become(request: dict[str, Any], parent: int, streams: list[int]) -> list[str]:
     dies_with_us()
-    if os.getppid() != server:
+    if os.getppid() != parent:
         os._exit(1)
     os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    for descriptor, stream in zip((1, 2), request["streams"], strict=True):
-        opened = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(opened, descriptor)
-        os.close(opened)
-    empty = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(empty, 0)
-    os.close(empty)
+    for descriptor, stream in enumerate(streams):
+        os.dup2(stream, descriptor)
+        os.close(stream)
+    if request.get("terminal"):
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        was = getattr(sys, name)
+        stream = open(descriptor, "w" if descriptor else "r", encoding=was.encoding, errors=was.errors, closefd=False)
+        if descriptor:
+            stream.reconfigure(line_buffering=descriptor == 2 or stream.isatty())
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     return list(request["arguments"])
+
+
+def _files(request: dict[str, Any]) -> list[int]:
+    """Nothing to read, and two files to write."""
+    return [
+        os.open(os.devnull, os.O_RDONLY),
+        *(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) for stream in request["streams"]),
+    ]
 
 
 def _ended(child: int, timeout: float) -> int:
@@ -186,21 +274,59 @@ def _serve() -> list[str]:
     """Answers requests until there are no more; returns in each child, with its arguments."""
     import warnings
 
-    for name in IMPORTED:
+    whole = "whole" in sys.argv
+    for name in OF_WHOLE if whole else IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    warnings.resetwarnings()
-    warnings.simplefilter("error")
-    sys.warnoptions[:] = ["error"]
+    if not whole:
+        warnings.resetwarnings()
+        warnings.simplefilter("error")
+        sys.warnoptions[:] = ["error"]
     gc.collect()
     gc.freeze()
     server = os.getpid()
+    descriptors = socket.socket(fileno=int(sys.argv[1]))
+    attendants: set[int] = set()
     for line in iter(sys.stdin.readline, ""):
+        attendants = {pid for pid in attendants if os.waitpid(pid, os.WNOHANG) == (0, 0)}
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            return _become(request, server)
-        print(_ended(child, request["timeout"]), flush=True)
+        if "timeout" in request:
+            child = os.fork()
+            if child == 0:
+                descriptors.close()
+                return _become(request, server, _files(request))
+            print(_ended(child, request["timeout"]), flush=True)
+        else:
+            *streams, ends = socket.recv_fds(descriptors, 1, 4)[1]
+            attendant = os.fork()
+            if attendant == 0:
+                descriptors.close()
+                _attend(request, server, streams, ends)
+                return list(request["arguments"])
+            for descriptor in (*streams, ends):
+                os.close(descriptor)
+            attendants.add(attendant)
+            print("started", flush=True)
+    os._exit(0)
+
+
+def _attend(request: dict[str, Any], server: int, streams: list[int], ends: int) -> None:
+    """In a child: starts the program, tells who it is and in the end how it ended; returns in the program."""
+    dies_with_us()
+    if os.getppid() != server:
+        os._exit(1)
+    attendant = os.getpid()
+    child = os.fork()
+    if child == 0:
+        os.close(ends)
+        _become(request, attendant, streams)
+        return
+    for descriptor in (0, 1, *streams):
+        os.close(descriptor)
+    os.write(ends, b"%d" % child)
+    status = os.waitpid(child, 0)[1]
+    with contextlib.suppress(OSError):
+        os.write(ends, b"%d" % status)
     os._exit(0)
 
 
@@ -214,6 +340,11 @@ def _end_of_child() -> NoReturn:
         _main(arguments)
     except SystemExit as error:
         status = error.code
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -233,4 +364,7 @@ def _end_of_child() -> NoReturn:
 if __name__ == "__main__":
     from tests import programs  # this module by its own name: `__main__` is the program's
 
-    programs._end_of_child()
+    if "whole" in sys.argv:
+        programs._main(programs._serve())
+    else:
+        programs._end_of_child()

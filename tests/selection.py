@@ -1,10 +1,12 @@
 """Which tests `make test` leaves out: those that repeat, on another event loop or engine, what the others have shown.
 
-With `--quick`, a test function that has cases of its own runs each of them on every engine it concerns, by turns on one
-event loop and the next; all of its cases together meet every event loop. A test without cases runs on every event loop,
-and once on every engine: on PostgreSQL with one of the loops, on SQLite with the others. What is marked `any_loop` is not
-about event loops but about what a connection, a text or a file does, whichever awaits it: it runs with one of them, and
-the tests of a file come by turns. What is marked `slow` is left to `make test-all`, which runs everything everywhere.
+With `--quick`, a test function runs each of its cases (or itself, where it has none) on every engine it concerns, by turns
+on one event loop and the next. It meets both kinds of them, asyncio and trio: asyncio's own loop and uvloop run the same
+code of the package, and take turns from one function to the next, so that every kind of behaviour meets each. What is
+about the loops themselves (how they wake up, end, cancel) is marked `every_loop`, and meets each in every function. What is
+marked `any_loop` is not about event loops but about what a connection, a text or a file does, whichever awaits it: it runs
+with one of them, and the tests of a file come by turns. What is marked `slow` is left to `make test-all`, which runs
+everything everywhere.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def repetitions(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _covering(group: list[pytest.Item], turn: int) -> set[pytest.Item]:
-    """Items of one function that hold every case with every engine, and every event loop."""
+    """Items of one function that hold every case with every engine, and every kind of event loop."""
     places: dict[tuple[str, str], list[tuple[str, pytest.Item]]] = defaultdict(list)
     for item in group:
         if item.get_closest_marker("slow") is None:
@@ -72,9 +74,20 @@ def _covering(group: list[pytest.Item], turn: int) -> set[pytest.Item]:
         met.add(loop)
     if any(item.get_closest_marker("any_loop") for item in kept):
         return kept
+    every = any(item.get_closest_marker("every_loop") for item in kept)
+
+    def new(loop: str) -> bool:
+        return loop not in met and (every or not any(_kind(loop) == _kind(other) for other in met))
+
     for choices in places.values():  # the first engine's come first
-        for loop, item in choices:
-            if loop not in met:
+        at = turn % len(choices)
+        for loop, item in choices[at:] + choices[:at]:
+            if new(loop):
                 met.add(loop)
                 kept.add(item)
     return kept
+
+
+def _kind(loop: str) -> str:
+    """Of which kind an event loop is."""
+    return loop.partition("+")[0]

@@ -165,7 +165,7 @@ def test_words() -> None:
 
 
 @pytest.mark.shortened
-def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path, pytestconfig: pytest.Config) -> None:
+def test_a_terminal_that_knows_no_unicode(shop: Path, pytestconfig: pytest.Config) -> None:
     """Under an ASCII locale every command says what it has to say: likenesses and numbers of characters, no traceback."""
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     plain.pop("PYTHONIOENCODING", None)
@@ -185,7 +185,10 @@ def test_a_terminal_that_knows_no_unicode(process: Any, shop: Path, pytestconfig
         (["export", sql, "--format", "jsonl"], None),
     ]
     for arguments, expected in commands[:: 3 if pytestconfig.getoption("quick") else 1]:
-        command = process(*arguments, env=plain)
+        command = subprocess.Popen(  # an interpreter of its own: the locale is that of its start
+            [sys.executable, "-W", "error", "-m", "database", *arguments],
+            cwd=shop.parent, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
         try:
             out, err = command.communicate(timeout=60)
         finally:

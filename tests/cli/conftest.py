@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,6 +20,7 @@ import pytest
 
 from database import settings
 from database.cli import main
+from tests import programs
 
 if find_spec("typer") is None:  # the extra `cli` is not installed
     collect_ignore_glob = ["*_test.py"]
@@ -49,9 +50,17 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     settings.reset()
 
 
+if find_spec("typer") is not None:
+    import typer.main
+
+    built = functools.cache(typer.main.get_command)
+    """The commands, made of their functions once: a process needs them once, and the making takes longer than most of them."""
+
+
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """`cli("check", "--json")` runs a command in this process."""
+    monkeypatch.setattr("typer.main.get_command", built)
 
     def run(*arguments: object) -> Outcome:
         capsys.readouterr()
@@ -67,9 +76,7 @@ def process(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """`process("export", …)` starts a command as it is typed, in a process of its own."""
 
     def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-W", "error", "-m", "database", *map(str, arguments)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, text=True, cwd=tmp_path, **pipes | options)
+        return programs.Started(["-m", "database", *map(str, arguments)], tmp_path, **options)
 
     return start
 

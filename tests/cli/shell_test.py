@@ -7,7 +7,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import rows
-from tests.programs import pseudo_terminal
+from tests.programs import Started, pseudo_terminal
 
 Cli = Callable[..., Any]
 
@@ -144,10 +143,9 @@ class Terminal:
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.descriptor, other = pseudo_terminal()
         environment = {**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(directory / "state")}
-        command = [sys.executable, "-W", "error", "-m", "database", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdin=other, stdout=other, stderr=other, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        self.process = Started(
+            ["-m", "database", *arguments], directory, environment=environment, terminal=True,
+            stdin=other, stdout=other, stderr=other,
         )  # fmt: skip
         os.close(other)
         self.seen = ""

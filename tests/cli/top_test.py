@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cli.shell_test import Terminal
+from tests.programs import Started
 
 Cli = Callable[..., Any]
 
@@ -38,8 +38,8 @@ def services(tmp_path: Path, short: Path, configure: Callable[..., Path]) -> Ite
     configure(monitor=str(short))
     running = []
     for number, backend in enumerate(("asyncio", "trio")):
-        command = [sys.executable, "-c", SERVICE, str(tmp_path / f"{number}.db"), str(short), backend]
-        running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        arguments = [str(tmp_path / f"{number}.db"), str(short), backend]
+        running.append(Started(["-c", SERVICE, *arguments], tmp_path))
     try:
         for process in running:
             assert process.stdout is not None

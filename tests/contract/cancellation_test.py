@@ -592,13 +592,19 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.shortened
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-async def test_cancelled_at_every_point(db: Any, engine: Engine, scenario: Work, anyio_backend_name: str) -> None:
+async def test_cancelled_at_every_point(
+    db: Any, engine: Engine, scenario: Work, anyio_backend_name: str, pytestconfig: pytest.Config
+) -> None:
     """A scenario cancelled at each of its scheduling points in turn, by a scope and by asyncio's own means, with the pool
     open or still to be opened, leaves a whole pool and all or nothing.
     """
+    quick = pytestconfig.getoption("quick")  # each of the means, and one of them also with the pool still to be opened
     for means in ("scope", "native", "native-repeated") if anyio_backend_name == "asyncio" else ("scope",):
         for fresh in (False, True):
+            if quick and fresh and anyio_backend_name == "asyncio" and means != "native-repeated":
+                continue
             with case(means=means, fresh=fresh):
                 await _at_every_point(db, engine, scenario, means, fresh)
 

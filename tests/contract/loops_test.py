@@ -16,7 +16,7 @@ import pytest
 from database import get_db, transactional, transactional_readonly
 from tests.contract.support import Engine, add, errors, names, usable
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
 
 Call = Callable[[Any], Awaitable[Any]]
 

@@ -172,7 +172,7 @@ async def test_slow_reads_do_not_keep_the_readers(make_db: Any) -> None:
         for _ in range(12):
             group.start_soon(reader)
         await eventually(lambda: done > 12)
-        for _ in range(10):
+        for _ in range(5):
             before = done
             async with db.transaction(readonly=True):
                 await names(db)

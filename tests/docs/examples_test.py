@@ -73,14 +73,7 @@ class Service:
     @contextlib.contextmanager
     def started(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
         command = self.command(*arguments, "--config", self.config)
-        with subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        with programs.Started(command[3:], self.folder, environment=self.environment) as process:
             try:
                 yield process
             finally:
@@ -250,10 +243,11 @@ def test_service_shows_a_progress_bar_on_a_terminal(service: Service) -> None:
     pytest.importorskip("rich")
     master, slave = programs.pseudo_terminal()
     service.environment |= {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        service.command("--jobs", 50, "--config", service.config),
-        cwd=service.folder,
-        env=service.environment,
+    process = programs.Started(
+        service.command("--jobs", 50, "--config", service.config)[3:],
+        service.folder,
+        environment=service.environment,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=slave,
     )
@@ -290,16 +284,9 @@ def test_quick_start_of_the_readme_runs(tmp_path: Path, call: str) -> None:
     path = tmp_path / "quickstart.py"
     path.write_text(script.replace("\nanyio.run(main)", f"\n{call}"), "utf-8")
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", str(path)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        assert sorted(done.stdout.splitlines()) == [f"0 {hour} * * *  report-{hour}" for hour in range(5)]
+        status, out, err = programs.run([str(path)], tmp_path)
+        assert (status, err) == (0, "")
+        assert sorted(out.splitlines()) == [f"0 {hour} * * *  report-{hour}" for hour in range(5)]
 
 
 # The crontab reader

@@ -23,6 +23,7 @@ import pytest
 from database.driver import monitor
 from database.driver.pool import PoolStats
 from tests.contract.support import eventually
+from tests.programs import Started
 
 pytestmark = [
     pytest.mark.anyio,
@@ -162,17 +163,15 @@ anyio.run(main)
 """
 
 
+@pytest.mark.any_loop
 async def test_what_a_killed_process_leaves(make_db: Any, folder: Path, tmp_path: Path) -> None:
     """A socket whose process was killed is removed by whoever finds it: a reader, or a process that starts."""
     for finder in ("reader", "process"):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "other.db"), str(folder)]
-        process = await anyio.to_thread.run_sync(lambda: subprocess.Popen(command, stdout=subprocess.PIPE))  # noqa: B023
-        assert process.stdout is not None
-        assert await anyio.to_thread.run_sync(process.stdout.readline) == b"ready\n"
-        assert [each["pid"] for each in await look(folder)] == [process.pid]
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        with Started(["-c", KILLED, str(tmp_path / "other.db"), str(folder)], tmp_path) as process:
+            assert process.stdout is not None
+            assert await anyio.to_thread.run_sync(process.stdout.readline) == "ready\n"
+            assert [each["pid"] for each in await look(folder)] == [process.pid]
+            process.kill()
         (stale,) = sockets(folder)
         if finder == "reader":
             assert await look(folder) == []

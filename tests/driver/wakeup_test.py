@@ -66,7 +66,7 @@ asyncio.run(main())
 def test_trio_that_another_thread_is_just_importing(tmp_path: Path) -> None:
     """A program of asyncio's works on while trio stands in `sys.modules` half made, at any point of its import."""
     path = tmp_path / "x.db"
-    Program(HALF_IMPORTED, path).end().ok()
+    Program(HALF_IMPORTED, path, flags=("-W", "error")).end().ok()  # with nothing imported
     outside = sqlite3.connect(path)
     try:
         assert [row[0] for row in outside.execute("SELECT n FROM t ORDER BY n")] == [-1, 0, 1, 2, 3]

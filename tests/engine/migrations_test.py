@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from database.engine.migrations import load
 from database.sqlite3.failures import is_broken
 from database.sqlite3.migrate import _enforce_again
 from tests.contract.support import HANGING, SLOW_INSERT, eventually
+from tests.programs import Started
 
 pytestmark = pytest.mark.anyio
 
@@ -370,11 +369,7 @@ def test_processes_that_start_at_once(tmp_path: Path, folder: Path) -> None:
     """Of several processes each migration is applied by exactly one, and all of them find all applied."""
     for number in range(3, 21):
         (folder / f"{number:04d}_row.sql").write_text(f"INSERT INTO team (name) VALUES ('{number}')")
-    command = [sys.executable, "-W", "error", "-c", PROCESS, str(tmp_path / "x.db"), str(folder)]
-    processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
+    processes = [Started(["-c", PROCESS, str(tmp_path / "x.db"), str(folder)], tmp_path) for _ in range(4)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import anyio
 import pytest
 
 from database import errors, logs
+from tests import programs
 
 PROGRAM = """
 import logging, sys, anyio
@@ -36,13 +34,9 @@ anyio.run(main)
 
 def outcome(folder: Path, setup: str, settings: str = "{}") -> str:
     """What a program writes to stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(setup=setup, logging=settings)],
-        cwd=folder, capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    return done.stderr
+    status, out, err = programs.run(["-c", PROGRAM.format(setup=setup, logging=settings)], folder)
+    assert (status, out) == (0, ""), err
+    return err
 
 
 def test_an_application_that_turns_its_own_records_on(tmp_path: Path) -> None:

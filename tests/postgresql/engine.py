@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,22 +203,15 @@ class PostgresqlEngine(Engine):
             from tests.postgresql.pooler import pooler
 
             ports = {int(conninfo_to_dict(pooler())["port"] or 0)}
-        inodes: set[str] = set()
         try:
             descriptors = os.listdir("/proc/self/fd")
         except OSError:
             return []
-        for descriptor in descriptors:
-            try:
-                target = os.readlink(f"/proc/self/fd/{descriptor}")
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
         found: list[str] = []
-        with open("/proc/self/net/tcp") as table:
-            for line in list(table)[1:]:
-                fields = line.split()
-                if int(fields[2].rpartition(":")[2], 16) in ports and fields[9] in inodes:
-                    found.append(fields[1])
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):  # closed by now, or connected to nobody
+                if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:["):
+                    with socket.socket(fileno=os.dup(int(descriptor))) as connected:
+                        if connected.family == socket.AF_INET and connected.getpeername()[1] in ports:
+                            found.append(str(connected.getsockname()))
         return found

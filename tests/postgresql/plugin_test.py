@@ -13,6 +13,7 @@ import pytest
 
 from database import settings
 from database.sandbox import Sandbox
+from tests import programs
 from tests.postgresql.server import Server, shared
 from tests.programs import PYTEST
 from tests.sandbox.plugin_test import BACKENDS, HEAD, Project, project
@@ -132,15 +133,17 @@ def server() -> Iterator[Server]:
     assert not [name for name in names if name.startswith("jobu_test")]
 
 
-def in_two_processes(project: Project) -> pytest.RunResult:
+def in_two_processes(project: Project, *arguments: str) -> pytest.RunResult:
     """The project's tests, by pytest-xdist."""
     pytest.importorskip("xdist")
-    options = [option for option in PYTEST[2:] if option != "no:xdist"]
+    options = [option for option in PYTEST if option != "no:xdist"]
     options = [option for option, then in pairwise([*options, ""]) if not (option == "-p" and then in ("-p", ""))]
-    return project.pytester.runpytest_subprocess(*options, "-n", "2", timeout=200)
+    status, out, err = programs.run([*options, "-n", "2", *arguments], project.pytester.path, timeout=200)
+    return pytest.RunResult(status, out.splitlines(), err.splitlines(), 0)
 
 
-def test_what_a_test_does_is_undone(project: Project, server: Server) -> None:
+@pytest.mark.shortened
+def test_what_a_test_does_is_undone(project: Project, server: Server, pytestconfig: pytest.Config) -> None:
     """Rows, sequences, tables, functions: the next test finds all as it was set up, on each event loop, also in several
     processes at once; what killed processes have left is dropped.
     """
@@ -149,7 +152,11 @@ def test_what_a_test_does_is_undone(project: Project, server: Server) -> None:
     project.write("conftest.py", BACKENDS, conftest(server.conninfo("absent", tcp=True)))
     project.write("test_it.py", ON_POSTGRESQL, TESTS)
     project.write("test_module.py", ON_POSTGRESQL, OF_A_MODULE)
-    in_two_processes(project).assert_outcomes(passed=48)
+    if pytestconfig.getoption("quick"):  # what only the database is about, on one event loop
+        chosen = "asyncio or autocommit or left or cancelled or other or of_the_module"
+        in_two_processes(project, "-k", chosen).assert_outcomes(passed=30)
+    else:
+        in_two_processes(project).assert_outcomes(passed=48)
 
 
 def test_a_copy_is_given_out_again(server: Server, tmp_path: Path) -> None:

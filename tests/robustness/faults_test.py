@@ -274,8 +274,8 @@ async def test_a_fault_at_every_call(
     db = await make_db(busy_timeout=1000)
     whole = anyio_backend == ("asyncio", {})  # elsewhere every third place will do: faults are the worker's business
     turns = (
-        3 if pytestconfig.getoption("quick") else 1
-    )  # each place meets every third kind, the next place the next ones
+        6 if pytestconfig.getoption("quick") else 1
+    )  # each place meets every sixth kind, the next place the next ones
 
     async def run(fault: Fault) -> int:
         outcomes = Outcomes()

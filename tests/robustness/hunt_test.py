@@ -9,10 +9,12 @@ import pytest
 from tests.robustness.hunt import hunt
 
 
-def test_a_few_episodes() -> None:
+@pytest.mark.shortened
+def test_a_few_episodes(pytestconfig: pytest.Config) -> None:
     """Nothing lost, doubled or half done, and every connection as configured, whatever the users do."""
-    moves = hunt(int(os.environ.get("HUNT_SEED", "1")), episodes=12)
-    assert moves["episodes"] == 12
+    episodes = 6 if pytestconfig.getoption("quick") else 12
+    moves = hunt(int(os.environ.get("HUNT_SEED", "1")), episodes=episodes)
+    assert moves["episodes"] == episodes
 
 
 @pytest.mark.slow

@@ -453,7 +453,7 @@ def test_state_machine(backend: Any, pytestconfig: pytest.Config) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=max(1, EXAMPLES // (4 if pytestconfig.getoption("quick") else 1)),
+            max_examples=max(1, EXAMPLES // (7 if pytestconfig.getoption("quick") else 1)),
             stateful_step_count=40,
             deadline=None,
             derandomize="STATEFUL_EXAMPLES" not in os.environ,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.contract.support import HANGING
-from tests.programs import prepared
+from tests.programs import Started, prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,24 +51,30 @@ def say(*words):
 
 
 class Program:
-    """A Python program on a database, in a process of its own."""
+    """A Python program on a database, in a process of its own: with flags for the interpreter one that is started anew."""
 
     def __init__(self, code: str, path: Path, *arguments: str, flags: tuple[str, ...] = ()) -> None:
-        source = path.with_name(f"program-{time.monotonic_ns()}.py")  # multiprocessing wants a file
-        source.write_text(PREAMBLE + textwrap.dedent(code))
+        code = PREAMBLE + textwrap.dedent(code)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0"}
         environment.pop("COVERAGE_PROCESS_START", None)
-        self.process = subprocess.Popen(
-            [sys.executable, *flags, str(source), str(path), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=path.parent,
-            start_new_session=True,
-            preexec_fn=prepared,
-        )
+        if flags:
+            source = path.with_name(f"program-{time.monotonic_ns()}.py")  # multiprocessing wants a file
+            source.write_text(code)
+            self.process = subprocess.Popen(
+                [sys.executable, *flags, str(source), str(path), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                cwd=path.parent,
+                start_new_session=True,
+                preexec_fn=prepared,
+            )
+        else:
+            self.process = Started(
+                ["-c", code, str(path), *arguments], path.parent, environment=environment, whole=True
+            )
         self.began = time.monotonic()
         self.lines: list[str] = []
 

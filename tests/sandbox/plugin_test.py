@@ -391,7 +391,12 @@ def test_connections_that_need_preparing(project: Project, monkeypatch: pytest.M
     project.write(
         "conftest.py",
         """
-            import pytest
+            import pytest, sqlcipher3
+
+            # A key for what is attached is made in fewer rounds, too: by default it takes longer than all else.
+            outside = sqlcipher3.connect(":memory:")
+            outside.execute("PRAGMA cipher_default_kdf_iter = 2000")
+            outside.close()
 
             @pytest.fixture(scope="session")
             def anyio_backend():

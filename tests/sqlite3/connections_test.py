@@ -8,6 +8,7 @@ import os
 import re
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,18 @@ def function_that_fails(connection: Any) -> None:
     connection.execute("INSERT INTO item (id, value) VALUES (1, 'again')")
 
 
+@pytest.fixture
+def few_rounds() -> Iterator[None]:
+    """A key for what is attached is made in fewer rounds, too: by default it takes longer than all else."""
+    outside = importlib.import_module(drop_in("sqlcipher3")).connect(":memory:")
+    ((rounds,),) = outside.execute("PRAGMA cipher_default_kdf_iter").fetchall()
+    outside.execute("PRAGMA cipher_default_kdf_iter = 2000")
+    yield
+    outside.execute(f"PRAGMA cipher_default_kdf_iter = {rounds}")
+    outside.close()
+
+
+@pytest.mark.usefixtures("few_rounds")
 @pytest.mark.parametrize("place", ["key_env", "key_file"])
 async def test_encryption(
     place: str, make_db: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, capfd: Any
