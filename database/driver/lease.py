@@ -275,6 +275,7 @@ class Lease:
                 outcome = "committed" if self.committed else "rolled back"
                 worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane
+            worker.resting = lends  # it touches nothing on its way to the inbox: whoever comes next need not wake it
             worker.finish(lambda: self.pool.free(worker))
 
     def _resume(self, worker: Worker, connection: Connection | None) -> Request | None:

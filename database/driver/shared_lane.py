@@ -178,6 +178,7 @@ class SharedLane(Lane):
                     break  # whoever was called goes on
         except BaseException as defect:
             worker.fail(defect, [request])
+        worker.resting = worker.lent is not None  # it touches nothing on its way to the inbox
         worker.finish(lambda: self._left(worker))
         return None
 

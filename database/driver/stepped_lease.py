@@ -188,18 +188,21 @@ class SteppedLease(Lease):
         return _HANDS_OVER
 
     def _done(self, worker: Worker, request: Request, result: Any) -> int:
+        now = perf_counter()
+        if request.kind == COMMIT:
+            told = self.pool.observer.hears_of(now - self.granted_at)
+        else:
+            told = self._threshold is not None and now - self._since >= self._threshold
+        if told:  # handlers may block: the worker tells them, and then answers
+            self._steps = _given(result)
+            self._wanted = BLOCKING
+            return _HANDS_OVER
         if request.kind == COMMIT:
             worker.commits += 1
             self.committed = True
             self.ended = True
             worker.held = None
-        else:
-            threshold = self._threshold
-            if threshold is not None and perf_counter() - self._since >= threshold:
-                self._steps = _given(result)  # handlers may block: the worker tells them, and then answers
-                self._wanted = BLOCKING
-                return _HANDS_OVER
-            request.result = result
+        request.result = result
         self._under_way = self._steps = None
         return _DONE
 

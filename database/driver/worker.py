@@ -229,10 +229,9 @@ class Worker(Runner):
         if lent is None:
             return self.inbox.get()
         item, self._kept = self._kept, None
-        if item is not None:
-            return item
         self.resting = True
-        item = self.inbox.get()
+        if item is None:
+            item = self.inbox.get()
         with lent:  # waits for the loop's thread to be done
             self.resting = False
             held, self.held = self.held, None

@@ -10,7 +10,18 @@ import anyio
 import pytest
 
 from database import get_db, transactional, transactional_readonly
-from tests.contract.support import HANGING, SLOW_SELECT, Engine, add, errors, eventually, in_turn, names, usable
+from tests.contract.support import (
+    HANGING,
+    SLOW_SELECT,
+    Engine,
+    add,
+    around_commit,
+    errors,
+    eventually,
+    in_turn,
+    names,
+    usable,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -353,13 +364,10 @@ async def test_a_partial_commit_that_is_cancelled(
     seen: list[str] = []
     begun, go_on = threading.Event(), threading.Event()
     await add(db, "before")
-    connection = type(db.pool().writer.connection)
-    commit = connection.commit
 
-    def wait(self: Any) -> None:
+    def wait() -> None:
         begun.set()
         go_on.wait(HANGING)
-        commit(self)
 
     async def cancel(scope: anyio.CancelScope) -> None:
         await eventually(begun.is_set)
@@ -372,13 +380,13 @@ async def test_a_partial_commit_that_is_cancelled(
         seen.append("work")
         await add(db, "part")
         db.on_commit(lambda: seen.append("part"))
-        monkeypatch.setattr(connection, "commit", wait)
-        async with anyio.create_task_group() as tasks:
-            with anyio.CancelScope() as scope:
-                tasks.start_soon(cancel, scope)
-                await db.commit()
-                await anyio.sleep(0)  # trio lets what has been committed return, and cancels here
-        monkeypatch.setattr(connection, "commit", commit)
+        with monkeypatch.context() as patch:
+            around_commit(patch, db, before=wait)
+            async with anyio.create_task_group() as tasks:
+                with anyio.CancelScope() as scope:
+                    tasks.start_soon(cancel, scope)
+                    await db.commit()
+                    await anyio.sleep(0)  # trio lets what has been committed return, and cancels here
         assert scope.cancelled_caught
         assert engine.committed() == ["before", "part"]
         assert seen == ["work", "part"]

@@ -38,7 +38,7 @@ from tests.contract.support import (
     waiting,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
 
 Work = Callable[[Any], Awaitable[Any]]
 

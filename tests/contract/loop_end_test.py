@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from database import get_db, transactional
-from tests.contract.support import SLOW_SELECT, Engine, errors, eventually
+from tests.contract.support import SLOW_SELECT, Engine, around_commit, errors, eventually
 
 LOOPS = [
     "run",
@@ -136,21 +136,15 @@ def test_the_end_of_a_loop_and_a_commit_under_way(configured: Any, engine: Engin
     begun, go_on = threading.Event(), threading.Event()
     told: list[str] = []
 
-    def slow_commit(session: Any) -> None:
-        commit = type(session).commit
-
-        def wait(self: Any) -> None:
-            begun.set()
-            go_on.wait(10)
-            commit(self)
-
-        patched.setattr(type(session), "commit", wait)
+    def wait() -> None:
+        begun.set()
+        go_on.wait(10)
 
     async def background() -> None:
         async with db.transaction():
             await db.execute("INSERT INTO jobs (name) VALUES ('kept')")
             db.on_commit(lambda: told.append("committed"))
-            slow_commit(db.pool().writer.connection)
+            around_commit(patched, db, before=wait)
 
     async def main() -> str:
         await db.execute_script(engine.schema)

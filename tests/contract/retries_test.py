@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from database import get_db, transactional
-from tests.contract.support import Engine, add, errors, usable
+from tests.contract.support import Engine, add, around_commit, errors, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -229,18 +229,13 @@ async def test_a_lock_taken_behind_a_partial_commit(
     """What `commit()` has made permanent is not done again, although the next part finds the lock taken."""
     db = await make_db(busy_timeout=50)
     parts: list[int] = []
-    commit = db.engine.connection.commit
     with ExitStack() as stack:
-
-        def commit_and_be_overtaken(session: Any) -> None:
-            commit(session)
-            stack.enter_context(engine.locked())
 
         @transactional(retries=2, offload=offload)
         async def work() -> None:
             await add(db, f"a{len(parts)}")
             with monkeypatch.context() as patch:
-                patch.setattr(db.engine.connection, "commit", commit_and_be_overtaken)
+                around_commit(patch, db, behind=lambda: stack.enter_context(engine.locked()))
                 await db.commit()
             parts.append(1)
             await add(db, "next")

@@ -27,6 +27,7 @@ from _pytest.mark.structures import ParameterSet
 
 from database import errors
 from database.driver import inline, quick
+from database.engine.contract import BLOCKING, Steps
 
 HANGING = float(os.environ.get("HANGING", "60"))
 """Seconds after which what should have happened long ago never will; nothing takes as long, on however slow a machine."""
@@ -251,6 +252,33 @@ async def collected(true: Callable[[], object], what: str = "", within: float = 
             raise AssertionError(f"did not happen within {within} s: {what or true}")
         gc.collect()
         await anyio.sleep(0.001)
+
+
+def around_commit(
+    patch: pytest.MonkeyPatch,
+    db: Any,
+    *,
+    before: Callable[[], object] = lambda: None,
+    behind: Callable[[], object] = lambda: None,
+) -> None:
+    """From now on that is called before or behind each COMMIT, on the worker's thread."""
+    connection = db.engine.connection
+    in_steps = hasattr(connection, "committing")
+    name = "committing" if in_steps else "commit"
+    commit = getattr(connection, name)
+
+    def around(self: Any) -> None:
+        before()
+        commit(self)
+        behind()
+
+    def around_in_steps(self: Any) -> Steps:
+        yield BLOCKING
+        before()
+        yield from commit(self)
+        behind()
+
+    patch.setattr(connection, name, around_in_steps if in_steps else around)
 
 
 async def waiting(db: Any, count: int) -> None:

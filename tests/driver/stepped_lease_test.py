@@ -24,7 +24,7 @@ from tests.postgresql.engine import PostgresqlEngine
 from tests.postgresql.proxy import Proxy
 from tests.postgresql.server import shared
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
 
 COUNT = "SELECT count(*) FROM jobs"
 WAITS = "SELECT pid FROM pg_locks WHERE NOT granted AND pid <> pg_backend_pid()"

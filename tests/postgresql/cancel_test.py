@@ -14,7 +14,7 @@ from tests.contract.support import HANGING, eventually, usable
 from tests.postgresql.engine import PostgresqlEngine
 from tests.postgresql.proxy import Proxy
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
 
 PID = "SELECT pg_backend_pid()"
 

@@ -14,7 +14,7 @@ from tests.contract.support import HANGING, usable
 from tests.postgresql.engine import PostgresqlEngine
 from tests.postgresql.proxy import Proxy
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
 
 
 def is_commit(kind: bytes, body: bytes) -> bool:
