@@ -19,7 +19,7 @@ from enum import Enum
 from functools import lru_cache
 from pathlib import PurePath
 from time import perf_counter
-from types import NoneType, UnionType
+from types import FunctionType, MemberDescriptorType, NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Union, cast, get_args, get_origin
 from uuid import UUID
 
@@ -27,7 +27,7 @@ from database.engine.contract import Interrupted
 from database.engine.statement import Statement
 from database.errors import QueryExecutionError
 
-__all__ = ["FIRST", "in_pieces", "of_statement", "records"]
+__all__ = ["FIRST", "in_pieces", "is_generated", "of_statement", "records"]
 
 Converter = Callable[[Any], Any]
 
@@ -104,6 +104,40 @@ def in_pieces(make: Callable[[list[Any], int], list[Any]], rows: list[Any], gone
         size = FIRST if perf_counter() - began > SLOW else size * 2
         if gone():
             raise Interrupted
+
+
+def is_generated(record_class: Any) -> bool:
+    """Whether to make a record is to run nothing that its author has written: a NamedTuple, or a dataclass as it comes."""
+    try:
+        return _is_generated(record_class)
+    except TypeError:  # it has no hash
+        return False
+
+
+@lru_cache(maxsize=1000)
+def _is_generated(kind: Any) -> bool:
+    if type(kind) is not type:  # no class, or one with a metaclass
+        return False
+    if issubclass(kind, tuple):
+        return kind.__bases__ == (tuple,) and kind.__init__ is object.__init__ and _is_made(kind.__new__)
+    parameters = kind.__dict__.get("__dataclass_params__")
+    if parameters is None or kind.__new__ is not object.__new__ or hasattr(kind, "__post_init__"):
+        return False
+    if not _is_made(kind.__dict__.get("__init__")) or not (
+        kind.__setattr__ is object.__setattr__ or (parameters.frozen and _is_made(kind.__setattr__))
+    ):
+        return False
+    return all(
+        each.default_factory is dataclasses.MISSING
+        and type(inspect.getattr_static(kind, each.name, None)) in (MemberDescriptorType, type(each.default), NoneType)
+        and not hasattr(each.default, "__set__")
+        for each in dataclasses.fields(kind)
+    )
+
+
+def _is_made(function: Any) -> bool:
+    """Whether a function's text stands in no file."""
+    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith("<")
 
 
 def of_statement(error: BaseException, sql: Any, parameters: Any) -> BaseException:

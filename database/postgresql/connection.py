@@ -19,7 +19,7 @@ from database import errors
 from database.driver.request import Request
 from database.engine.adapting import NATIVE, taken
 from database.engine.contract import BLOCKING, Operation, Steps
-from database.engine.records import FIRST, in_pieces, of_statement, records
+from database.engine.records import FIRST, in_pieces, is_generated, of_statement, records
 from database.engine.rows import Rows
 from database.engine.statement import CONTROL, READ, Result, Statement
 from database.postgresql import analysis, bulk
@@ -236,7 +236,9 @@ class Connection(Sender):
     def steps(self, operation: Operation | None, statement: Any, params: Any, extra: Any) -> Steps | None:
         """See `Stepping`. Code of the user's are classes of records, functions that store a type, properties of parameters."""
         make = _STEPS.get(operation)
-        if make is None or (extra is not None and operation is not Connection.fetch_value):
+        if make is None:
+            return None
+        if extra is not None and operation is not Connection.fetch_value and not is_generated(extra):
             return None
         if params is not None:
             kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -157,6 +158,13 @@ class Named:
         self.name = name
 
 
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A class whose making is nobody's code."""
+
+    name: str
+
+
 class Text(str):
     """No plain string."""
 
@@ -236,6 +244,26 @@ HANDED_OVER: list[Callable[[Any], Awaitable[Any]]] = [
     _records, _odd_parameters, _run, _stream, _many, _script, _many_rows, _a_long_value, _several_at_once, _an_error,
     _a_wrong_type, _unfit_parameters, _a_savepoint_in_doubt,
 ]  # fmt: skip
+
+
+async def test_records_that_are_generated(db: Any, engine: PostgresqlEngine, watched: Watched) -> None:
+    """They may be made here, as long as they are few."""
+    async with db.transaction():
+        await add(db, "a")
+        assert await db.fetch_one("SELECT name FROM jobs", record_class=Generated) == Generated("a")
+        assert await db.fetch_all("SELECT name FROM jobs", record_class=Generated) == [Generated("a")]
+        with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+            await db.fetch_all("SELECT name AS other FROM jobs", record_class=Generated)
+        await add(db, "b")
+    assert watched.take() == (True, True)
+    assert engine.committed() == ["a", "b"]
+    await db.execute("DELETE FROM jobs")
+    await rests(db)
+    watched.take()
+    async with db.transaction():
+        await add(db, "a")
+        assert await db.fetch_all("SELECT name FROM jobs", record_class=Generated) == [Generated("a")]
+    assert watched.take() == (True, False)
 
 
 async def test_what_hands_over(db: Any, engine: PostgresqlEngine, watched: Watched) -> None:
