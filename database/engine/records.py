@@ -115,10 +115,12 @@ def is_generated(record_class: Any) -> bool:
 
 
 @lru_cache(maxsize=1000)
-def _is_generated(kind: Any) -> bool:
-    if type(kind) is not type:  # no class, or one with a metaclass
+def _is_generated(record_class: Any) -> bool:
+    if type(record_class) is not type:  # no class, or one with a metaclass
         return False
-    if issubclass(kind, tuple):
+    is_tuple = issubclass(record_class, tuple)
+    kind = cast("Any", record_class)
+    if is_tuple:
         return kind.__bases__ == (tuple,) and kind.__init__ is object.__init__ and _is_made(kind.__new__)
     parameters = kind.__dict__.get("__dataclass_params__")
     if parameters is None or kind.__new__ is not object.__new__ or hasattr(kind, "__post_init__"):
