@@ -296,6 +296,45 @@ async def test_slow_statements_and_transactions_are_reported(
     assert engine.committed() == ["a"]
 
 
+async def test_a_slow_commit_is_reported(
+    make_db: Any, engine: PostgresqlEngine, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A transaction of which only the COMMIT takes long is a slow one all the same."""
+    db = await make_db(pool_size=1, conninfo=proxy.conninfo(), logging={"slow_transaction_ms": 500})
+    await warm(db)
+    caplog.clear()
+    pool = db.pool()
+
+    def from_client(kind: bytes, body: bytes) -> bool:
+        if kind == b"Q" and body.endswith(b"COMMIT\0"):
+            for worker in pool.readers():
+                worker.held.granted_at -= 1  # as if COMMIT had been under way for so long
+        return True
+
+    proxy.from_client = from_client
+    before = db.stats()
+    async with db.transaction():
+        await add(db, "a")
+    assert [record.name for record in caplog.records] == ["database.transaction"]
+    assert engine.committed() == ["a"]
+    await rests(db)
+    after = db.stats()
+    assert (after.commits_total, after.rollbacks_total) == (before.commits_total + 1, before.rollbacks_total)
+    assert pool.transactions == set()
+
+
+async def test_a_commit_that_is_handed_over_leaves_nothing_behind(make_db: Any, engine: PostgresqlEngine) -> None:
+    """The pool knows of no transaction any more, on whichever thread it has ended."""
+    db = await make_db(pool_size=1, resolve_commits=True)
+    await warm(db)
+    async with db.transaction():
+        await add(db, "a")
+    await rests(db)
+    assert db.pool().transactions == set()
+    assert db.pool().at_rest
+    assert engine.committed() == ["a"]
+
+
 @contextmanager
 def locked(engine: PostgresqlEngine, *, seconds: float | None = None) -> Iterator[None]:
     """Writing to `item` has to wait; or does for so long, from when somebody waits."""
