@@ -7,8 +7,8 @@ the first statement, and goes on with it when the socket has something to be rea
 
 What hands over. Whatever may take the thread's time, or calls code of the user's: `Stepping.steps` says None, or a step says
 that the next one is BLOCKING; a rollback; an error; a cancellation; a second statement while one is under way; a statement
-or a transaction that is to be reported, because it was slow; the pool's end. Then the worker is woken, goes on with the statement where it
-stands, and attends to the lease to its end. So all that is difficult is done in one place, on one thread.
+or a transaction that is to be reported, because it was slow; the pool's end. Then the worker is woken, goes on with the
+statement where it stands, and attends to the lease to its end. So all that is difficult is done in one place, on one thread.
 
 The socket is watched from the first answer that is waited for until its worker is woken (`Worker.give`), for as many
 transactions as come: to begin and to end that costs more than a glance. So it is never closed while it is watched.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
+import select
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import pytest
 
 from database import transactional
 from database.driver import stepped_lease
+from database.driver.wakeup.sight import Sight
 from database.postgresql.wire import Wire
 from tests.contract.support import HANGING, add, case, errors, eventually, gather, idle, names, on_asyncio, usable
 from tests.postgresql.engine import PostgresqlEngine
@@ -615,6 +618,75 @@ async def test_a_descriptor_is_not_watched_for_somebody_else(
                 await add(db, f"again {pid}")
         assert watched.take() == (True, False)
     assert len(engine.committed()) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+async def test_a_broken_connection_that_a_child_has_open_as_well(
+    make_db: Any, engine: PostgresqlEngine, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop is told of its end once, and not at each turn as long as the child lives."""
+    looks = 0
+    look = Sight.look
+
+    def counted(sight: Sight) -> None:
+        nonlocal looks
+        looks += 1
+        look(sight)
+
+    monkeypatch.setattr(Sight, "look", counted)
+    db = await make_db(pool_size=1, conninfo=proxy.conninfo())
+    await warm(db)
+    ends, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(end)
+        os.read(ends, 1)
+        os._exit(0)
+    try:
+        proxy.from_client = lambda kind, body: b"DELETE" not in body
+        with pytest.raises(errors.QueryExecutionError, match="lost"):
+            async with db.transaction():
+                await add(db, "undone")
+                await db.execute("DELETE FROM jobs")
+        await rests(db)
+        assert looks
+        looks = 0
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+        assert looks == 0
+    finally:
+        os.close(end)
+        os.close(ends)
+        os.waitpid(child, 0)
+    proxy.from_client = lambda kind, body: True
+    await usable(db)
+
+
+async def test_no_descriptor_is_left(make_db: Any, engine: PostgresqlEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be watched is waited for by the worker."""
+    for where, name in ((os, "dup"), (select, "epoll")):
+        with case(name=name):
+            db = await make_db(pool_size=1, schema=name == "dup")
+            await warm(db)
+            with monkeypatch.context() as patch:
+                for worker in db.pool().readers():
+                    worker.look_away()
+                db.pool().waker._sight = None
+
+                def full(*_: Any) -> Any:
+                    raise OSError(errno.EMFILE, "too many open files")
+
+                patch.setattr(where, name, full)
+                async with db.transaction():
+                    await add(db, name)
+                    await add(db, f"{name} again")
+                await rests(db)
+            assert engine.committed() == [name, f"{name} again"]
+            watched = Watched(monkeypatch)
+            async with db.transaction():
+                await db.execute("DELETE FROM jobs")
+            assert watched.take()[0]
 
 
 async def test_many_tasks_and_few_connections(make_db: Any, engine: PostgresqlEngine) -> None:
