@@ -98,7 +98,10 @@ class SteppedLease(Lease):
         lent = worker.lent
         if lent is None or not worker.resting or self.mailbox.qsize() != 1:
             return False
-        threshold = pool.observer.threshold()
+        try:
+            threshold = pool.observer.threshold()
+        except BaseException:  # which the worker reports
+            return False
         if (threshold is not None and threshold < LOGGED) or not lent.acquire(blocking=False):
             return False
         outcome = _WAITS
