@@ -202,7 +202,7 @@ class InlineLease(Lease):
     def _may_begin(self) -> bool:
         pool = self.pool
         observer = pool.observer
-        return pool.opened and not pool.closing and self._inline.quiet(observer) and not observer.hears_of(0.0)
+        return pool.opened and not pool.closing and self._inline.quiet(observer) and not pool.writer.hears_of(0.0)
 
     def _begins_here(self) -> Worker | None:
         """Begins the transaction on a reader that sleeps, if there is one."""
@@ -284,7 +284,7 @@ class InlineLease(Lease):
         assert lent is not None
         if self._failure is not None:
             return False
-        if self.pool.observer.hears_of(perf_counter() - self.granted_at) or not lent.acquire(blocking=False):
+        if worker.hears_of(perf_counter() - self.granted_at) or not lent.acquire(blocking=False):
             return False
         try:
             connection = worker.connection

@@ -271,7 +271,7 @@ class Lease:
         worker.answers.extend(self._answer_the_rest())
         if self.transaction and connection is not None and request is not None:
             seconds = perf_counter() - self.granted_at
-            if worker.observer.hears_of(seconds):
+            if worker.hears_of(seconds):
                 outcome = "committed" if self.committed else "rolled back"
                 worker.tell(request, worker.observer.transaction, self, outcome, seconds)
         if worker.role != "writer":  # the writer goes on with its lane

@@ -211,6 +211,14 @@ class Runner:
         except BaseException as error:
             _report(f"what hears of {self.name} has raised", error)
 
+    def hears_of(self, seconds: float) -> bool:
+        """See `Observer`; where even that raises, there is nothing to be told. Any thread."""
+        try:
+            return self.observer.hears_of(seconds)
+        except BaseException as error:
+            _report(f"what hears of {self.name} has raised", error)
+            return False
+
     def fail(self, defect: BaseException, requests: Iterable[Request | None]) -> None:
         """Something has brought this worker down that is no statement's doing: answers those that it had taken.
 

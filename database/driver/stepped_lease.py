@@ -7,8 +7,8 @@ the first statement, and goes on with it when the socket has something to be rea
 
 What hands over. Whatever may take the thread's time, or calls code of the user's: `Stepping.steps` says None, or a step says
 that the next one is BLOCKING; a rollback; an error; a cancellation; a second statement while one is under way; a statement
-that is to be reported, because it was slow; the pool's end. Then the worker is woken, goes on with the statement where it
-stands, and attends to the lease to its end. So all that is difficult is done in one place, on one thread.
+or a transaction that is to be reported, because it was slow; the pool's end. Then the worker is woken, goes on with the
+statement where it stands, and attends to the lease to its end. So all that is difficult is done in one place, on one thread.
 
 The socket is watched from the first answer that is waited for until its worker is woken (`Worker.give`), for as many
 transactions as come: to begin and to end that costs more than a glance. So it is never closed while it is watched.
@@ -98,7 +98,10 @@ class SteppedLease(Lease):
         lent = worker.lent
         if lent is None or not worker.resting or self.mailbox.qsize() != 1:
             return False
-        threshold = pool.observer.threshold()
+        try:
+            threshold = pool.observer.threshold()
+        except BaseException:  # which the worker reports
+            return False
         if (threshold is not None and threshold < LOGGED) or not lent.acquire(blocking=False):
             return False
         outcome = _WAITS
@@ -141,6 +144,8 @@ class SteppedLease(Lease):
             steps = self._steps_of(connection, request)
             if steps is None:
                 return False
+            if request.kind == COMMIT:
+                self.pool.transactions.discard(self)  # see `Lease.submit`; on whichever thread it ends
             outcome = self._first_step(worker, connection, request, steps)
         finally:
             lent.release()
@@ -153,7 +158,7 @@ class SteppedLease(Lease):
             return None
         if request.kind == STATEMENT:
             return connection.steps(request.operation, request.subject, request.params, request.extra)
-        if request.kind == COMMIT and not self.pool.observer.hears_of(perf_counter() - self.granted_at):
+        if request.kind == COMMIT:
             return connection.committing()
         return None
 
@@ -189,12 +194,13 @@ class SteppedLease(Lease):
 
     def _done(self, worker: Worker, request: Request, result: Any) -> int:
         now = perf_counter()
+        threshold = self._threshold
         if request.kind == COMMIT:
-            told = self.pool.observer.hears_of(now - self.granted_at)
+            heard = worker.hears_of(now - self.granted_at)
         else:
-            told = self._threshold is not None and now - self._since >= self._threshold
-        if told:  # handlers may block: the worker tells them, and then answers
-            self._steps = _given(result)
+            heard = threshold is not None and now - self._since >= threshold
+        if heard:
+            self._steps = _given(result)  # handlers may block: the worker tells them, and then answers
             self._wanted = BLOCKING
             return _HANDS_OVER
         if request.kind == COMMIT:
@@ -202,7 +208,8 @@ class SteppedLease(Lease):
             self.committed = True
             self.ended = True
             worker.held = None
-        request.result = result
+        else:
+            request.result = result
         self._under_way = self._steps = None
         return _DONE
 
@@ -231,7 +238,6 @@ class SteppedLease(Lease):
             if self.ended:
                 worker = self.worker
                 assert worker is not None
-                self.pool.transactions.discard(self)
                 self.pool.free(worker)
             if waited_for:
                 self.pool.waker.answer(request)

@@ -62,6 +62,7 @@ class Levels(Wire):
         "beginning",
         "fresh",
         "guarded",
+        "lags",
         "local",
         "localised",
         "prefix",
@@ -175,7 +176,10 @@ class Levels(Wire):
 
     def forget(self) -> None:
         """No transaction is open."""
-        self.began = False
+        self.began = self.lags = False
+        """`lags`: Whether a statement may seem to take longer than it does, since an event loop receives its answer when it
+        comes to that.
+        """
         self.beginning: list[bytes] | None = None
         """The BEGIN of a transaction in which nothing has succeeded yet but what only reads, at READ COMMITTED: until then,
         beginning anew undoes a failure, and nobody can tell.
@@ -230,6 +234,7 @@ class Levels(Wire):
             return False
         raw.used_at = now
         self._begin(readonly=readonly)
+        self.lags = True
         return True
 
     def _begin(self, *, readonly: bool) -> None:

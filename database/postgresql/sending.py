@@ -288,8 +288,9 @@ class Sender(Levels):
             raise
         if plan.shapes:
             self.noticed(plan)
-        if timed:
-            plan.took(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if timed and (not self.lags or (plan.seconds is not None and seconds < plan.seconds)):
+            plan.took(seconds)
         if self.beginning is None or not self.rereads or sql is not None or started > plan.innocent_until:
             self.succeeded()
         if self.stained and not self.began:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
+import select
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ import pytest
 
 from database import transactional
 from database.driver import stepped_lease
+from database.driver.wakeup.sight import Sight
+from database.postgresql.plan import Plan
 from database.postgresql.wire import Wire
 from tests.contract.support import HANGING, add, case, errors, eventually, gather, idle, names, on_asyncio, usable
 from tests.postgresql.engine import PostgresqlEngine
@@ -324,6 +328,91 @@ async def test_slow_statements_and_transactions_are_reported(
     assert engine.committed() == ["a"]
 
 
+async def test_a_slow_commit_is_reported(
+    make_db: Any, engine: PostgresqlEngine, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A transaction of which only the COMMIT takes long is a slow one all the same."""
+    db = await make_db(pool_size=1, conninfo=proxy.conninfo(), logging={"slow_transaction_ms": 500})
+    await warm(db)
+    caplog.clear()
+    pool = db.pool()
+
+    def from_client(kind: bytes, body: bytes) -> bool:
+        if kind == b"Q" and body.endswith(b"COMMIT\0"):
+            for worker in pool.readers():
+                worker.held.granted_at -= 1  # as if COMMIT had been under way for so long
+        return True
+
+    proxy.from_client = from_client
+    before = db.stats()
+    async with db.transaction():
+        await add(db, "a")
+    assert [record.name for record in caplog.records] == ["database.transaction"]
+    assert engine.committed() == ["a"]
+    await rests(db)
+    after = db.stats()
+    assert (after.commits_total, after.rollbacks_total) == (before.commits_total + 1, before.rollbacks_total)
+    assert pool.transactions == set()
+
+
+async def test_a_commit_that_is_handed_over_leaves_nothing_behind(make_db: Any, engine: PostgresqlEngine) -> None:
+    """The pool knows of no transaction any more, on whichever thread it has ended."""
+    db = await make_db(pool_size=1, resolve_commits=True)
+    await warm(db)
+    async with db.transaction():
+        await add(db, "a")
+    await rests(db)
+    assert db.pool().transactions == set()
+    assert db.pool().at_rest
+    assert engine.committed() == ["a"]
+
+
+async def test_what_hears_of_it_raises(
+    db: Any, engine: PostgresqlEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is reported by the worker, and costs neither the transaction nor the connection."""
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    for number, name in enumerate(("threshold", "hears_of")):
+        await rests(db)
+        caplog.clear()
+        with monkeypatch.context() as patch, anyio.fail_after(HANGING):
+            patch.setattr(type(db.pool().observer), name, fail)
+            async with db.transaction():
+                await add(db, f"a{number}")
+        assert "has raised" in caplog.text, name
+        assert f"a{number}" in engine.committed()
+        await usable(db)
+
+
+async def test_a_loop_that_is_late_makes_no_statement_slow(
+    db: Any, engine: PostgresqlEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement that is known to be quick stays so, and travels with others, whatever the loop does before it receives."""
+    sql = "SELECT count(*) FROM item"
+    for _ in range(3):
+        await db.fetch_value(sql)
+    await rests(db)
+    learnt: list[float] = []
+    took = Plan.took
+    monkeypatch.setattr(Plan, "took", lambda self, seconds: (learnt.append(seconds), took(self, seconds)))
+
+    async def be_late() -> None:
+        threading.Event().wait(0.1)
+
+    async with db.transaction():
+        await add(db, "a")
+        async with anyio.create_task_group() as group:
+            group.start_soon(be_late)
+            group.start_soon(be_late)
+            assert await db.fetch_value(sql) == 0
+    await db.fetch_value(sql)
+    assert learnt
+    assert max(learnt) < 0.1
+
+
 @contextmanager
 def locked(engine: PostgresqlEngine, *, seconds: float | None = None) -> Iterator[None]:
     """Writing to `item` has to wait; or does for so long, from when somebody waits."""
@@ -557,6 +646,8 @@ async def test_lost_under_way(db: Any, engine: PostgresqlEngine) -> None:
 
 async def test_what_the_server_says_unasked(db: Any, engine: PostgresqlEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is watched and closed while nobody uses it: the loop looks once; the next transaction has another."""
+    if engine.pooler:
+        pytest.skip("the pooler keeps its side of the connection")
     looks = 0
     look = stepped_lease._look
 
@@ -604,6 +695,75 @@ async def test_a_descriptor_is_not_watched_for_somebody_else(
                 await add(db, f"again {pid}")
         assert watched.take() == (True, False)
     assert len(engine.committed()) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+async def test_a_broken_connection_that_a_child_has_open_as_well(
+    make_db: Any, engine: PostgresqlEngine, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop is told of its end once, and not at each turn as long as the child lives."""
+    looks = 0
+    look = Sight.look
+
+    def counted(sight: Sight) -> None:
+        nonlocal looks
+        looks += 1
+        look(sight)
+
+    monkeypatch.setattr(Sight, "look", counted)
+    db = await make_db(pool_size=1, conninfo=proxy.conninfo())
+    await warm(db)
+    ends, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(end)
+        os.read(ends, 1)
+        os._exit(0)
+    try:
+        proxy.from_client = lambda kind, body: b"DELETE" not in body
+        with pytest.raises(errors.QueryExecutionError, match="lost"):
+            async with db.transaction():
+                await add(db, "undone")
+                await db.execute("DELETE FROM jobs")
+        await rests(db)
+        assert looks
+        looks = 0
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+        assert looks == 0
+    finally:
+        os.close(end)
+        os.close(ends)
+        os.waitpid(child, 0)
+    proxy.from_client = lambda kind, body: True
+    await usable(db)
+
+
+async def test_no_descriptor_is_left(make_db: Any, engine: PostgresqlEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be watched is waited for by the worker."""
+    for where, name in ((os, "dup"), (select, "epoll")):
+        with case(name=name):
+            db = await make_db(pool_size=1, schema=name == "dup")
+            await warm(db)
+            with monkeypatch.context() as patch:
+                for worker in db.pool().readers():
+                    worker.look_away()
+                db.pool().waker._sight = None
+
+                def full(*_: Any) -> Any:
+                    raise OSError(errno.EMFILE, "too many open files")
+
+                patch.setattr(where, name, full)
+                async with db.transaction():
+                    await add(db, name)
+                    await add(db, f"{name} again")
+                await rests(db)
+            assert engine.committed() == [name, f"{name} again"]
+            watched = Watched(monkeypatch)
+            async with db.transaction():
+                await db.execute("DELETE FROM jobs")
+            assert watched.take()[0]
 
 
 async def test_many_tasks_and_few_connections(make_db: Any, engine: PostgresqlEngine) -> None:

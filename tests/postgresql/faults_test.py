@@ -8,6 +8,7 @@ import datetime
 import decimal
 import itertools
 import logging
+import re
 import threading
 import types
 import uuid
@@ -862,6 +863,23 @@ async def test_no_value_in_messages(
     )
     assert "hunter2" not in logged.casefold()
     assert "98765432109876" not in logged
+
+
+async def test_a_failure_with_a_large_value(db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is held, with its locks, until the error has been translated: that takes no longer for a long value."""
+    longest = 0
+    escape = re.escape
+
+    def counted(pattern: str) -> str:
+        nonlocal longest
+        longest = max(longest, len(pattern))
+        return escape(pattern)
+
+    monkeypatch.setattr(re, "escape", counted)
+    with pytest.raises(errors.QueryExecutionError) as caught:
+        await db.fetch_value("SELECT CAST(:name AS int)", {"name": "hunter2 " * 1000})
+    assert "hunter2" not in str(caught.value)
+    assert longest < 1000
 
 
 @pytest.mark.parametrize(

@@ -292,9 +292,9 @@ class AsyncioWaker(Waker):
     def watch(self, descriptor: int, ready: Notice) -> Timer | None:
         sight = self._sight
         if sight is None:
-            if not Sight.possible:
+            sight = Sight.make()
+            if sight is None:
                 return None
-            sight = Sight()
             try:
                 Context().run(asyncio.get_running_loop().add_reader, sight.descriptor, sight.look)
             except NotImplementedError:  # a loop without readers

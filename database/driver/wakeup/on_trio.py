@@ -210,9 +210,10 @@ class TrioWaker(Waker):
     def watch(self, descriptor: int, ready: Notice) -> Timer | None:
         sight = self._sight
         if sight is None:
-            if not Sight.possible:
+            sight = Sight.make()
+            if sight is None:
                 return None
-            sight = self._sight = Sight()
+            self._sight = sight
             self._end_look = self._trio.CancelScope()
             self._trio.lowlevel.spawn_system_task(self._look, sight, self._end_look, name="database answers")
         return sight.watch(descriptor, ready)

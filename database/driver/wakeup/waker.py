@@ -204,7 +204,7 @@ class Waker:
     def watch(self, descriptor: int, ready: Notice) -> Timer | None:
         """Calls the function whenever the descriptor has something to be read, until that is called off. Loop thread.
 
-        None where the loop has no such means.
+        None where the loop has no such means, or no descriptor left for it.
         """
         raise NotImplementedError
 
