@@ -28,7 +28,7 @@ demo-postgresql: $(VENV)/.test  ## the same job service on PostgreSQL, by config
 	@echo
 	$(BIN)/python -m tests.postgresql.server $(BIN)/python docs/examples/jobu.py --backend trio --jobs 500
 
-test: $(VENV)/.test  ## the tests, in three minutes: each kind of behaviour on every event loop and engine (ARGS="-k pool" goes to pytest)
+test: $(VENV)/.test  ## the tests, in two minutes: each kind of behaviour on every event loop and engine (ARGS="-k pool" goes to pytest)
 	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
 
 test-all: test-main test-others  ## all tests in all combinations, the long ones too, with branch coverage; then on each other Python found
