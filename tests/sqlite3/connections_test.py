@@ -345,7 +345,7 @@ async def test_nearest_neighbours(make_db: Any) -> None:
     await db.execute_many(
         "INSERT INTO place (rowid, position) VALUES (?, ?)", [(n, json.dumps([n, n % 10])) for n in range(1, 101)]
     )
-    nearest = "SELECT rowid FROM place WHERE position MATCH :at ORDER BY distance LIMIT 3"
+    nearest = "SELECT rowid FROM place WHERE position MATCH :at AND k = 3 ORDER BY distance"
     answers: dict[int, list[int]] = {}
 
     async def ask(n: int) -> None:
