@@ -38,7 +38,7 @@ from tests.contract.support import (
     waiting,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
+pytestmark = pytest.mark.anyio
 
 Work = Callable[[Any], Awaitable[Any]]
 
