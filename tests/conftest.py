@@ -201,7 +201,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         out |= set(repetitions([item for item in items if item not in out]))
         for test in {item.obj for item in items if searched(item)}:
             wanted = test._hypothesis_internal_use_settings
-            fewer = type(wanted)(wanted, max_examples=max(10, wanted.max_examples // 6))
+            fewer = type(wanted)(wanted, max_examples=max(10, wanted.max_examples // 8))
             getattr(test, "__func__", test)._hypothesis_internal_use_settings = fewer
     if out:
         config.hook.pytest_deselected(items=list(out))

@@ -29,7 +29,7 @@ from tests.postgresql.engine import PostgresqlEngine
 from tests.postgresql.proxy import Proxy
 from tests.postgresql.server import shared
 
-pytestmark = [pytest.mark.anyio, pytest.mark.every_loop]
+pytestmark = pytest.mark.anyio
 
 COUNT = "SELECT count(*) FROM jobs"
 WAITS = "SELECT pid FROM pg_locks WHERE NOT granted AND pid <> pg_backend_pid()"
@@ -442,6 +442,7 @@ async def blocked(engine: PostgresqlEngine, within: Callable[[], Awaitable[Any]]
     await within()
 
 
+@pytest.mark.every_loop
 async def test_cancelled_under_way(db: Any, engine: PostgresqlEngine) -> None:
     """The worker stops what the loop's thread has sent; all of the transaction is undone, and the connection is as it was."""
     async with db.transaction():
@@ -505,6 +506,7 @@ async def test_time_runs_out_under_way(db: Any, engine: PostgresqlEngine) -> Non
     await usable(db)
 
 
+@pytest.mark.every_loop
 async def test_cancelled_at_every_turn(db: Any, engine: PostgresqlEngine) -> None:
     """After each number of turns of the loop: all of it or nothing is kept, and the answer says which."""
     kept = undone = 0
@@ -572,6 +574,7 @@ async def test_commit_under_way_is_not_withdrawn(make_db: Any, engine: Postgresq
     await usable(db)
 
 
+@pytest.mark.every_loop
 async def test_closed_under_way(db: Any, engine: PostgresqlEngine) -> None:
     """What runs is stopped, and told why; nothing of it is kept."""
     caught: list[BaseException] = []
@@ -608,6 +611,7 @@ async def test_closed_between_statements(db: Any, engine: PostgresqlEngine) -> N
     await usable(db)
 
 
+@pytest.mark.every_loop
 async def test_lost_under_way(db: Any, engine: PostgresqlEngine) -> None:
     """The server ends the connection while a statement waits, or between two: undone, and the next one has another."""
     for moment in ("waits", "between", "commit"):
@@ -644,6 +648,7 @@ async def test_lost_under_way(db: Any, engine: PostgresqlEngine) -> None:
             await usable(db)
 
 
+@pytest.mark.every_loop
 async def test_what_the_server_says_unasked(db: Any, engine: PostgresqlEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is watched and closed while nobody uses it: the loop looks once; the next transaction has another."""
     if engine.pooler:
@@ -677,6 +682,7 @@ async def test_what_the_server_says_unasked(db: Any, engine: PostgresqlEngine, m
     assert engine.committed() == ["a"]
 
 
+@pytest.mark.every_loop
 async def test_a_descriptor_is_not_watched_for_somebody_else(
     db: Any, engine: PostgresqlEngine, watched: Watched
 ) -> None:
@@ -697,6 +703,7 @@ async def test_a_descriptor_is_not_watched_for_somebody_else(
     assert len(engine.committed()) == 10
 
 
+@pytest.mark.every_loop
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 async def test_a_broken_connection_that_a_child_has_open_as_well(
