@@ -523,7 +523,7 @@ class Runner:
         began = until = perf_counter()
         timeout = self.backend.busy_timeout
         deadline = began + timeout
-        own = False
+        own = False  # whether connections of this process kept their locks at the last look
         if self._on_slow is not None:
             self._on_slow()  # whoever waits behind this one need not wait for a lock of somebody else's
         try:
@@ -538,9 +538,10 @@ class Runner:
                     if self._deadline is not None:
                         whose = asked or (() if request is None else (request,))
                         found = self._deadline(self, whose, began, until)
-                        if own and found <= began + timeout:  # they have ended since: from now on it is others' turn
+                        held = found > began + timeout
+                        if own and not held:  # they have ended since: from now on it is others' turn
                             found = until + timeout
-                        own = found > began + timeout
+                        own = held
                         deadline = max(deadline, found)
                     if until >= deadline:
                         raise

@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from database import errors, transactional
-from tests.contract.support import Engine, add, eventually, gather, usable
+from tests.contract.support import HANGING, Engine, add, eventually, gather, usable
 
 pytestmark = pytest.mark.anyio
 
@@ -269,6 +269,19 @@ async def test_ones_own_open_statement(make_db: Any, engine: Engine) -> None:
         assert caught or sql is None, (in_the_way, sql)
         assert await db.fetch_value("SELECT count(*) FROM jobs") == 3000
     assert time.monotonic() - began < 8
+    await usable(db)
+
+
+async def test_ones_own_reader_and_then_another_process(make_db: Any, engine: Engine) -> None:
+    """The time for others is counted from when one's own readers have ended, and comes to an end."""
+    db = await make_db(journal_mode="DELETE", busy_timeout=50, pool_timeout=10)
+    await add(db, "before")
+    with closing(sqlite3.connect(engine.path(), isolation_level=None)) as outside, anyio.fail_after(HANGING):
+        outside.execute("BEGIN")
+        outside.execute("SELECT * FROM jobs").fetchall()
+        (error,) = await beside_a_reader(db, "SELECT count(*) FROM jobs", 1, lambda: add(db, "refused"))
+    assert isinstance(error, errors.DatabaseBusyError)
+    assert "another process" in str(error)
     await usable(db)
 
 
