@@ -37,7 +37,7 @@ from typing import Any, Protocol, cast
 
 from database.driver import quick
 from database.driver.line import Line
-from database.driver.observer import Observer, aside
+from database.driver.observer import LOGGED, Observer, aside
 from database.driver.quick import Quick
 from database.driver.read_lane import ReadLane
 from database.driver.request import STATEMENT, Request, taken_from
@@ -70,9 +70,6 @@ PATIENCE = 5000
 
 QUEUE = 1000
 """Requests of transactions that wait for the next turn, at the most."""
-
-LOGGED = 0.001
-"""A threshold for logging (seconds) below which statements are logged one by one, and so not run here."""
 
 READS = frozenset({"fetch_one", "fetch_all", "fetch_value", "call_aiosql"})
 """The operations that are over when they return; a stream leaves a cursor behind."""

@@ -29,11 +29,12 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from database.driver.held_lease import HeldLease
 from database.driver.inline import Inline
 from database.driver.lease import Holder, Lease
 from database.driver.request import COMMIT, STATEMENT, Request, taken_from
 from database.driver.roles import Owner
-from database.driver.worker import WAKE, Worker
+from database.driver.worker import Worker
 from database.engine.adapting import AS_IS
 from database.engine.contract import Connection, Operation
 from database.engine.statement import READ, Statement
@@ -41,11 +42,10 @@ from database.engine.statement import READ, Statement
 __all__ = ["InlineLease"]
 
 
-class InlineLease(Lease):
+class InlineLease(HeldLease):
     """A lease whose reads may run on the loop's thread."""
 
     __slots__ = (
-        "_begun",
         "_failure",
         "_granted",
         "_inline",
@@ -54,7 +54,6 @@ class InlineLease(Lease):
         "_served",
         "_taken",
         "_waiting",
-        "_woken",
     )
 
     def __init__(
@@ -68,8 +67,6 @@ class InlineLease(Lease):
         """Requests that were put into the mailbox."""
         self._served = self._taken = 0
         """Those that the worker has done with, and those that it has taken. Worker thread."""
-        self._begun = self._woken = False
-        """Whether the transaction was begun here, and whether the worker has been told to take it over."""
         self._granted: Worker | None = None
         """The reader on which it is to begin in the loop's next turn."""
         self._of_lane = False
@@ -161,13 +158,6 @@ class InlineLease(Lease):
                 return
             self.mailbox.put(request)
         super().given(worker)
-
-    def _hand_over(self) -> None:
-        """Wakes a worker that holds this asleep. Any thread."""
-        worker = self.worker
-        if worker is not None and worker.held is self and not self._woken:
-            self._woken = True
-            worker.inbox.put(WAKE)
 
     def _runs(self, request: Request, *, in_turn: bool = False) -> bool:
         """Runs it here, or has it wait for its turn, unless that has come; False: it is the worker's."""
@@ -350,20 +340,7 @@ class InlineLease(Lease):
             self.hand_on()
         super().let_go(report)
 
-    def abort(self, reason: str) -> None:
-        """See `Lease`. Any thread."""
-        super().abort(reason)
-        self._hand_over()
-
     # Worker thread
-
-    def serve(self, worker: Worker) -> None:
-        """Attends to this lease alone until it ends, also where it has been begun on the loop's thread."""
-        if self._begun:
-            worker.attend(snapshot=False)
-            self._attend(worker, worker.connection)
-        else:
-            super().serve(worker)
 
     def _rests(self, worker: Worker) -> None:
         self._served = self._taken

@@ -7,7 +7,10 @@ from contextvars import copy_context
 from threading import Thread
 from typing import Any, Protocol
 
-__all__ = ["Observer", "aside"]
+__all__ = ["LOGGED", "Observer", "aside"]
+
+LOGGED = 0.001
+"""A threshold (seconds) below which statements are logged one by one, and so not run on the event loop's thread."""
 
 
 class Observer(Protocol):

@@ -180,9 +180,9 @@ class Pool:
 
     def lease(self, holder: Holder, *, number: int | None, readonly: bool) -> Lease:
         """Makes a lease for a transaction. It stands in no line yet."""
-        inline = self.inline
         if self.backend.steps:
             return SteppedLease(self, holder, number=number, readonly=readonly)
+        inline = self.inline
         if inline is None:
             return Lease(self, holder, number=number, readonly=readonly)
         return InlineLease(self, holder, inline, number=number, readonly=readonly)

@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from database.driver.observer import Observer
 from database.driver.request import ALONE, COMMIT, MANY, STATEMENT, UNIT, Home, Request, text_of
@@ -365,9 +365,7 @@ class Runner:
             self.left()
             self._failed(request, error, started)
         if threshold is not None:
-            seconds = perf_counter() - started
-            if seconds >= threshold:
-                self.tell(request, self.observer.statement, request, seconds, self.name)
+            self._has_taken(request, started, request)
 
     def go_on(self, request: Request, operation: Callable[[], Any], started: float) -> None:
         """Runs what is left of a request that was begun on another thread, and has been counted there."""
@@ -382,11 +380,14 @@ class Runner:
         except BaseException as error:
             self.left()
             self._failed(request, error, started)
-        threshold = self.threshold
-        if threshold is not None:
-            seconds = perf_counter() - started
-            if seconds >= threshold:
-                self.tell(request, self.observer.statement, request, seconds, self.name)
+        if self.threshold is not None:
+            self._has_taken(request, started, request)
+
+    def _has_taken(self, request: Request, started: float, whose: Request | None) -> None:
+        """Tells, in the context of that one, of a statement that took long enough. There is a threshold."""
+        seconds = perf_counter() - started
+        if seconds >= cast("float", self.threshold):
+            self.tell(whose, self.observer.statement, request, seconds, self.name)
 
     def run_inline(self, request: Request) -> Any:
         """Runs a request from within another one: a statement of a function that was sent to this thread."""
@@ -402,9 +403,7 @@ class Runner:
             request.error = self.told(error, request)
             result = None
         if threshold is not None:
-            seconds = perf_counter() - started
-            if seconds >= threshold:
-                self.tell(None, self.observer.statement, request, seconds, self.name)  # within the caller's context
+            self._has_taken(request, started, None)  # within the caller's context
         if request.error is not None:
             raise request.error
         return result

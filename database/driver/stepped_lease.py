@@ -28,16 +28,15 @@ from functools import partial
 from time import perf_counter
 from typing import Any, cast
 
+from database.driver.held_lease import HeldLease
 from database.driver.lease import Holder, Lease
+from database.driver.observer import LOGGED
 from database.driver.request import COMMIT, STATEMENT, Request
 from database.driver.roles import Owner
-from database.driver.worker import WAKE, Worker
+from database.driver.worker import Worker
 from database.engine.contract import BLOCKING, READABLE, Connection, Stepping, Steps
 
 __all__ = ["SteppedLease"]
-
-LOGGED = 0.001
-"""A threshold for logging (seconds) below which statements are logged one by one, and so not run here."""
 
 AT_ONCE = frozenset({"savepoint", "release", "undo", "restrict"})
 """Controls that only say what is to be sent with the next statement."""
@@ -45,15 +44,13 @@ AT_ONCE = frozenset({"savepoint", "release", "undo", "restrict"})
 _DONE, _WAITS, _HANDS_OVER = 0, 1, 2
 
 
-class SteppedLease(Lease):
+class SteppedLease(HeldLease):
     """A lease whose statements run in steps on the loop's thread, as long as nothing is difficult."""
 
-    __slots__ = ("_begun", "_since", "_steps", "_threshold", "_under_way", "_wanted", "_woken")
+    __slots__ = ("_since", "_steps", "_threshold", "_under_way", "_wanted")
 
     def __init__(self, pool: Owner[Lease], holder: Holder, *, number: int | None, readonly: bool) -> None:
         super().__init__(pool, holder, number=number, readonly=readonly)
-        self._begun = self._woken = False
-        """Whether the transaction was begun here, and whether the worker has been told to take it over."""
         self._under_way: Request | None = None
         """What has been sent, or is about to be, and is not answered."""
         self._steps: Steps | None = None
@@ -87,11 +84,6 @@ class SteppedLease(Lease):
         super().stop(request)
         if request is self._under_way:
             self._hand_over()
-
-    def abort(self, reason: str) -> None:
-        """See `Lease`. Any thread."""
-        super().abort(reason)
-        self._hand_over()
 
     def _begins(self, worker: Worker) -> bool:
         pool = self.pool
@@ -245,26 +237,7 @@ class SteppedLease(Lease):
                 request.answered = True
                 request.context = None
 
-    def _hand_over(self) -> None:
-        """Wakes a worker that holds this asleep. Any thread."""
-        worker = self.worker
-        if self._begun and not self._woken and not self.ended and worker is not None:
-            self._woken = True
-            if self.pool.waker.is_current():
-                worker.give(WAKE)
-            else:
-                worker.inbox.put(WAKE)
-
     # Worker thread
-
-    def serve(self, worker: Worker) -> None:
-        """Attends to this lease alone until it ends, also where it has been begun on the loop's thread."""
-        if self._begun:
-            self._woken = True
-            worker.attend(snapshot=False)
-            self._attend(worker, worker.connection)
-        else:
-            super().serve(worker)
 
     def _resume(self, worker: Worker, connection: Connection | None) -> Request | None:
         """See `Lease`."""

@@ -164,8 +164,6 @@ class Connection(Sender):
     def fetching_one(self, statement: Statement, params: Any, record_class: Any) -> Steps:
         """`fetch_one` in steps."""
         result = yield from self._fetching_first(statement, params)
-        if self.pieces > FEW_PIECES:
-            yield BLOCKING
         found = self.load(result, 0, min(result.ntuples, 1), record_class)
         return found[0] if found else None
 
@@ -176,8 +174,6 @@ class Connection(Sender):
     def fetching_value(self, statement: Statement, params: Any, default: Any) -> Steps:
         """`fetch_value` in steps."""
         result = yield from self._fetching_first(statement, params)
-        if self.pieces > FEW_PIECES:
-            yield BLOCKING
         return self.value(result, default)
 
     def _fetching_first(self, statement: Statement, params: Any) -> Steps:
@@ -197,6 +193,8 @@ class Connection(Sender):
         ):
             result = yield from self.running(plan, params)
             plan.many = result.ntuples > 1
+            if self.pieces > FEW_PIECES:
+                yield BLOCKING
             return result
         yield BLOCKING
         return self._first_by_cursor(plan, params)
@@ -242,13 +240,10 @@ class Connection(Sender):
             return None
         if params is not None:
             kind: type[Any] = type(params)  # pyright: ignore[reportUnknownVariableType]
-            if kind is dict:
-                kinds = set(map(type, params.values()))
-            elif kind is tuple or kind is list:
-                kinds = set(map(type, params))
-            else:
+            if kind is not dict and kind is not tuple and kind is not list:
                 return None
-            if not (is_plain(kinds) if not self.adapters else kinds <= NATIVE):
+            fit = NATIVE.issuperset if self.adapters else is_plain
+            if not fit(map(type, params.values() if kind is dict else params)):
                 return None
         return make(self, statement, params, extra)
 

@@ -153,13 +153,17 @@ class Levels(Wire):
         """See `Wire`. Also makes a connection again that is old, or has not been used for so long that it may be gone."""
         now = time.monotonic()
         raw = self.raw
-        if now > raw.expires or now > raw.used_at + (self.settings.max_idle or math.inf):
+        if self._is_due(raw, now):
             self._renew(raw)
         self.raw.used_at = now
         super().revive()
         if self.stained or self.guarded:
             self.put_right()
             super().revive()
+
+    def _is_due(self, raw: RawConnection, now: float) -> bool:
+        """Whether it is old, or may be gone."""
+        return now > raw.expires or now > raw.used_at + (self.settings.max_idle or math.inf)
 
     def _renew(self, old: RawConnection) -> None:
         """Another connection in place of this one; of what cannot be made again, the old one will do."""
@@ -176,10 +180,9 @@ class Levels(Wire):
 
     def forget(self) -> None:
         """No transaction is open."""
-        self.began = self.lags = False
-        """`lags`: Whether a statement may seem to take longer than it does, since an event loop receives its answer when it
-        comes to that.
-        """
+        self.began = False
+        self.lags = False
+        """Whether a statement may seem to take longer than it does: an event loop receives its answer when it comes to that."""
         self.beginning: list[bytes] | None = None
         """The BEGIN of a transaction in which nothing has succeeded yet but what only reads, at READ COMMITTED: until then,
         beginning anew undoes a failure, and nobody can tell.
@@ -226,8 +229,7 @@ class Levels(Wire):
             or self.stained
             or self.guarded
             or self.pg.status == _BAD
-            or now > raw.expires
-            or now > raw.used_at + (self.settings.max_idle or math.inf)
+            or self._is_due(raw, now)
             or raw.is_heard()
             or self.poll.readable()
         ):

@@ -178,10 +178,7 @@ class Wire:
 
     def flush(self) -> None:
         """Waits until all is sent."""
-        pg = self.pg
-        while pg.flush():
-            self.wait(writing=True)
-            pg.consume_input()
+        self.walk(self.flushing())
 
     def flushing(self) -> Steps:
         """`flush` in steps."""
@@ -191,7 +188,10 @@ class Wire:
             pg.consume_input()
 
     def result(self) -> pq.abc.PGresult | None:
-        """Waits for the next result; None at the end of a statement's."""
+        """Waits for the next result; None at the end of a statement's.
+
+        It does not walk through `receiving`: where many statements travel together, it is called three times for each.
+        """
         pg = self.pg
         try:
             while pg.is_busy():

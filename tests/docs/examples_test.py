@@ -61,19 +61,19 @@ class Service:
         self.config.write_text('database:\n  sqlite:\n    path: "./jobs.db"\n')
         self.environment = {k: v for k, v in os.environ.items() if k != "DATABASE_CONFIG"}
 
-    def command(self, *arguments: object) -> list[str]:
-        return [sys.executable, "-W", "error", str(EXAMPLES / "jobu.py"), *map(str, arguments)]
+    def arguments(self, *arguments: object) -> list[str]:
+        return [str(EXAMPLES / "jobu.py"), *map(str, arguments)]
 
     def run(self, *arguments: object, config: bool = True) -> subprocess.CompletedProcess[str]:
-        command = self.command(*arguments, *(["--config", self.config] if config else []))
-        status, out, err = programs.run(command[3:], self.folder, environment=self.environment)
+        given = self.arguments(*arguments, *(["--config", self.config] if config else []))
+        status, out, err = programs.run(given, self.folder, environment=self.environment)
         assert "Traceback" not in err, err
-        return subprocess.CompletedProcess(command, status, out, err)
+        return subprocess.CompletedProcess(given, status, out, err)
 
     @contextlib.contextmanager
     def started(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-        command = self.command(*arguments, "--config", self.config)
-        with programs.Started(command[3:], self.folder, environment=self.environment) as process:
+        given = self.arguments(*arguments, "--config", self.config)
+        with programs.Started(given, self.folder, environment=self.environment) as process:
             try:
                 yield process
             finally:
@@ -244,7 +244,7 @@ def test_service_shows_a_progress_bar_on_a_terminal(service: Service) -> None:
     master, slave = programs.pseudo_terminal()
     service.environment |= {"TERM": "xterm", "COLUMNS": "100"}
     process = programs.Started(
-        service.command("--jobs", 50, "--config", service.config)[3:],
+        service.arguments("--jobs", 50, "--config", service.config),
         service.folder,
         environment=service.environment,
         stdin=subprocess.DEVNULL,

@@ -76,6 +76,19 @@ class Watched:
         return found
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """Has each call of that function, of one argument, add the argument to the list."""
+    calls: list[Any] = []
+    function = getattr(owner, name)
+
+    def call(argument: Any) -> None:
+        calls.append(argument)
+        function(argument)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
 async def warm(db: Any) -> None:
     """Its connection is open, and its worker rests; what these statements do is known."""
     for _ in range(2):
@@ -653,15 +666,7 @@ async def test_what_the_server_says_unasked(db: Any, engine: PostgresqlEngine, m
     """A connection that is watched and closed while nobody uses it: the loop looks once; the next transaction has another."""
     if engine.pooler:
         pytest.skip("the pooler keeps its side of the connection")
-    looks = 0
-    look = stepped_lease._look
-
-    def counted(worker: Any) -> None:
-        nonlocal looks
-        looks += 1
-        look(worker)
-
-    monkeypatch.setattr(stepped_lease, "_look", counted)
+    looks = counted(monkeypatch, stepped_lease, "_look")
     for worker in db.pool().readers():
         worker.look_away()
     async with db.transaction():
@@ -670,12 +675,12 @@ async def test_what_the_server_says_unasked(db: Any, engine: PostgresqlEngine, m
     async with db.transaction():
         await db.execute("DELETE FROM jobs")
     assert any(worker.watched is not None for worker in db.pool().readers())
-    looks = 0
+    looks.clear()
     engine.outside(f"SELECT pg_terminate_backend({pid}, 5000)")
     await eventually(lambda: looks, "the loop has seen it")
     for _ in range(100):
         await anyio.lowlevel.checkpoint()
-    assert looks == 1
+    assert len(looks) == 1
     async with db.transaction():
         assert await db.fetch_value(PID) != pid
         await add(db, "a")
@@ -710,15 +715,7 @@ async def test_a_broken_connection_that_a_child_has_open_as_well(
     make_db: Any, engine: PostgresqlEngine, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop is told of its end once, and not at each turn as long as the child lives."""
-    looks = 0
-    look = Sight.look
-
-    def counted(sight: Sight) -> None:
-        nonlocal looks
-        looks += 1
-        look(sight)
-
-    monkeypatch.setattr(Sight, "look", counted)
+    looks = counted(monkeypatch, Sight, "look")
     db = await make_db(pool_size=1, conninfo=proxy.conninfo())
     await warm(db)
     ends, end = os.pipe()
@@ -735,10 +732,10 @@ async def test_a_broken_connection_that_a_child_has_open_as_well(
                 await db.execute("DELETE FROM jobs")
         await rests(db)
         assert looks
-        looks = 0
+        looks.clear()
         for _ in range(100):
             await anyio.lowlevel.checkpoint()
-        assert looks == 0
+        assert looks == []
     finally:
         os.close(end)
         os.close(ends)

@@ -193,13 +193,12 @@ _NOBODYS = Context()
 class AsyncioWaker(Waker):
     """asyncio, uvloop and every other loop of that interface."""
 
-    __slots__ = ("_sight",)
+    __slots__ = ()
 
     library = "asyncio"
 
     def __init__(self) -> None:
         super().__init__()
-        self._sight: Sight | None = None
         loop = asyncio.get_running_loop()
         self.loop = weakref.ref(loop)
         # A class for each loop: asyncio asks a request for its loop, and no request needs a slot for the answer.
@@ -289,19 +288,13 @@ class AsyncioWaker(Waker):
             self.post(list(rest))
             raise
 
-    def watch(self, descriptor: int, ready: Notice) -> Timer | None:
-        sight = self._sight
-        if sight is None:
-            sight = Sight.make()
-            if sight is None:
-                return None
-            try:
-                Context().run(asyncio.get_running_loop().add_reader, sight.descriptor, sight.look)
-            except NotImplementedError:  # a loop without readers
-                sight.close()
-                return None
-            self._sight = sight
-        return sight.watch(descriptor, ready)
+    def _sees(self, sight: Sight) -> bool:
+        try:
+            Context().run(asyncio.get_running_loop().add_reader, sight.descriptor, sight.look)
+        except NotImplementedError:  # a loop without readers
+            sight.close()
+            return False
+        return True
 
     def next_turn(self, function: Notice) -> None:
         asyncio.get_running_loop().call_soon(function, context=_NOBODYS)

@@ -137,7 +137,7 @@ def _make_answer() -> Any:
 class TrioWaker(Waker):
     """trio."""
 
-    __slots__ = ("_answer", "_end_look", "_end_pump", "_reschedule", "_sight", "_token", "_trio", "_watch")
+    __slots__ = ("_answer", "_end_look", "_end_pump", "_reschedule", "_token", "_trio", "_watch")
 
     library = "trio"
 
@@ -155,7 +155,6 @@ class TrioWaker(Waker):
         self._reschedule = trio.lowlevel.reschedule
         self._watch: _TrioTaskWatch | None = None
         self._end_pump: trio.CancelScope | None = None
-        self._sight: Sight | None = None
         self._end_look: trio.CancelScope | None = None
         if hasattr(os, "eventfd"):
             self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -207,16 +206,10 @@ class TrioWaker(Waker):
                 request.waiter = None
                 reschedule(task, answer)
 
-    def watch(self, descriptor: int, ready: Notice) -> Timer | None:
-        sight = self._sight
-        if sight is None:
-            sight = Sight.make()
-            if sight is None:
-                return None
-            self._sight = sight
-            self._end_look = self._trio.CancelScope()
-            self._trio.lowlevel.spawn_system_task(self._look, sight, self._end_look, name="database answers")
-        return sight.watch(descriptor, ready)
+    def _sees(self, sight: Sight) -> bool:
+        self._end_look = self._trio.CancelScope()
+        self._trio.lowlevel.spawn_system_task(self._look, sight, self._end_look, name="database answers")
+        return True
 
     async def _look(self, sight: Sight, scope: trio.CancelScope) -> None:
         wait_readable = self._trio.lowlevel.wait_readable

@@ -17,9 +17,9 @@ import os
 import select
 from collections.abc import Callable
 
-from database.driver.wakeup.waker import Notice, Timer
+__all__ = ["Sight", "Watched"]
 
-__all__ = ["Sight"]
+Notice = Callable[[], None]
 
 
 class Sight:
@@ -44,7 +44,7 @@ class Sight:
         self._ready: dict[int, Notice] = {}
         self._pid = os.getpid()
 
-    def watch(self, descriptor: int, ready: Notice) -> Timer | None:
+    def watch(self, descriptor: int, ready: Notice) -> Watched | None:
         """Calls the function whenever there is something to be read, or has been an error, until that is called off.
 
         None where the system has no descriptor left for it.
@@ -59,7 +59,7 @@ class Sight:
             os.close(own)
             return None
         self._ready[own] = ready
-        return _Watched(self._end, own, ready)
+        return Watched(self._end, own, ready)
 
     def look(self) -> None:
         """The loop says that there is something to be seen."""
@@ -81,8 +81,8 @@ class Sight:
             os.close(own)
 
 
-class _Watched:
-    """Calls it off."""
+class Watched:
+    """What is watched, to be called off."""
 
     __slots__ = ("_end", "_own", "_ready")
 
@@ -92,5 +92,5 @@ class _Watched:
         self._ready = ready
 
     def cancel(self) -> None:
-        """See `Timer`."""
+        """Calls it off. Harmless when it is over already."""
         self._end(self._own, self._ready)

@@ -37,6 +37,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 from database.driver.request import Request
+from database.driver.wakeup.sight import Sight
 
 __all__ = [
     "FAR_AWAY",
@@ -83,6 +84,7 @@ class Waker:
         "_lock",
         "_posted",
         "_scheduled",
+        "_sight",
         "_sleepers",
         "crowd",
         "loop",
@@ -107,6 +109,8 @@ class Waker:
         self.crowd = 0
         """Answers that are being handed out together."""
         self._sleepers: list[Notice] = []
+        self._sight: Sight | None = None
+        """Where sockets are watched, once there are any."""
 
     def rouse(self, wake: Notice) -> None:
         """Calls the function that wakes a worker; while a batch of answers is delivered, when all of them are. Loop thread.
@@ -206,6 +210,16 @@ class Waker:
 
         None where the loop has no such means, or no descriptor left for it.
         """
+        sight = self._sight
+        if sight is None:
+            sight = Sight.make()
+            if sight is None or not self._sees(sight):
+                return None
+            self._sight = sight
+        return sight.watch(descriptor, ready)
+
+    def _sees(self, sight: Sight) -> bool:
+        """Has the loop call `sight.look`; False where it cannot, and then the sight is closed."""
         raise NotImplementedError
 
     def next_turn(self, function: Notice) -> None:
